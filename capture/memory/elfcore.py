@@ -1,0 +1,194 @@
+"""ELF core header → PT_LOAD and PT_NOTE segments; refuses nonsense with a clear line.
+
+Read: ELF64, little endian, ET_CORE, x86_64 and aarch64, as `/proc/vmcore`, `kexec` and `makedumpfile -E` write it.
+Structures come from pyelftools; the program header table is one NumPy array, because a machine (or a hostile file)
+may have a hundred thousand of them.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from elftools.common.exceptions import ELFError, ELFParseError
+from elftools.common.utils import struct_parse
+from elftools.construct.core import ConstructError
+from elftools.elf.structs import ELFStructs
+from numpy.typing import NDArray
+
+from capture.errors import SourceError
+from capture.memory.source import Source
+
+PROGRAM_HEADER = np.dtype(
+    [
+        ("p_type", "<u4"),
+        ("p_flags", "<u4"),
+        ("p_offset", "<u8"),
+        ("p_vaddr", "<u8"),
+        ("p_paddr", "<u8"),
+        ("p_filesz", "<u8"),
+        ("p_memsz", "<u8"),
+        ("p_align", "<u8"),
+    ]
+)
+"""Elf64_Phdr, include/uapi/linux/elf.h."""
+
+PT_LOAD = 1
+PT_NOTE = 4
+PN_XNUM = 0xFFFF
+"""e_phnum when the real number is in sh_info of section 0 (elf(5))."""
+
+ELF_HEADER_SIZE = 64
+SECTION_HEADER_SIZE = 64
+MAX_SEGMENTS = 1 << 18
+"""More than any kernel writes (CONFIG_CRASH_MAX_MEMORY_RANGES is 8192); keeps the table under 15 MB."""
+MAX_PHYSICAL_BITS = 52
+"""The widest physical address of x86_64 and of aarch64 with LPA/LPA2."""
+
+MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
+
+
+@dataclass(frozen=True, slots=True)
+class ElfCore:
+    """What the header says. ``loads`` and ``notes`` are arrays of PROGRAM_HEADER, in file order.
+
+    ``p_filesz`` is cut to what the source really has; ``missing_bytes`` counts what was cut off.
+    """
+
+    machine: str
+    loads: NDArray[np.void]
+    notes: NDArray[np.void]
+    missing_bytes: int
+
+
+def parse(source: Source) -> ElfCore:
+    """Parse the ELF core header of ``source``.
+
+    Raises:
+        SourceError: it is not an ELF core that we read; the message says what was found, where, and what to do.
+    """
+    header = _elf_header(source)
+    machine = MACHINES.get(str(header["e_machine"]))
+    if machine is None:
+        raise SourceError(f"{source.name}: machine {header['e_machine']}: only x86_64 and aarch64 are read")
+    count = _segment_count(source, header)
+    table = _program_headers(source, int(header["e_phoff"]), count)
+    loads = table[table["p_type"] == PT_LOAD].copy()
+    loads = loads[loads["p_filesz"] > 0]
+    _check_addresses(source, loads)
+    missing = _cut_to_source(source, loads)
+    loads = loads[loads["p_filesz"] > 0]
+    if not len(loads):
+        what = f"truncated: all {missing} bytes of memory are missing" if missing else "no memory in it (no PT_LOAD)"
+        raise SourceError(f"{source.name}: {what}; copy it again")
+    return ElfCore(machine, loads, table[table["p_type"] == PT_NOTE].copy(), missing)
+
+
+def _read(source: Source, offset: int, length: int, what: str) -> bytes:
+    """Read a part of the header whole, or say what is missing."""
+    where = source.header_offset + offset
+    try:
+        data = source.read(where, length)
+    except (OSError, OverflowError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "offset out of range"
+        remedy = f"; {source.remedy}" if source.remedy else ""
+        raise SourceError(f"{source.name}: {what} at {where:#x} cannot be read: {reason}{remedy}") from None
+    if len(data) < length:
+        raise SourceError(f"{source.name}: truncated: {what} needs {length} bytes at {where:#x}, {len(data)} are there")
+    return data
+
+
+def _elf_header(source: Source) -> Any:  # noqa: ANN401  (pyelftools' Container)
+    if source.size == 0:
+        raise SourceError(f"{source.name}: empty file, not a vmcore")
+    magic = _read(source, 0, 8, "the first bytes")
+    if magic[:4] != b"\x7fELF":
+        raise SourceError(f"{source.name}: {_what_else(magic)}")
+    if magic[4] != 2:
+        raise SourceError(f"{source.name}: ELF class {magic[4]}: only 64-bit vmcores are read")
+    if magic[5] != 1:
+        raise SourceError(f"{source.name}: ELF data encoding {magic[5]}: only little-endian vmcores are read")
+    raw = _read(source, 0, ELF_HEADER_SIZE, "the ELF header")
+    header = _structure(source, _structs().Elf_Ehdr, raw, "the ELF header")
+    if header["e_type"] != "ET_CORE":
+        raise SourceError(f"{source.name}: ELF type {header['e_type']}: not a core file; name the vmcore")
+    if header["e_phentsize"] != PROGRAM_HEADER.itemsize:
+        raise SourceError(
+            f"{source.name}: program headers of {header['e_phentsize']} bytes instead of {PROGRAM_HEADER.itemsize}: "
+            "the header is damaged"
+        )
+    return header
+
+
+def _what_else(magic: bytes) -> str:
+    if magic.startswith(b"KDUMP"):
+        return "a kdump-compressed dump already: open it with crash or drgn; re-filtering is not supported yet"
+    if magic.startswith(b"makedump"):
+        return "a flattened makedumpfile stream: not supported yet; rearrange it with `makedumpfile -R` first"
+    return f"not an ELF file (it begins with {magic.hex(' ')})"
+
+
+def _segment_count(source: Source, header: Any) -> int:  # noqa: ANN401
+    count = int(header["e_phnum"])
+    if count == PN_XNUM:
+        where = int(header["e_shoff"])
+        if not where:
+            raise SourceError(
+                f"{source.name}: more than 65,534 program headers announced, but no section 0 to count them"
+            )
+        raw = _read(source, where, SECTION_HEADER_SIZE, "section header 0 (the number of program headers)")
+        count = int(_structure(source, _structs().Elf_Shdr, raw, "section header 0")["sh_info"])
+    if not count:
+        raise SourceError(f"{source.name}: no program headers: not a vmcore")
+    if count > MAX_SEGMENTS:
+        raise SourceError(
+            f"{source.name}: {count} program headers: over the limit of {MAX_SEGMENTS}, the header is damaged"
+        )
+    return count
+
+
+def _program_headers(source: Source, offset: int, count: int) -> NDArray[np.void]:
+    raw = _read(source, offset, count * PROGRAM_HEADER.itemsize, f"the table of {count} program headers")
+    return np.frombuffer(raw, dtype=PROGRAM_HEADER)
+
+
+def _check_addresses(source: Source, loads: NDArray[np.void]) -> None:
+    limit = 1 << MAX_PHYSICAL_BITS
+    bad = (loads["p_paddr"] >= limit) | (loads["p_filesz"] > limit) | (loads["p_paddr"] + loads["p_filesz"] > limit)
+    # Physical memory has no size to hold an offset against; nothing that exists lies beyond the address width.
+    if source.size is None:
+        bad |= (loads["p_offset"] >= limit) | (loads["p_offset"] + loads["p_filesz"] > limit)
+    if bad.any():
+        first = loads[int(np.flatnonzero(bad)[0])]
+        raise SourceError(
+            f"{source.name}: PT_LOAD at physical {int(first['p_paddr']):#x}, {int(first['p_filesz']):#x} bytes: beyond "
+            f"{MAX_PHYSICAL_BITS} address bits, the header is damaged"
+        )
+
+
+def _cut_to_source(source: Source, loads: NDArray[np.void]) -> int:
+    """Shorten segments that run past the end of the source, in place; return the bytes that are missing."""
+    if source.size is None:
+        return 0
+    offset = loads["p_offset"]
+    room = np.where(offset < source.size, np.uint64(source.size) - np.minimum(offset, np.uint64(source.size)), 0)
+    there = np.minimum(loads["p_filesz"], room.astype(np.uint64))
+    missing = sum(map(int, loads["p_filesz"] - there))  # as Python integers: a hostile header would overflow
+    loads["p_filesz"] = there
+    return missing
+
+
+def _structs() -> Any:  # noqa: ANN401
+    structs = ELFStructs(little_endian=True, elfclass=64)
+    structs.create_basic_structs()
+    structs.create_advanced_structs()
+    return structs
+
+
+def _structure(source: Source, layout: Any, raw: bytes, what: str) -> Any:  # noqa: ANN401
+    try:
+        return struct_parse(layout, io.BytesIO(raw))
+    except (ELFError, ELFParseError, ConstructError, ValueError) as error:
+        raise SourceError(f"{source.name}: {what} cannot be parsed: {error}") from None

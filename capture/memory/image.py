@@ -1,0 +1,294 @@
+"""MemoryImage: physical addresses and PFNs → bytes; overlaps, partial and unreadable pages are settled here, once.
+
+Nothing above this module sees a segment. Segments overlap (the kernel image lies over the direct map), are not sorted
+and not page-aligned; a page is its PFN and is there once. Where segments overlap, the one that starts lower wins:
+both name the same bytes. A page that segments cover only in part is put together from the pieces, the rest is zeros.
+
+Memory: a few arrays of the size of the program header table, and one chunk at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capture.memory.source import Source
+
+EXTENT = np.dtype([("pfn", "<i8"), ("pages", "<i8"), ("offset", "<u8")])
+"""Whole pages that are contiguous both as PFNs and in the source; ``offset`` of the first in the source, in bytes."""
+
+CHUNK_PAGES = 1024
+"""Pages a chunk: 4 MiB of 4 KiB pages, enough to make the cost of a call vanish, few enough to hold several."""
+_SPAN_FACTOR = 4
+"""A chunk of scattered pages maps at most this many times its pages' own bytes."""
+
+MAX_LISTED_RANGES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class LinearMap:
+    """Virtual addresses that the ELF header says lie linearly over physical ones (p_vaddr of a PT_LOAD), in bytes."""
+
+    virtual: int
+    physical: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Up to CHUNK_PAGES pages to be read together.
+
+    ``offsets`` are source offsets in bytes, one for each of ``pfns``; None for a single page that is put together
+    from pieces.
+    """
+
+    pfns: NDArray[np.int64]
+    offsets: NDArray[np.uint64] | None
+
+
+@dataclass(frozen=True, slots=True)
+class PageBlock:
+    """Pages as bytes: page ``i`` lies at ``offsets[i]`` of ``buffer``. ``unreadable`` PFNs are zero-filled there."""
+
+    pfns: NDArray[np.int64]
+    buffer: memoryview
+    offsets: NDArray[np.uint64]
+    unreadable: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class PfnRanges:
+    """A set of PFNs that is added to in ascending order and kept as ranges [first, last]; bounded in memory."""
+
+    count: int = 0
+    ranges: list[list[int]] = field(default_factory=list)
+
+    def add(self, pfn: int) -> None:
+        """Count one PFN, and list it while there is room (MAX_LISTED_RANGES)."""
+        self.count += 1
+        if self.ranges and self.ranges[-1][1] == pfn - 1:
+            self.ranges[-1][1] = pfn
+        elif len(self.ranges) < MAX_LISTED_RANGES:
+            self.ranges.append([pfn, pfn])
+
+    @property
+    def listed(self) -> int:
+        """How many of the PFNs are in ``ranges``."""
+        return sum(last - first + 1 for first, last in self.ranges)
+
+
+def contiguous(offsets: NDArray[np.uint64], step: int) -> list[tuple[int, int]]:
+    """Return index ranges [first, end) of ``offsets`` (not empty) within which each follows the last by ``step``."""
+    breaks = np.flatnonzero(np.diff(offsets) != step) + 1
+    return list(pairwise([0, *map(int, breaks), len(offsets)]))
+
+
+class UnreadableMemory(Exception):  # noqa: N818  (an answer, not a failure of the program)
+    """Physical memory at an address is not in the source, or cannot be read."""
+
+
+class MemoryImage:
+    """The dead kernel's physical memory.
+
+    ``extents`` are the whole pages, sorted by PFN, disjoint. ``max_pfn`` is the highest PFN plus one.
+    """
+
+    def __init__(self, source: Source, loads: NDArray[np.void], page_size: int) -> None:
+        self.source = source
+        self.page_size = page_size
+        self.linear_maps = tuple(
+            LinearMap(int(load["p_vaddr"]), int(load["p_paddr"]), int(load["p_filesz"]))
+            for load in loads
+            if load["p_vaddr"]
+        )
+        order = np.argsort(loads["p_paddr"], kind="stable")
+        self.extents, self._partial = _resolve(loads[order], page_size)
+        self.page_count = int(self.extents["pages"].sum()) + len(self._partial)
+        ends = [int((self.extents["pfn"] + self.extents["pages"]).max())] if len(self.extents) else []
+        ends += [max(self._partial) + 1] if self._partial else []
+        self.max_pfn = max(ends, default=0)
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """Yield (first PFN, pages) for every run of pages that exist, in PFN order, partial pages included."""
+        for chunk_first, pages, _ in self._ordered():
+            yield chunk_first, pages
+
+    def chunks(self, first_pfn: int = 0, end_pfn: int | None = None) -> Iterator[Chunk]:
+        """Yield every page in [first_pfn, end_pfn) once, in PFN order, in chunks of up to CHUNK_PAGES."""
+        end_pfn = self.max_pfn if end_pfn is None else end_pfn
+        span = CHUNK_PAGES * self.page_size * _SPAN_FACTOR
+        pending: list[tuple[int, int, int]] = []
+        room = CHUNK_PAGES
+        for run_pfn, run_pages, run_offset in self._ordered():
+            first, end = max(run_pfn, first_pfn), min(run_pfn + run_pages, end_pfn)
+            if run_offset is None:
+                if first < end:
+                    if pending:
+                        yield self._chunk(pending)
+                        pending, room = [], CHUNK_PAGES
+                    yield Chunk(np.array([run_pfn], dtype=np.int64), None)
+                continue
+            while first < end:
+                offset = run_offset + (first - run_pfn) * self.page_size
+                if pending and not 0 <= offset - pending[0][2] <= span - CHUNK_PAGES * self.page_size:
+                    yield self._chunk(pending)
+                    pending, room = [], CHUNK_PAGES
+                pages = min(room, end - first)
+                pending.append((first, pages, offset))
+                first += pages
+                room -= pages
+                if not room:
+                    yield self._chunk(pending)
+                    pending, room = [], CHUNK_PAGES
+        if pending:
+            yield self._chunk(pending)
+
+    def fetch(self, chunk: Chunk) -> PageBlock:
+        """Return the bytes of a chunk: mapped where possible, else read; unreadable pages become zeros. Never raises
+        for what the source does."""
+        size = self.page_size
+        if chunk.offsets is None:
+            return self._assemble(int(chunk.pfns[0]))
+        base = int(chunk.offsets[0])
+        span = int(chunk.offsets[-1]) + size - base
+        try:
+            view = self.source.map(base, span)
+        except OSError:
+            view = None
+        if view is not None:
+            return PageBlock(chunk.pfns, view, chunk.offsets - np.uint64(base))
+        return self._read_block(chunk)
+
+    def read(self, address: int, length: int) -> bytes:
+        """Return ``length`` bytes of physical memory at ``address``, for small structures.
+
+        Raises:
+            UnreadableMemory: some of it is not in the source or cannot be read.
+        """
+        pieces: list[bytes] = []
+        while length > 0:
+            pfn, within = divmod(address, self.page_size)
+            index = int(np.searchsorted(self.extents["pfn"], pfn, side="right")) - 1
+            extent = self.extents[index] if index >= 0 else None
+            if extent is not None and pfn < int(extent["pfn"]) + int(extent["pages"]):
+                skip = (pfn - int(extent["pfn"])) * self.page_size + within
+                take = min(length, int(extent["pages"]) * self.page_size - skip)
+                piece = self._read_exactly(int(extent["offset"]) + skip, take)
+            elif pfn in self._partial:
+                take = min(length, self.page_size - within)
+                block = self._assemble(pfn)
+                piece = None if block.unreadable else bytes(block.buffer[within : within + take])
+            else:
+                piece = None
+            if piece is None:
+                raise UnreadableMemory(f"physical address {address:#x}")
+            pieces.append(piece)
+            address += take
+            length -= take
+        return b"".join(pieces)
+
+    def _ordered(self) -> Iterator[tuple[int, int, int | None]]:
+        """Yield extents and partial pages (offset None) in PFN order."""
+        partial = iter(sorted(self._partial))
+        waiting = next(partial, None)
+        for extent in self.extents:
+            pfn = int(extent["pfn"])
+            while waiting is not None and waiting < pfn:
+                yield waiting, 1, None
+                waiting = next(partial, None)
+            yield pfn, int(extent["pages"]), int(extent["offset"])
+        while waiting is not None:
+            yield waiting, 1, None
+            waiting = next(partial, None)
+
+    def _chunk(self, runs: list[tuple[int, int, int]]) -> Chunk:
+        pfns = np.concatenate([np.arange(pfn, pfn + pages, dtype=np.int64) for pfn, pages, _ in runs])
+        offsets = np.concatenate(
+            [
+                np.arange(pages, dtype=np.uint64) * np.uint64(self.page_size) + np.uint64(offset)
+                for _, pages, offset in runs
+            ]
+        )
+        return Chunk(pfns, offsets)
+
+    def _read_exactly(self, offset: int, length: int) -> bytes | None:
+        try:
+            data = self.source.read(offset, length)
+        except OSError:
+            return None
+        return data if len(data) == length else None
+
+    def _read_block(self, chunk: Chunk) -> PageBlock:
+        """Read a chunk run by run, and page by page where a run fails."""
+        assert chunk.offsets is not None
+        size = self.page_size
+        count = len(chunk.pfns)
+        buffer = bytearray(count * size)
+        unreadable: list[int] = []
+        for first, end in contiguous(chunk.offsets, size):
+            offset = int(chunk.offsets[first])
+            data = self._read_exactly(offset, (end - first) * size)
+            if data is not None:
+                buffer[first * size : end * size] = data
+                continue
+            for index in range(first, end):
+                page = self._read_exactly(offset + (index - first) * size, size)
+                if page is None:
+                    unreadable.append(int(chunk.pfns[index]))
+                else:
+                    buffer[index * size : (index + 1) * size] = page
+        offsets = np.arange(count, dtype=np.uint64) * np.uint64(size)
+        return PageBlock(chunk.pfns, memoryview(buffer), offsets, tuple(unreadable))
+
+    def _assemble(self, pfn: int) -> PageBlock:
+        """Put a partial page together; it counts as unreadable when any piece of it is."""
+        page = bytearray(self.page_size)
+        bad = False
+        for within, length, offset in self._partial[pfn]:
+            data = self._read_exactly(offset, length)
+            if data is None:
+                bad = True
+            else:
+                page[within : within + length] = data
+        pfns = np.array([pfn], dtype=np.int64)
+        return PageBlock(pfns, memoryview(page), np.zeros(1, dtype=np.uint64), (pfn,) if bad else ())
+
+
+def _resolve(loads: NDArray[np.void], page_size: int) -> tuple[NDArray[np.void], dict[int, list[tuple[int, int, int]]]]:
+    """Turn segments sorted by address into disjoint extents, and pieces (within, length, offset) of partial pages."""
+    extents: list[tuple[int, int, int]] = []
+    covered = 0  # every page below this PFN that a segment holds whole is in ``extents``
+    for load in loads:
+        start, length, offset = int(load["p_paddr"]), int(load["p_filesz"]), int(load["p_offset"])
+        first, end = -(-start // page_size), (start + length) // page_size
+        first = max(first, covered)
+        if first >= end:
+            continue
+        where = offset + first * page_size - start
+        if (
+            extents
+            and extents[-1][0] + extents[-1][1] == first
+            and extents[-1][2] + extents[-1][1] * page_size == where
+        ):
+            extents[-1] = (extents[-1][0], extents[-1][1] + end - first, extents[-1][2])
+        else:
+            extents.append((first, end - first, where))
+        covered = end
+    table = np.array(extents, dtype=EXTENT)
+    partial: dict[int, list[tuple[int, int, int]]] = {}
+    for load in loads:
+        start, length, offset = int(load["p_paddr"]), int(load["p_filesz"]), int(load["p_offset"])
+        for pfn in {start // page_size, (start + length - 1) // page_size}:
+            low, high = max(start, pfn * page_size), min(start + length, (pfn + 1) * page_size)
+            if high - low < page_size and not _holds(table, pfn):
+                partial.setdefault(pfn, []).append((low - pfn * page_size, high - low, offset + low - start))
+    return table, partial
+
+
+def _holds(extents: NDArray[np.void], pfn: int) -> bool:
+    index = int(np.searchsorted(extents["pfn"], pfn, side="right")) - 1
+    return index >= 0 and pfn < int(extents[index]["pfn"]) + int(extents[index]["pages"])
