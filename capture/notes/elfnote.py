@@ -1,0 +1,111 @@
+"""PT_NOTE segments → notes, and the one merged blob that a dump carries.
+
+A raw core header has one PT_NOTE for each possible CPU, padded with zeros to a fixed size, and one for VMCOREINFO;
+``/proc/vmcore`` has merged them into one. Both come out the same here: what each segment holds up to its first empty
+note, byte for byte, in order. Notes that we do not know are kept like any other.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capture.memory.source import Source
+
+NOTE_HEADER = struct.Struct("<III")
+"""Elf64_Nhdr: n_namesz, n_descsz, n_type (include/uapi/linux/elf.h)."""
+NOTE_ALIGNMENT = 4
+
+NT_PRSTATUS = 1
+VMCOREINFO_NAME = b"VMCOREINFO"
+
+MAX_NOTE_BYTES = 64 << 20
+"""All notes together. 8192 CPUs need 3 MiB; only device dumps (NT_VMCOREDD) could be larger."""
+MAX_NOTES = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One note. ``offset`` is where its descriptor starts in ``Notes.blob``, ``segment`` the number of its PT_NOTE."""
+
+    name: bytes
+    type: int
+    descriptor: bytes
+    offset: int
+    segment: int
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """All notes, their bytes as one blob, and what could not be had."""
+
+    blob: bytes
+    notes: tuple[Note, ...]
+    problems: tuple[str, ...]
+
+    def prstatus(self) -> tuple[Note, ...]:
+        """Return the NT_PRSTATUS notes of CPUs, in order."""
+        return tuple(note for note in self.notes if note.type == NT_PRSTATUS and note.name == b"CORE")
+
+    def vmcoreinfo(self) -> Note | None:
+        """Return the VMCOREINFO note, the largest if there are several."""
+        found = [note for note in self.notes if note.name == VMCOREINFO_NAME]
+        return max(found, key=lambda note: len(note.descriptor), default=None)
+
+
+def read_notes(source: Source, segments: NDArray[np.void]) -> Notes:
+    """Read and merge PT_NOTE ``segments`` (an array of PROGRAM_HEADER).
+
+    Never raises for what the segments hold: a part that cannot be read or parsed is named in ``problems``.
+    """
+    blob = bytearray()
+    notes: list[Note] = []
+    problems: list[str] = []
+    for number, segment in enumerate(segments):
+        offset, size = int(segment["p_offset"]), int(segment["p_filesz"])
+        room = MAX_NOTE_BYTES - len(blob)
+        if size > room:
+            problems.append(f"PT_NOTE {number} at {offset:#x}: {size} bytes, only {room} are read")
+        try:
+            data = source.read(offset, min(size, room))
+        except (OSError, OverflowError, ValueError) as error:
+            problems.append(f"PT_NOTE {number} at {offset:#x} cannot be read: {error}")
+            continue
+        if len(data) < min(size, room):
+            problems.append(f"PT_NOTE {number} at {offset:#x}: truncated, {len(data)} of {size} bytes are there")
+        used = _parse_segment(data, number, len(blob), notes, problems)
+        blob += data[:used]
+        blob += bytes(-len(blob) % NOTE_ALIGNMENT)
+        if len(notes) >= MAX_NOTES:
+            problems.append(f"more than {MAX_NOTES} notes: the rest is left out")
+            break
+    return Notes(bytes(blob), tuple(notes), tuple(problems))
+
+
+def _parse_segment(data: bytes, number: int, base: int, notes: list[Note], problems: list[str]) -> int:
+    """Append the notes of one segment to ``notes``; return how many bytes they take (4-byte aligned)."""
+    position = 0
+    while position + NOTE_HEADER.size <= len(data) and len(notes) < MAX_NOTES:
+        name_size, descriptor_size, note_type = NOTE_HEADER.unpack_from(data, position)
+        if not name_size:  # the final, empty note: what follows is padding
+            break
+        name_start = position + NOTE_HEADER.size
+        start = name_start + _aligned(name_size)
+        if start + descriptor_size > len(data):
+            problems.append(
+                f"PT_NOTE {number}: the note at +{position:#x} claims {name_size}+{descriptor_size} bytes, beyond its "
+                "segment: it and what follows is left out"
+            )
+            break
+        name = data[name_start : name_start + name_size].rstrip(b"\0")
+        notes.append(Note(name, note_type, data[start : start + descriptor_size], base + start, number))
+        end = start + _aligned(descriptor_size)
+        position = min(end, len(data))  # the padding of the last descriptor may be cut off
+    return position
+
+
+def _aligned(size: int) -> int:
+    return -(-size // NOTE_ALIGNMENT) * NOTE_ALIGNMENT

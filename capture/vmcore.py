@@ -1,0 +1,53 @@
+"""A vmcore opened: its source, header, notes, VMCOREINFO and memory, in the one order in which they are found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from capture.memory import elfcore
+from capture.memory.elfcore import ElfCore
+from capture.memory.image import MemoryImage
+from capture.memory.source import Source, open_source
+from capture.notes import vmcoreinfo
+from capture.notes.elfnote import Notes, read_notes
+from capture.notes.vmcoreinfo import VmcoreInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Vmcore:
+    """What the capture side knows of a dead kernel before it looks into its memory."""
+
+    source: Source
+    core: ElfCore
+    notes: Notes
+    info: VmcoreInfo
+    image: MemoryImage
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with the source so far, a line each; none of it stops a dump."""
+        problems = list(self.notes.problems)
+        if self.core.missing_bytes:
+            problems.append(f"{self.source.name} is truncated: {self.core.missing_bytes} bytes of memory are missing")
+        if self.notes.vmcoreinfo() is None:
+            problems.append(f"{self.source.name} has no VMCOREINFO: no log, and readers need the page size told")
+        if self.source.map_refused:
+            problems.append(self.source.map_refused)
+        return problems
+
+
+@contextmanager
+def open_vmcore(name: str) -> Iterator[Vmcore]:
+    """Open SOURCE (a path, or ``oldmem:``) for reading.
+
+    Raises:
+        SourceError: it is not a usable vmcore.
+    """
+    with open_source(name) as source:
+        core = elfcore.parse(source)
+        notes = read_notes(source, core.notes)
+        note = notes.vmcoreinfo()
+        info = vmcoreinfo.parse(note.descriptor) if note else VmcoreInfo()
+        yield Vmcore(source, core, notes, info, MemoryImage(source, core.loads, info.page_size))
