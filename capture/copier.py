@@ -1,0 +1,151 @@
+"""The fast chunked copier: bounded memory, ordered output, all CPUs.
+
+A chunk is read (mapped), its zero pages are set aside, the rest goes to the codec in one call, on as many threads as
+there are CPUs; results are written in PFN order while later chunks are being worked on. No Python step a page, but for
+pages that do not shrink.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capture.dumpfile.codec import Codec
+from capture.dumpfile.writer import KdumpWriter, PackedPages
+from capture.memory.image import Chunk, MemoryImage, PageBlock, PfnRanges, contiguous
+from capture.progress import Progress
+
+_AHEAD = 2
+"""Chunks in flight beyond one a thread: what keeps a thread busy while the writer writes."""
+_SAMPLES = 8
+"""Words of a page looked at before all of it is."""
+
+
+@dataclass(slots=True)
+class CopyStatistics:
+    """Pages copied so far, by what became of them; ``data_bytes`` is their size in the dump."""
+
+    pages: int = 0
+    zero_pages: int = 0
+    raw_pages: int = 0
+    data_bytes: int = 0
+    unreadable: PfnRanges = field(default_factory=PfnRanges)
+
+
+@dataclass(frozen=True, slots=True)
+class _Worked:
+    packed: PackedPages
+    zero_pages: int
+    raw_pages: int
+    unreadable: tuple[int, ...]
+
+
+class Copier:
+    """Copies pages of ``image`` through ``codec``; with ``share_zero_pages`` those of zeros take no data.
+
+    ``statistics`` is right at any time, also after an exception.
+    """
+
+    def __init__(self, image: MemoryImage, codec: Codec, *, share_zero_pages: bool, threads: int) -> None:
+        self._image = image
+        self._codec = codec
+        self._share_zero_pages = share_zero_pages
+        self._threads = threads
+        self.statistics = CopyStatistics()
+
+    def run(self, chunks: Iterable[Chunk], writer: KdumpWriter, progress: Progress) -> None:
+        """Copy ``chunks`` to ``writer`` in their order.
+
+        Raises:
+            TargetError: the writer could not write; all chunks before are written.
+        """
+        waiting: deque[Future[_Worked]] = deque()
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="copier") as pool:
+            try:
+                for chunk in chunks:
+                    waiting.append(pool.submit(self._work, chunk))
+                    if len(waiting) >= self._threads + _AHEAD:
+                        self._write(waiting.popleft().result(), writer, progress)
+                while waiting:
+                    self._write(waiting.popleft().result(), writer, progress)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _write(self, worked: _Worked, writer: KdumpWriter, progress: Progress) -> None:
+        writer.append(worked.packed)
+        pages = len(worked.packed.sizes)
+        statistics = self.statistics
+        statistics.pages += pages
+        statistics.zero_pages += worked.zero_pages
+        statistics.raw_pages += worked.raw_pages
+        statistics.data_bytes += int(worked.packed.sizes.sum())
+        for pfn in worked.unreadable:
+            statistics.unreadable.add(pfn)
+        progress.advance(pages * self._image.page_size)
+
+    def _work(self, chunk: Chunk) -> _Worked:
+        block = self._image.fetch(chunk)
+        size = self._image.page_size
+        zero = find_zero_pages(block, size) if self._share_zero_pages else np.zeros(len(block.pfns), dtype=np.bool_)
+        kept = block.offsets[~zero]
+        sizes = np.zeros(len(block.pfns), dtype=np.int64)
+        flags = np.zeros(len(block.pfns), dtype=np.uint32)
+        if self._codec.pack is None or not len(kept):
+            pieces: list[bytes | memoryview] = [block.buffer[start:end] for start, end in _stretches(kept, size)]
+            sizes[~zero] = size
+            raw_pages = len(kept)
+        else:
+            data, packed = self._codec.pack(block.buffer, kept, size)
+            raw = packed >= size
+            pieces = _replace_raw(data, packed, raw, block, kept, size) if raw.any() else [data]
+            raw_pages = int(raw.sum())
+            sizes[~zero] = np.where(raw, size, packed)
+            flags[~zero] = np.where(raw, 0, self._codec.flag)
+        return _Worked(PackedPages(sizes, flags, pieces), int(zero.sum()), raw_pages, block.unreadable)
+
+
+def find_zero_pages(block: PageBlock, page_size: int) -> NDArray[np.bool_]:
+    """Return which pages of a block hold nothing but zeros. One pass over the pages that begin like zeros."""
+    zero = np.zeros(len(block.pfns), dtype=np.bool_)
+    words = page_size // 8
+    for first, end in contiguous(block.offsets, page_size):
+        start = int(block.offsets[first])
+        pages = np.frombuffer(block.buffer, dtype="<u8", count=(end - first) * words, offset=start).reshape(-1, words)
+        likely = np.flatnonzero(~pages[:, :: words // _SAMPLES].any(axis=1))
+        zero[first + likely] = np.bitwise_or.reduce(pages[likely], axis=1) == 0
+    return zero
+
+
+def _stretches(offsets: NDArray[np.uint64], page_size: int) -> list[tuple[int, int]]:
+    """Return the byte ranges that pages at ``offsets`` cover, neighbours joined."""
+    if not len(offsets):
+        return []
+    return [(int(offsets[first]), int(offsets[end - 1]) + page_size) for first, end in contiguous(offsets, page_size)]
+
+
+def _replace_raw(
+    data: bytes,
+    packed: NDArray[np.int64],
+    raw: NDArray[np.bool_],
+    block: PageBlock,
+    offsets: NDArray[np.uint64],
+    page_size: int,
+) -> list[bytes | memoryview]:
+    """Return ``data`` with the pages that did not shrink replaced by their own bytes, straight from the source."""
+    view = memoryview(data)
+    ends = np.cumsum(packed)
+    pieces: list[bytes | memoryview] = []
+    changes = np.flatnonzero(np.diff(raw)) + 1
+    for first, end in pairwise([0, *map(int, changes), len(raw)]):
+        if raw[first]:
+            pieces += [block.buffer[low:high] for low, high in _stretches(offsets[first:end], page_size)]
+        else:
+            pieces.append(view[int(ends[first] - packed[first]) : int(ends[end - 1])])
+    return pieces

@@ -1,0 +1,196 @@
+"""A file being written: whole writes at offsets, syncs, and SHA-256 by blocks taken while the bytes go by.
+
+The file is new (O_EXCL), mode 0600 from its first byte, and no symbolic link is followed. A block of 64 MiB is hashed
+as its bytes are written when they come in order; one that was written out of order, or again, is read back once at the
+end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from capture.errors import TargetError
+
+HASH_BLOCK = 64 << 20
+FILE_MODE = 0o600
+_IOV_MAX = 1024
+_READ_BACK = 1 << 20
+
+
+class TargetFullError(TargetError):
+    """No room is left (ENOSPC, EDQUOT): what was written so far stays."""
+
+
+def target_error(path: Path | str, doing: str, error: OSError) -> TargetError:
+    """Return the TargetError that says what could not be done at ``path``, and what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return TargetFullError(f"{path}: no room left while {doing}; make room or choose another target")
+    remedy = {
+        errno.EROFS: "; mount it read-write",
+        errno.EACCES: "; check its permissions",
+        errno.ENOENT: "; create the directory first",
+        errno.EEXIST: "; remove it, or use --force",
+    }.get(error.errno or 0, "")
+    return TargetError(f"{path}: {doing} failed: {error.strerror}{remedy}")
+
+
+class OutputFile:
+    """A new file, written at offsets by one thread.
+
+    Raises:
+        TargetError: from every method, with the path and the reason; TargetFullError when there is no room.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._fd = os.open(path, flags, FILE_MODE)
+        except OSError as error:
+            raise target_error(path, "creating", error) from None
+        self.size = 0
+        self._hashes = _BlockHashes()
+
+    def write(self, pieces: Sequence[bytes | memoryview], offset: int) -> int:
+        """Write all ``pieces`` one after another at ``offset``; return how many bytes that were."""
+        start = offset
+        for piece in pieces:
+            self._hashes.feed(piece, offset)
+            offset += len(piece)
+        queue = list(pieces)
+        position = start
+        first = 0
+        try:
+            while first < len(queue):
+                written = os.pwritev(self._fd, queue[first : first + _IOV_MAX], position)
+                position += written
+                while first < len(queue) and written >= len(queue[first]):
+                    written -= len(queue[first])
+                    first += 1
+                if written:
+                    queue[first] = memoryview(queue[first])[written:]
+        except OSError as error:
+            raise target_error(self.path, f"writing at {position}", error) from None
+        self.size = max(self.size, offset)
+        return offset - start
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Take room on the disk for ``length`` bytes at ``offset``, which read as zeros until they are written."""
+        if not length:
+            return
+        try:
+            os.posix_fallocate(self._fd, offset, length)
+        except OSError as error:
+            raise target_error(self.path, f"reserving {length} bytes", error) from None
+        self.size = max(self.size, offset + length)
+
+    def truncate(self, length: int) -> None:
+        """Cut the file off at ``length`` bytes."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fd, length)
+            self.size = min(self.size, length)
+
+    def sync(self) -> None:
+        """Bring everything written so far to the disk (fdatasync)."""
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise target_error(self.path, "syncing", error) from None
+
+    def digests(self) -> list[str]:
+        """Return the SHA-256 of each 64 MiB block, hexadecimal; reads back what was not written in order."""
+        try:
+            return self._hashes.finish(self._fd, self.size)
+        except OSError as error:
+            raise target_error(self.path, "reading back for SHA-256", error) from None
+
+    def close(self) -> None:
+        """Close the file; call ``sync`` first where that matters."""
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
+
+
+class _BlockHashes:
+    """SHA-256 of each block of a file that is written at offsets."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, tuple[Any, int]] = {}  # block → (hash so far, bytes fed)
+        self._done: dict[int, str] = {}
+        self._dirty: set[int] = set()
+
+    def feed(self, data: bytes | memoryview, offset: int) -> None:
+        view = memoryview(data)
+        while len(view):
+            block, within = divmod(offset, HASH_BLOCK)
+            part = view[: HASH_BLOCK - within]
+            self._feed_block(block, within, part)
+            view = view[len(part) :]
+            offset += len(part)
+
+    def _feed_block(self, block: int, within: int, part: memoryview) -> None:
+        if block in self._dirty:
+            return
+        state, fed = self._open.get(block, (None, 0))
+        if fed != within or block in self._done:
+            self._open.pop(block, None)
+            self._done.pop(block, None)
+            self._dirty.add(block)
+            return
+        state = state or hashlib.sha256()
+        state.update(part)
+        fed += len(part)
+        if fed == HASH_BLOCK:
+            self._done[block] = state.hexdigest()
+            self._open.pop(block, None)
+        else:
+            self._open[block] = (state, fed)
+
+    def finish(self, fd: int, size: int) -> list[str]:
+        digests = []
+        for block in range(-(-size // HASH_BLOCK)):
+            expected = min(HASH_BLOCK, size - block * HASH_BLOCK)
+            state, fed = self._open.get(block, (None, 0))
+            if block in self._done:
+                digests.append(self._done[block])
+            elif state is not None and fed == expected:
+                digests.append(state.hexdigest())
+            else:
+                digests.append(_hash_block(fd, block * HASH_BLOCK, expected))
+        return digests
+
+
+def _hash_block(fd: int, offset: int, length: int) -> str:
+    state = hashlib.sha256()
+    while length > 0:
+        data = os.pread(fd, min(_READ_BACK, length), offset)
+        if not data:
+            break
+        state.update(data)
+        offset += len(data)
+        length -= len(data)
+    return state.hexdigest()
+
+
+def hash_file(path: Path) -> tuple[int, list[str]]:
+    """Return the size of a file and the SHA-256 of each 64 MiB block of it."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        return size, [_hash_block(file.fileno(), at, min(HASH_BLOCK, size - at)) for at in range(0, size, HASH_BLOCK)]
+
+
+def sync_directory(path: Path) -> None:
+    """Bring renames and new names in a directory to the disk."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise target_error(path, "syncing the directory", error) from None

@@ -1,0 +1,193 @@
+"""Writes a kdump-compressed dump: valid from the first second, finished at the last.
+
+Order on the disk, each synced before the next: header (marked incomplete), notes and bitmaps, with zeros for
+descriptors; then page data and, once it is on the disk, its descriptors, in steps; at the end the header without the
+mark. At any instant a reader finds a dump in which every page that has a descriptor is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capture.dumpfile import kdump
+from capture.dumpfile.output import OutputFile, TargetFullError
+from capture.notes.elfnote import Notes
+
+SYNC_BYTES = 64 << 20
+"""Page data between two syncs: also what may be dirty in memory."""
+SYNC_PAGES = 1 << 16
+"""Descriptors held back between two syncs (24 bytes each)."""
+_BITMAP_WINDOW = 1 << 19
+"""Pages of a bitmap that are put together at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class DumpPlan:
+    """What a dump says of itself, decided before its first page is read.
+
+    ``pages`` is how many there will be, ``max_mapnr`` the highest PFN plus one; ``utsname`` 390 bytes; ``crash_time``
+    seconds since 1970.
+    """
+
+    page_size: int
+    max_mapnr: int
+    pages: int
+    level: int
+    compression: int
+    utsname: bytes
+    crash_time: int
+    phys_base: int
+    cpus: int
+    notes: Notes
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPages:
+    """Consecutive kept pages ready to be written.
+
+    ``pieces`` joined are the data of the pages that are not zero pages, in order; ``sizes`` (bytes) and ``flags`` are
+    one a page, with size 0 for a zero page, which shares the one that the dump begins with.
+    """
+
+    sizes: NDArray[np.int64]
+    flags: NDArray[np.uint32]
+    pieces: Sequence[bytes | memoryview]
+
+
+class KdumpWriter:
+    """Writes one dump to ``output``; call ``begin``, ``append`` for all pages in PFN order, ``finish``.
+
+    Raises:
+        TargetError: from every method; what was written before stays readable after ``finish(complete=False)``.
+    """
+
+    def __init__(self, output: OutputFile, plan: DumpPlan) -> None:
+        self._output = output
+        self._plan = plan
+        self.layout = kdump.Layout(plan.page_size, len(plan.notes.blob), plan.max_mapnr, plan.pages)
+        self._zero_page = self.layout.data
+        self._position = self.layout.data
+        self._pending: list[NDArray[np.void]] = []
+        self._pending_pages = 0
+        self._unsynced = 0
+        self.pages_written = 0
+
+    def begin(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Write everything but page data and descriptors, and sync it. ``runs`` are the pages of the dump."""
+        self._write_header(incomplete=True)
+        self._write_notes()
+        self._write_bitmaps(runs)
+        self._output.reserve(self.layout.descriptor_table, self.layout.data - self.layout.descriptor_table)
+        if self._plan.level & 1:
+            self._position += self._output.write([bytes(self._plan.page_size)], self._zero_page)
+        self._output.sync()
+
+    def append(self, packed: PackedPages) -> None:
+        """Write the data of the next pages; their descriptors follow with the next sync."""
+        try:
+            written = self._output.write(packed.pieces, self._position)
+        except TargetFullError:
+            self._give_back()
+            raise
+        descriptors = np.zeros(len(packed.sizes), dtype=kdump.PAGE_DESCRIPTOR)
+        zero = packed.sizes == 0
+        descriptors["offset"] = self._position + np.cumsum(packed.sizes) - packed.sizes
+        descriptors["offset"][zero] = self._zero_page
+        descriptors["size"] = np.where(zero, self._plan.page_size, packed.sizes)
+        descriptors["flags"] = packed.flags
+        self._position += written
+        self._unsynced += written
+        self._pending.append(descriptors)
+        self._pending_pages += len(descriptors)
+        if self._unsynced >= SYNC_BYTES or self._pending_pages >= SYNC_PAGES:
+            self._checkpoint()
+
+    def finish(self, *, complete: bool) -> None:
+        """Write what is held back; when ``complete``, take the incomplete mark off as the very last write."""
+        self._checkpoint()
+        if complete:
+            self._output.sync()
+            self._write_header(incomplete=False)
+        self._output.sync()
+
+    def _give_back(self) -> None:
+        """On a full disk, drop the newest pages that have no descriptor yet: the manifest needs some room as well."""
+        if self._pending:
+            dropped = self._pending.pop()
+            self._pending_pages -= len(dropped)
+            own = dropped["offset"] != self._zero_page
+            self._position -= int(dropped["size"][own].sum())
+        self._output.truncate(self._position)
+
+    def _checkpoint(self) -> None:
+        """Sync page data, then write its descriptors: never a descriptor of bytes that may be lost."""
+        if self._unsynced:
+            self._output.sync()
+            self._unsynced = 0
+        if self._pending:
+            table = np.concatenate(self._pending)
+            start = self.layout.descriptor_table + self.pages_written * kdump.PAGE_DESCRIPTOR.itemsize
+            self._output.write([table.tobytes()], start)
+            self.pages_written += len(table)
+            self._pending, self._pending_pages = [], 0
+
+    def _write_header(self, *, incomplete: bool) -> None:
+        plan, layout = self._plan, self.layout
+        header = np.zeros((), dtype=kdump.DISK_DUMP_HEADER)
+        header["signature"] = kdump.SIGNATURE
+        header["header_version"] = kdump.HEADER_VERSION
+        header["utsname"] = np.void(plan.utsname)
+        header["tv_sec"] = plan.crash_time
+        header["status"] = plan.compression | (kdump.INCOMPLETE if incomplete else 0)
+        header["block_size"] = plan.page_size
+        header["sub_hdr_size"] = layout.sub_header_blocks
+        header["bitmap_blocks"] = 2 * layout.bitmap_bytes // plan.page_size
+        header["max_mapnr"] = min(plan.max_mapnr, 0xFFFF_FFFF)
+        header["nr_cpus"] = plan.cpus
+        self._output.write([header.tobytes().ljust(layout.sub_header, b"\0")], 0)
+
+    def _write_notes(self) -> None:
+        plan, layout = self._plan, self.layout
+        sub = np.zeros((), dtype=kdump.KDUMP_SUB_HEADER)
+        sub["phys_base"] = plan.phys_base % (1 << 64)
+        sub["dump_level"] = plan.level
+        sub["end_pfn"] = sub["end_pfn_64"] = sub["max_mapnr_64"] = plan.max_mapnr
+        vmcoreinfo = plan.notes.vmcoreinfo()
+        if vmcoreinfo is not None:
+            sub["offset_vmcoreinfo"] = layout.notes + vmcoreinfo.offset
+            sub["size_vmcoreinfo"] = len(vmcoreinfo.descriptor)
+        if plan.notes.blob:
+            sub["offset_note"] = layout.notes
+            sub["size_note"] = len(plan.notes.blob)
+        blocks = (sub.tobytes() + plan.notes.blob).ljust(layout.sub_header_blocks * plan.page_size, b"\0")
+        self._output.write([blocks], layout.sub_header)
+
+    def _write_bitmaps(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Write both bitmaps window by window. A window without a page stays a hole, which reads as zeros."""
+        start = -1
+        bits = np.zeros(_BITMAP_WINDOW, dtype=np.bool_)
+
+        def flush() -> None:
+            if start < 0:
+                return
+            room = self.layout.bitmap_bytes - start // 8
+            data = np.packbits(bits, bitorder="little").tobytes()[:room]
+            self._output.write([data], self.layout.bitmap1 + start // 8)
+            self._output.write([data], self.layout.bitmap2 + start // 8)
+            bits[:] = False
+
+        for run_first, pages in runs:
+            first, end = run_first, run_first + pages
+            while first < end:
+                window = first - first % _BITMAP_WINDOW
+                if window != start:
+                    flush()
+                    start = window
+                stop = min(end, window + _BITMAP_WINDOW)
+                bits[first - window : stop - window] = True
+                first = stop
+        flush()

@@ -1,0 +1,62 @@
+"""How far the job is: one progress bar on a terminal, a plain line every few seconds where there is none."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+LINE_INTERVAL = 5.0
+"""Seconds between two plain lines."""
+
+
+class Progress:
+    """Counts bytes of memory handled towards ``total``. Use as a context manager."""
+
+    def __init__(self, label: str, total: int, *, enabled: bool = True, file: TextIO | None = None) -> None:
+        self._file = file or sys.stderr
+        self._label = label
+        self._total = total
+        self._done = 0
+        self._enabled = enabled
+        self._started = self._printed = time.monotonic()
+        self._bar: tqdm[Any] | None = None
+        if enabled and self._file.isatty():
+            tqdm.monitor_interval = 0  # no watcher thread: the bar is moved at every chunk anyway
+            self._bar = tqdm(
+                total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, file=self._file, mininterval=0.5,
+                dynamic_ncols=True,
+            )  # fmt: skip
+
+    def advance(self, count: int) -> None:
+        """Count ``count`` more bytes."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif self._enabled and time.monotonic() - self._printed >= LINE_INTERVAL:
+            self._print_line()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
+    def _print_line(self) -> None:
+        self._printed = time.monotonic()
+        text = tqdm.format_meter(
+            self._done, self._total, self.seconds, ncols=79, prefix=self._label, ascii=True, unit="B", unit_scale=True,
+            unit_divisor=1024, bar_format="{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left",
+        )  # fmt: skip
+        print(text, file=self._file, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
