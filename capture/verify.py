@@ -1,0 +1,156 @@
+"""Read every page of a dump back: descriptors, checksums, and against its source byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile, ReadPages
+from capture.errors import IncompleteError
+from capture.memory.image import MemoryImage, contiguous
+from capture.progress import Progress
+
+MAX_NAMED = 20
+"""Bad pages that are named; the rest is counted."""
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What became of the pages of a dump.
+
+    ``damaged`` ones cannot be read back, ``unwritten`` ones have no data yet, ``different`` ones are not what the
+    source has, ``absent`` ones are only in the source, ``extra`` only in the dump. ``named`` are the first of them, a
+    line each.
+    """
+
+    pages: int = 0
+    damaged: int = 0
+    unwritten: int = 0
+    different: int = 0
+    absent: int = 0
+    extra: int = 0
+    incomplete: bool = False
+    compared: bool = False
+    named: list[str] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing at all is wrong, the mark included."""
+        return not (self.damaged or self.unwritten or self.different or self.absent or self.extra or self.incomplete)
+
+    @property
+    def exit_status(self) -> int:
+        """0: good; 3: every page is right but pages are missing and it says so (marked incomplete); 1: damaged."""
+        if self.good:
+            return 0
+        return IncompleteError.exit_status if self.incomplete and not (self.different or self.damaged) else 1
+
+    def values(self) -> dict[str, Any]:
+        """Return the report as values for JSON."""
+        return {**asdict(self), "good": self.good}
+
+    def text(self) -> str:
+        """Return one line, then a line for each page that is named."""
+        found = [
+            f"{count} {what}"
+            for count, what in (
+                (self.damaged, "cannot be read back"),
+                (self.unwritten, "were not written"),
+                (self.different, "differ from the source"),
+                (self.absent, "of the source are not in the dump"),
+                (self.extra, "are not in the source"),
+            )
+            if count
+        ]
+        how = "equal the source" if self.compared else "read back well"
+        state = "; marked incomplete" if self.incomplete else ""
+        summary = f"{self.pages} pages" + (f": {', '.join(found)}" if found else f" {how}") + state
+        return "\n".join([summary, *self.named])
+
+    def name(self, line: str) -> None:
+        """Keep a line about one page while there is room."""
+        if len(self.named) < MAX_NAMED:
+            self.named.append(line)
+
+
+def verify(dump: KdumpFile, image: MemoryImage | None, *, progress: bool) -> VerifyReport:
+    """Check every page of ``dump``; with ``image``, that it holds exactly the pages of it, byte for byte.
+
+    Raises:
+        SourceError: the dump's headers are damaged.
+    """
+    report = VerifyReport(incomplete=dump.incomplete, compared=image is not None)
+    total = (image.page_count if image else 0) * dump.page_size
+    source = _SourcePages(image) if image else None
+    with Progress("verifying", total or dump.size, enabled=progress) as meter:
+        for batch in dump.pages():
+            report.pages += len(batch.pfns)
+            for index, reason in batch.bad.items():
+                if reason == NOT_WRITTEN:
+                    report.unwritten += 1
+                else:
+                    report.damaged += 1
+                report.name(f"PFN {int(batch.pfns[index]):#x}: {reason}")
+            if source is not None:
+                source.compare(batch, report)
+            meter.advance(len(batch.pfns) * dump.page_size)
+    if source is not None:
+        source.rest(report)
+    return report
+
+
+class _SourcePages:
+    """The pages of the source, walked in step with those of the dump. Both are in PFN order."""
+
+    def __init__(self, image: MemoryImage) -> None:
+        self._image = image
+        self._chunks = self._read()
+        self._current: tuple[NDArray[np.int64], NDArray[np.uint8]] | None = next(self._chunks, None)
+
+    def _read(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+        size = self._image.page_size
+        for chunk in self._image.chunks():
+            block = self._image.fetch(chunk)
+            for first, end in contiguous(block.offsets, size):
+                start = int(block.offsets[first])
+                data = np.frombuffer(block.buffer, dtype=np.uint8, count=(end - first) * size, offset=start)
+                yield block.pfns[first:end], data.reshape(-1, size)
+
+    def compare(self, batch: ReadPages, report: VerifyReport) -> None:
+        """Hold one batch of the dump against the source."""
+        good = np.ones(len(batch.pfns), dtype=np.bool_)
+        good[list(batch.bad)] = False
+        seen = np.zeros(len(batch.pfns), dtype=np.bool_)
+        last = int(batch.pfns[-1])
+        while self._current is not None and int(self._current[0][0]) <= last:
+            pfns, data = self._current
+            here = pfns <= last
+            self._absent(np.setdiff1d(pfns[here], batch.pfns, assume_unique=True), report)
+            _, ours, theirs = np.intersect1d(pfns, batch.pfns, assume_unique=True, return_indices=True)
+            seen[theirs] = True
+            wrong = (data[ours] != batch.data[theirs]).any(axis=1) & good[theirs]
+            for pfn in batch.pfns[theirs[wrong]]:
+                report.different += 1
+                report.name(f"PFN {int(pfn):#x}: differs from {self._image.source.name}")
+            if not here.all():
+                self._current = (pfns[~here], data[~here])
+                break
+            self._current = next(self._chunks, None)
+        for pfn in batch.pfns[~seen]:
+            report.extra += 1
+            report.name(f"PFN {int(pfn):#x}: not in {self._image.source.name}")
+
+    def rest(self, report: VerifyReport) -> None:
+        """Count what the source has beyond the dump's last page."""
+        while self._current is not None:
+            self._absent(self._current[0], report)
+            self._current = next(self._chunks, None)
+
+    def _absent(self, pfns: NDArray[np.int64], report: VerifyReport) -> None:
+        for pfn in pfns[:MAX_NAMED]:
+            report.name(f"PFN {int(pfn):#x}: not in the dump")
+        report.absent += len(pfns)
