@@ -1,0 +1,60 @@
+"""The crash boot: what stage one of the image starts. Saves, then does what the kernel command line asks for.
+
+Exit status SHELL (64) means: the console belongs to a person now, and why has been said. Stage one takes anything else
+as an accident.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from capture.boot import actions, config
+from capture.boot.save import save_to_target
+from capture.console import Console
+from capture.errors import CaptureError
+
+SHELL = 64
+
+
+def main() -> int:
+    """Run the whole crash boot; returns only where the answer is a shell."""
+    console = Console()
+    boot = config.parse(Path("/proc/cmdline").read_text(errors="replace"))
+    for line in boot.problems:
+        console.say(line)
+    if not boot.crash_boot:
+        console.say("this kernel was not booted by a crash (no elfcorehdr= on its command line): nothing to save")
+        return SHELL
+    _shield_from_oom()
+    try:
+        saved = save_to_target(boot, console)
+        if saved.complete:
+            outcome, action = f"saved in {boot.target}{saved.directory}", boot.final
+        else:
+            outcome, action = f"saved in part: {'; '.join(saved.failures)}", boot.failure
+    except CaptureError as error:
+        outcome, action = f"not saved: {error}", boot.failure
+    except Exception as error:  # (whatever it is, a person or the failure action must get the machine)
+        outcome, action = f"not saved: internal error: {type(error).__name__}: {error}", boot.failure
+    again = "" if action == boot.final and outcome.startswith("saved in ") else "; to try again: vmcapture save"
+    console.say(f"{outcome}{again}")
+    if action != "shell":
+        console.say(action)
+    try:
+        actions.perform(action)
+    except CaptureError as error:
+        console.say(str(error))
+    return SHELL
+
+
+def _shield_from_oom() -> None:
+    """Let the OOM killer look elsewhere first: this process is why the kernel runs."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("-1000")
+    except OSError:
+        return
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""What the capture kernel's command line asks of us: ``vmcapture.KEY=VALUE`` words.
+
+| word | meaning | default |
+| --- | --- | --- |
+| ``vmcapture.target=`` | where to save: ``LABEL=``, ``UUID=`` or a device | none |
+| ``vmcapture.path=`` | directory on that file system | /var/crash |
+| ``vmcapture.final=`` | what to do once all is saved | reboot |
+| ``vmcapture.failure=`` | what to do when something failed | shell |
+| ``vmcapture.wait=`` | seconds to wait for the target to appear | 30 |
+| ``vmcapture.level=`` | dump level | 1 |
+| ``vmcapture.compress=`` | zstd[:N], zlib[:N] or none | zstd |
+
+A word that makes no sense is said on the console and replaced by its default: at this point nobody can mend it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from capture.dump import SUPPORTED_LEVELS
+from capture.dumpfile import codec as codecs
+from capture.errors import UsageError
+
+ACTIONS = ("reboot", "poweroff", "halt", "shell")
+_PREFIX = "vmcapture."
+MAX_WAIT = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class BootConfig:
+    """``crash_boot`` is whether this kernel was booted by a crash; ``problems`` are words that were not understood."""
+
+    crash_boot: bool = False
+    target: str | None = None
+    path: str = "/var/crash"
+    final: str = "reboot"
+    failure: str = "shell"
+    wait: int = 30
+    level: int = 1
+    compression: str = codecs.DEFAULT
+    problems: tuple[str, ...] = field(default=())
+
+
+def parse(command_line: str) -> BootConfig:
+    """Parse a kernel command line. Never raises; the last of two equal words counts."""
+    words: dict[str, str] = {}
+    crash_boot = False
+    problems: list[str] = []
+    for word in command_line.split():
+        key, separator, value = word.partition("=")
+        crash_boot |= key == "elfcorehdr"
+        if key.startswith(_PREFIX) and separator:
+            words[key.removeprefix(_PREFIX)] = value
+    default = BootConfig()
+
+    def action(key: str, fallback: str) -> str:
+        value = words.pop(key, fallback)
+        if value in ACTIONS:
+            return value
+        problems.append(f"vmcapture.{key}={value}: not one of {', '.join(ACTIONS)}; taking {fallback}")
+        return fallback
+
+    def number(key: str, fallback: int, allowed: range | tuple[int, ...]) -> int:
+        value = words.pop(key, str(fallback))
+        if value.isascii() and value.isdigit() and int(value[:9]) in allowed:
+            return int(value)
+        problems.append(f"vmcapture.{key}={value}: not possible; taking {fallback}")
+        return fallback
+
+    def compression() -> str:
+        value = words.pop("compress", default.compression)
+        try:
+            codecs.codec(value)
+        except UsageError as error:
+            problems.append(f"vmcapture.compress={value}: {error}; taking {default.compression}")
+            return default.compression
+        return value
+
+    target = words.pop("target", "")
+    path = words.pop("path", default.path)
+    if not path.startswith("/") or ".." in path.split("/"):
+        problems.append(f"vmcapture.path={path}: not an absolute path; taking {default.path}")
+        path = default.path
+    config = BootConfig(
+        crash_boot=crash_boot,
+        target=target or None,
+        path=path,
+        final=action("final", default.final),
+        failure=action("failure", default.failure),
+        wait=number("wait", default.wait, range(MAX_WAIT + 1)),
+        level=number("level", default.level, SUPPORTED_LEVELS),
+        compression=compression(),
+    )
+    problems += [f"vmcapture.{key}=: no such option, ignored" for key in words]
+    return replace(config, problems=tuple(problems))

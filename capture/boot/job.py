@@ -1,0 +1,273 @@
+"""The whole job: log, registers, dump, manifest — each step on its own, what is small and precious first.
+
+A step that fails is said, noted in the manifest, and the next one still runs. Each file is synced before the next one
+begins, and nothing is ever written over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from capture import __version__, report
+from capture.console import Console
+from capture.dump import DumpOptions, DumpReport, write_dump
+from capture.dumpfile.output import HASH_BLOCK, OutputFile, sync_directory, target_error
+from capture.errors import CaptureError, TargetError
+from capture.kernel.address import KernelMemory
+from capture.kernel.panic import Panic, PanicFinder, panicked_cpu
+from capture.kernel.utsname import read_utsname
+from capture.memory.source import OLDMEM, PROC_VMCORE
+from capture.vmcore import Vmcore
+
+DIRECTORY_MODE = 0o700
+MANIFEST_FORMAT = 1
+_WRITE_SIZE = 1 << 16
+_MAX_NAME_TRIES = 100
+_HOST_LIMIT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SavedFile:
+    """One finished file: size in bytes and SHA-256 of each 64 MiB block."""
+
+    name: str
+    size: int
+    digests: list[str]
+
+
+@dataclass(slots=True)
+class SaveReport:
+    """What a save has come to. ``failures`` are lines; ``dump`` is None when not even a part could be written."""
+
+    directory: Path
+    files: list[SavedFile] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    dump: DumpReport | None = None
+    panic: Panic = field(default_factory=Panic)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every step did all that can be done; the dump may still lack pages that nobody can read."""
+        return not self.failures
+
+
+def save(vmcore: Vmcore, parent: Path, options: DumpOptions, console: Console) -> SaveReport:
+    """Save ``vmcore`` into a new directory below ``parent``.
+
+    Raises:
+        TargetError: the directory cannot be made. What goes wrong after that is in the report.
+    """
+    job = _Job(vmcore, _make_directory(vmcore, parent), options, console)
+    return job.run()
+
+
+class _Job:
+    def __init__(self, vmcore: Vmcore, directory: Path, options: DumpOptions, console: Console) -> None:
+        self._vmcore = vmcore
+        self._options = options
+        self._console = console
+        self._report = SaveReport(directory)
+        self._crash_boot = vmcore.source.name == PROC_VMCORE or vmcore.source.name.startswith("/dev/")
+
+    def run(self) -> SaveReport:
+        self._console.say(f"saving to {self._report.directory}")
+        for line in self._vmcore.problems:
+            self._console.say(line)
+        self._step("vmcore-dmesg.txt", self._save_log)
+        self._step("registers.txt", self._save_registers_text)
+        self._step("registers.json", self._save_registers_json)
+        self._step("vmcore", self._save_dump)
+        self._step("capture-log.txt", self._save_capture_log)
+        self._step("manifest.json", self._save_manifest)
+        return self._report
+
+    def _step(self, name: str, action: Callable[[str], None]) -> None:
+        """Run one step; whatever it ends with, the next one runs. Only Ctrl-C outside the dump stops the job."""
+        started = time.monotonic()
+        try:
+            action(name)
+        except CaptureError as error:
+            self._fail(name, str(error))
+        except Exception as error:  # (a bug in one step must not cost the others)
+            self._fail(name, f"internal error: {type(error).__name__}: {error}")
+        self._report.seconds[name] = round(time.monotonic() - started, 3)
+
+    def _fail(self, name: str, reason: str) -> None:
+        self._report.failures.append(f"{name}: {reason}")
+        self._console.say(f"{name}: {reason}")
+
+    def _save_log(self, name: str) -> None:
+        log = report.open_log(self._vmcore)
+        finder = PanicFinder()
+        self._write(name, report.log_lines(iter(finder.watch(log.records()))))
+        self._report.panic = finder.panic
+        statistics = log.statistics
+        self._console.say(
+            f"{name}: {statistics.records} records" + (f", {finder.panic.line}" if finder.panic.line else "")
+        )
+        if statistics.undecodable or statistics.dataless:
+            lost = f"{statistics.undecodable} records could not be decoded, {statistics.dataless} had lost their text"
+            self._console.say(f"{name}: {lost}")
+
+    def _save_registers_text(self, name: str) -> None:
+        self._write(name, [report.registers_text(self._vmcore, self._report.panic).encode()])
+
+    def _save_registers_json(self, name: str) -> None:
+        values = report.registers_json(self._vmcore, self._report.panic)
+        self._write(name, [_json(values)])
+        self._console.say(f"registers: {len(values['cpus'])} CPUs")
+
+    def _save_dump(self, name: str) -> None:
+        path = self._report.directory / name
+        result = self._report.dump = write_dump(self._vmcore, path, self._options)
+        self._report.files.append(SavedFile(result.path.name, result.size, result.digests))
+        shortfall = result.shortfall()
+        rate = result.statistics.pages * self._vmcore.image.page_size / max(result.seconds, 1e-3) / (1 << 20)
+        self._console.say(
+            f"{result.path.name}: {result.statistics.pages} of {result.pages} pages, {result.size} bytes, "
+            f"{result.seconds:.1f} s, {rate:.0f} MiB/s" + (f"; not whole: {shortfall}" if shortfall else "")
+        )
+        if result.failure is not None:
+            self._report.failures.append(f"{name}: {result.failure}")
+
+    def _save_capture_log(self, name: str) -> None:
+        lines = [line.encode() + b"\n" for line in self._console.lines]
+        if self._crash_boot:
+            lines.append(b"\n--- messages of the capture kernel ---\n")
+            lines += kernel_messages()
+        self._write(name, lines)
+
+    def _save_manifest(self, name: str) -> None:
+        self._write(name, [_json(_manifest(self._vmcore, self._report))])
+
+    def _write(self, name: str, pieces: Iterable[bytes]) -> None:
+        """Write one small file whole and bring it, and its name, to the disk."""
+        output = OutputFile(self._report.directory / name)
+        position = 0
+        buffer = bytearray()
+        try:
+            for piece in pieces:
+                buffer += piece
+                if len(buffer) >= _WRITE_SIZE:
+                    position += output.write([bytes(buffer)], position)
+                    buffer.clear()
+            position += output.write([bytes(buffer)], position)
+            output.sync()
+            self._report.files.append(SavedFile(name, output.size, output.digests()))
+        finally:
+            output.close()
+        sync_directory(self._report.directory)
+
+
+def kernel_messages() -> list[bytes]:
+    """Return the running kernel's own log from /dev/kmsg, as ``[seconds.microseconds] text``; empty when refused."""
+    messages: list[bytes] = []
+    with contextlib.suppress(OSError):
+        fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            while True:
+                try:
+                    record = os.read(fd, 8192)
+                except BrokenPipeError:  # overwritten while we read: the next read goes on with what is left
+                    continue
+                head, _, text = record.partition(b";")
+                microseconds = int(head.split(b",")[2])
+                line = text.split(b"\n", 1)[0]
+                messages.append(b"[%5d.%06d] %s\n" % (*divmod(microseconds, 1_000_000), line))
+        except (BlockingIOError, IndexError, ValueError):
+            pass
+        finally:
+            os.close(fd)
+    return messages
+
+
+def exit_status(saved: SaveReport) -> int:
+    """0: everything; 3: something is missing or not whole."""
+    whole = saved.complete and saved.dump is not None and saved.dump.whole
+    return 0 if whole else 3
+
+
+def default_source() -> str:
+    """Return /proc/vmcore, or the raw hand-over on a crash boot whose kernel has no /proc/vmcore."""
+    if not Path(PROC_VMCORE).exists() and "elfcorehdr=" in Path("/proc/cmdline").read_text(errors="replace"):
+        return OLDMEM
+    return PROC_VMCORE
+
+
+def _make_directory(vmcore: Vmcore, parent: Path) -> Path:
+    """Make ``parent``/<host>-<time of the crash>, with a number behind when that exists already."""
+    names = read_utsname(KernelMemory(vmcore.image, vmcore.info, vmcore.core.machine), vmcore.info, vmcore.core.machine)
+    nodename = names.text("nodename").replace("(none)", "")  # the kernel's name for a host that was given none
+    host = re.sub(r"[^A-Za-z0-9._-]", "_", nodename).strip("._-")[:_HOST_LIMIT] or "localhost"
+    when = datetime.fromtimestamp(vmcore.info.crash_time or time.time(), UTC).strftime("%Y-%m-%d-%H:%M:%S")
+    try:
+        parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+        for number in range(_MAX_NAME_TRIES):
+            directory = parent / (f"{host}-{when}" + (f"-{number}" if number else ""))
+            with contextlib.suppress(FileExistsError):
+                directory.mkdir(mode=DIRECTORY_MODE)
+                sync_directory(parent)
+                return directory
+    except OSError as error:
+        raise target_error(parent, "making a directory for this crash", error) from None
+    raise TargetError(f"{parent}: this crash was saved {_MAX_NAME_TRIES} times already; remove some of them")
+
+
+def _manifest(vmcore: Vmcore, saved: SaveReport) -> dict[str, Any]:
+    cpus, _ = report.registers(vmcore)
+    description = report.describe(vmcore, saved.panic)
+    return {
+        "format": MANIFEST_FORMAT,
+        "written_by": f"vmcapture {__version__}",
+        "kernel": {
+            key: description[key] for key in ("release", "version", "machine", "host", "crash_time", "panic", "cpus")
+        },
+        "panicked_cpu": panicked_cpu(saved.panic, cpus),
+        "source": vmcore.source.name,
+        "complete": exit_status(saved) == 0,
+        "failures": saved.failures,
+        "problems": vmcore.problems,
+        "hash_block": HASH_BLOCK,
+        "files": {file.name: {"size": file.size, **_digest(file.digests)} for file in saved.files},
+        "dump": _dump_values(saved.dump) if saved.dump else None,
+        "seconds": saved.seconds,
+    }
+
+
+def _digest(digests: list[str]) -> dict[str, Any]:
+    """Return the plain SHA-256 of a file of one block, else those of its blocks."""
+    return {"sha256": digests[0]} if len(digests) == 1 else {"sha256_blocks": digests}
+
+
+def _dump_values(dump: DumpReport) -> dict[str, Any]:
+    statistics = dump.statistics
+    return {
+        "file": dump.path.name,
+        "whole": dump.whole,
+        "missing": dump.shortfall(),
+        "level": dump.level,
+        "compression": dump.compression,
+        "pages": dump.pages,
+        "pages_written": statistics.pages,
+        "zero_pages": statistics.zero_pages,
+        "raw_pages": statistics.raw_pages,
+        "data_bytes": statistics.data_bytes,
+        "source_bytes_missing": dump.missing_bytes,
+        "unreadable_pages": statistics.unreadable.count,
+        "unreadable_pfn_ranges": statistics.unreadable.ranges,
+        "seconds": round(dump.seconds, 3),
+    }
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, indent=1).encode() + b"\n"

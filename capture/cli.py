@@ -1,0 +1,279 @@
+"""Arguments in, one line and an exit status out; no logic."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from capture import __version__
+from capture.errors import CaptureError, UsageError
+
+Subparsers = Any  # argparse's own type for add_subparsers() is private
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+EPILOG = (
+    "exit status: 0 done; 1 failed; 2 usage; 3 saved but not whole; 4 not a usable vmcore; 5 target cannot be written"
+)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and exit with status 2."""
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None, extend: Callable[[Subparsers], None] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    ``extend`` adds further commands (the set-up side's, which this package does not know). A command is a sub-parser
+    whose defaults carry ``run``: a function from the parsed arguments to an exit status.
+    """
+    parser = OneLineParser(prog="vmcapture", description="Save what is left of a crashed Linux kernel.", epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"vmcapture {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_commands(subparsers)
+    if extend is not None:
+        extend(subparsers)
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except CaptureError as error:
+        return _failed(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return _failed("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has seen enough: `vmcapture dmesg | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _failed(f"{error.filename or 'system'}: {error.strerror}", EXIT_FAILED)
+    except MemoryError:
+        return _failed("out of memory; try --threads 1", EXIT_FAILED)
+    except Exception as error:
+        if getattr(args, "verbose", False):
+            raise
+        return _failed(
+            f"internal error: {type(error).__name__}: {error}; -v shows where, please report it", EXIT_FAILED
+        )
+    return status
+
+
+def add_commands(subparsers: Subparsers) -> None:
+    """Add the commands of the capture side."""
+    dump = command(subparsers, "dump", _dump, "write one dump, kdump-compressed")
+    _add_dump_options(dump, level=1)
+    dump.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    _add_source(dump, required=True)
+    dump.add_argument("out", metavar="OUT", type=Path, help="the dump to write")
+
+    dmesg = command(subparsers, "dmesg", _dmesg, "print the dead kernel's log", output=True)
+    dmesg.add_argument("--caller", action="store_true", help="show who printed each record: T<pid> or C<cpu>")
+    _add_source(dmesg)
+
+    _add_source(command(subparsers, "registers", _registers, "print every CPU's registers", output=True))
+    _add_source(command(subparsers, "info", _info, "describe a vmcore: kernel, panic, CPUs, memory", output=True))
+
+    verify = command(subparsers, "verify", _verify, "read every page of a dump back", output=True)
+    verify.add_argument("dump", metavar="DUMP", type=Path)
+    verify.add_argument("--against", metavar="SOURCE", help="compare every page with this vmcore, byte for byte")
+
+    save = command(subparsers, "save", _save, "the whole job, as on a crash boot: log, registers, dump, manifest")
+    _add_dump_options(save, level=None)
+    save.add_argument("--source", metavar="SOURCE", help="the vmcore to save (default: /proc/vmcore)")
+    save.add_argument(
+        "directory", metavar="DIR", nargs="?", type=Path,
+        help="save below this directory (default: what vmcapture.target= on the kernel command line names)",
+    )  # fmt: skip
+
+
+def command(
+    subparsers: Subparsers, name: str, run: Callable[[argparse.Namespace], int], what: str, *, output: bool = False
+) -> argparse.ArgumentParser:
+    """Add one command with the options that all commands share; ``output`` where it prints data (``--json``)."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(name, help=what, description=what, epilog=EPILOG)
+    parser.set_defaults(run=run)
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more; show where an internal error came from")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar or lines")
+    if output:
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def progress_wanted(args: argparse.Namespace) -> bool:
+    """Return whether the shared options leave the progress display on."""
+    return not (args.quiet or args.no_progress)
+
+
+def _add_source(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    parser.add_argument(
+        "source", metavar="SOURCE", nargs=None if required else "?", default="/proc/vmcore",
+        help="/proc/vmcore, an ELF core file, or oldmem: for old memory through elfcorehdr=",
+    )  # fmt: skip
+
+
+def _add_dump_options(parser: argparse.ArgumentParser, *, level: int | None) -> None:
+    parser.add_argument(
+        "-d",
+        "--level",
+        type=_level,
+        default=level,
+        metavar="LEVEL",
+        help="dump level: 0 every page, 1 zero pages share one (default)",
+    )
+    parser.add_argument("-c", "--compress", metavar="CODEC", help="zstd[:LEVEL] (default), zlib[:LEVEL] or none")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="compressing threads (default: one a CPU)")
+
+
+def _level(text: str) -> int:
+    if "," in text:
+        raise argparse.ArgumentTypeError(f"{text}: a list of levels is not supported yet; give one level")
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: a dump level is a number from 0 to 31")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"{text}: a number from 1 to 1024 is needed")
+    return int(text)
+
+
+def _failed(reason: str, status: int) -> int:
+    from capture.console import PREFIX, printable
+
+    print(PREFIX + printable(reason), file=sys.stderr)
+    return status
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+# What a command needs is imported when it runs: `vmcapture status` should not wait for NumPy.
+
+
+def _dump_options(args: argparse.Namespace, level: int, compression: str, *, replace: bool) -> Any:  # noqa: ANN401
+    from capture.dump import DumpOptions
+
+    return DumpOptions(
+        level=level if args.level is None else args.level,
+        compression=args.compress or compression,
+        threads=args.threads,
+        replace=replace,
+        progress=progress_wanted(args),
+    )
+
+
+def _dump(args: argparse.Namespace) -> int:
+    from capture.console import Console
+    from capture.dump import write_dump
+    from capture.dumpfile import codec
+    from capture.vmcore import open_vmcore
+
+    if str(args.out) == "-":
+        raise UsageError("OUT -: the flattened format is not supported yet; name a file")
+    console = Console(quiet=args.quiet)
+    options = _dump_options(args, args.level, codec.DEFAULT, replace=args.force)
+    with open_vmcore(args.source) as vmcore:
+        for line in vmcore.problems:
+            console.say(line)
+        report = write_dump(vmcore, args.out, options)
+    shortfall = report.shortfall()
+    summary = f"{report.path}: {report.statistics.pages} of {report.pages} pages, {report.size} bytes"
+    if shortfall is None:
+        console.say(summary)
+        return 0
+    return _failed(f"{summary}; not whole: {shortfall}; it is readable and marked incomplete", 3)
+
+
+def _dmesg(args: argparse.Namespace) -> int:
+    from capture import report
+    from capture.console import Console
+    from capture.vmcore import open_vmcore
+
+    with open_vmcore(args.source) as vmcore:
+        log = report.open_log(vmcore)
+        if args.json:
+            for record in log.records():
+                print(json.dumps(report.record_json(record)))
+        else:
+            for line in report.log_lines(log.records(), caller=args.caller):
+                sys.stdout.buffer.write(line)
+        sys.stdout.flush()
+    if log.statistics.undecodable:
+        Console(quiet=args.quiet).say(f"{log.statistics.undecodable} records could not be decoded and were left out")
+    return 0
+
+
+def _registers(args: argparse.Namespace) -> int:
+    from capture import report
+    from capture.vmcore import open_vmcore
+
+    with open_vmcore(args.source) as vmcore:
+        panic = report.find_panic(vmcore)
+        if args.json:
+            print(json.dumps(report.registers_json(vmcore, panic), indent=1))
+        else:
+            print(report.registers_text(vmcore, panic), end="")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from capture import report
+    from capture.vmcore import open_vmcore
+
+    with open_vmcore(args.source) as vmcore:
+        values = report.describe(vmcore, report.find_panic(vmcore))
+    if args.json:
+        print(json.dumps(values, indent=1))
+    else:
+        print(report.description_text(values), end="")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from capture.dumpfile.reader import KdumpFile
+    from capture.verify import verify
+    from capture.vmcore import open_vmcore
+
+    dump = KdumpFile(args.dump)
+    if args.against is None:
+        report = verify(dump, None, progress=progress_wanted(args))
+    else:
+        with open_vmcore(args.against) as vmcore:
+            report = verify(dump, vmcore.image, progress=progress_wanted(args))
+    print(json.dumps(report.values(), indent=1) if args.json else f"{args.dump}: {report.text()}")
+    return report.exit_status
+
+
+def _save(args: argparse.Namespace) -> int:
+    from capture.boot import config, job
+    from capture.boot.save import save_to_target
+    from capture.console import Console
+    from capture.vmcore import open_vmcore
+
+    console = Console(quiet=args.quiet)
+    boot = config.parse(Path("/proc/cmdline").read_text(errors="replace"))
+    options = _dump_options(args, boot.level, boot.compression, replace=False)
+    if args.directory is None:
+        saved = save_to_target(boot, console, options, args.source)
+    else:
+        with open_vmcore(args.source or job.default_source()) as vmcore:
+            saved = job.save(vmcore, args.directory, options, console)
+    status = job.exit_status(saved)
+    console.say(f"{'saved' if status == 0 else 'saved in part'}: {saved.directory}")
+    return status
