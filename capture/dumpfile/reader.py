@@ -26,6 +26,9 @@ NOT_WRITTEN = "not written"
 _WINDOW_BYTES = 1 << 16
 """Bytes of bitmap 2 looked at together."""
 _MAX_BLOCK = 1 << 16
+_READ_BYTES = 4 << 20
+"""Page data read together; the last page of a read may run over it."""
+_MAX_ZSTD_WINDOW = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,83 +118,112 @@ class KdumpFile:
             yield np.flatnonzero(bits).astype(np.int64) + start * 8
 
     def _read_batch(self, pfns: NDArray[np.int64], first: int) -> ReadPages:
-        size = self.page_size
+        """Decode the pages of descriptors ``first`` and following; data that several share is decoded once."""
         width = kdump.PAGE_DESCRIPTOR.itemsize
         raw_table = os.pread(self._fd, len(pfns) * width, self.descriptor_table + first * width)
         table = np.zeros(len(pfns), dtype=kdump.PAGE_DESCRIPTOR)
         there = np.frombuffer(raw_table[: len(raw_table) // width * width], dtype=kdump.PAGE_DESCRIPTOR)
         table[: len(there)] = there
-        data = np.zeros((len(pfns), size), dtype=np.uint8)
+        offset, size = table["offset"], table["size"].astype(np.int64)
+        inside = (offset > 0) & (size > 0) & (size <= 2 * self.page_size) & (offset <= self.size - size)
         bad: dict[int, str] = {}
-        zstd: list[tuple[int, bytes]] = []
-        contents = self._contents(table)
-        for index, (descriptor, content) in enumerate(zip(table, contents, strict=True)):
-            flags, length = int(descriptor["flags"]), int(descriptor["size"])
-            if not int(descriptor["offset"]):
-                bad[index] = NOT_WRITTEN
-            elif content is None:
-                bad[index] = f"descriptor points outside the file ({int(descriptor['offset']):#x}+{length})"
-            elif flags == kdump.COMPRESSED_ZSTD:
-                zstd.append((index, content))
-            elif flags == kdump.RAW and length == size:
-                data[index] = np.frombuffer(content, dtype=np.uint8)
-            elif flags == kdump.COMPRESSED_ZLIB:
-                _put_zlib(data, index, content, bad)
-            else:
-                bad[index] = f"flags {flags:#x}, {length} bytes: no codec for it here"
-        _put_zstd(data, zstd, bad)
+        for index in map(int, np.flatnonzero(~inside)):
+            where = f"descriptor points outside the file ({int(offset[index]):#x}+{int(size[index])})"
+            bad[index] = where if offset[index] else NOT_WRITTEN
+        data = np.zeros((len(pfns), self.page_size), dtype=np.uint8)
+        stored, which = np.unique(table[inside], return_inverse=True)  # sorted by offset
+        if len(stored):
+            decoded = np.zeros((len(stored), self.page_size), dtype=np.uint8)
+            failed: dict[int, str] = {}
+            for start, end in _windows(stored):
+                self._decode(stored[start:end], decoded[start:end], start, failed)
+            data[inside] = decoded[which]
+            if failed:
+                bad |= {
+                    int(index): failed[int(page)]
+                    for index, page in zip(np.flatnonzero(inside), which, strict=True)
+                    if int(page) in failed
+                }
         return ReadPages(pfns, data, bad)
 
-    def _contents(self, table: NDArray[np.void]) -> list[bytes | None]:
-        """Read what descriptors point at, in as few reads as the file's order allows; None where it is outside."""
-        contents: list[bytes | None] = []
-        cache_start, cache = 0, b""
-        for descriptor in table:
-            offset, length = int(descriptor["offset"]), int(descriptor["size"])
-            if not (offset > 0 and 0 < length <= 2 * self.page_size and offset + length <= self.size):
-                contents.append(None)
-                continue
-            if not cache_start <= offset <= offset + length <= cache_start + len(cache):
-                cache_start, cache = offset, os.pread(self._fd, BATCH_PAGES * self.page_size // 2, offset)
-            start = offset - cache_start
-            piece = cache[start : start + length]
-            contents.append(piece if len(piece) == length else None)
-        return contents
+    def _decode(self, stored: NDArray[np.void], pages: NDArray[np.uint8], number: int, failed: dict[int, str]) -> None:
+        """Read and decode neighbouring stored pages into ``pages``; ``number`` is the first one's in ``failed``."""
+        base = int(stored["offset"][0])
+        length = int((stored["offset"] + stored["size"]).max()) - base
+        window = os.pread(self._fd, length, base).ljust(length, b"\0")
+        offsets, sizes, flags = stored["offset"] - base, stored["size"], stored["flags"]
+        zstd = flags == kdump.COMPRESSED_ZSTD
+        raw = (flags == kdump.RAW) & (sizes == self.page_size)
+        _put_zstd(window, offsets, sizes, np.flatnonzero(zstd), pages, number, failed)
+        for index in map(int, np.flatnonzero(raw)):
+            pages[index] = np.frombuffer(window, dtype=np.uint8, count=self.page_size, offset=int(offsets[index]))
+        for index in map(int, np.flatnonzero(~zstd & ~raw)):
+            content = window[int(offsets[index]) : int(offsets[index]) + int(sizes[index])]
+            if int(flags[index]) == kdump.COMPRESSED_ZLIB:
+                reason = _put_zlib(content, pages[index])
+            else:
+                reason = f"flags {int(flags[index]):#x}, {len(content)} bytes: no codec for it here"
+            if reason is not None:
+                failed[number + index] = reason
 
 
-def _put_zlib(data: NDArray[np.uint8], index: int, content: bytes, bad: dict[int, str]) -> None:
-    size = data.shape[1]
+def _windows(stored: NDArray[np.void]) -> list[tuple[int, int]]:
+    """Cut stored pages (sorted by offset) into index ranges that one read of up to _READ_BYTES each covers."""
+    windows: list[tuple[int, int]] = []
+    start = 0
+    offsets = stored["offset"]
+    while start < len(stored):
+        end = int(np.searchsorted(offsets, int(offsets[start]) + _READ_BYTES))
+        windows.append((start, end))
+        start = end
+    return windows
+
+
+def _put_zlib(content: bytes, page: NDArray[np.uint8]) -> str | None:
+    """Decompress into ``page``; return why not, where that fails."""
     try:
         decompressor = zlib.decompressobj()
-        page = decompressor.decompress(content, size + 1)
+        found = decompressor.decompress(content, len(page) + 1)
     except zlib.error as error:
-        bad[index] = f"zlib: {error}"
-        return
-    if len(page) != size or not decompressor.eof:
-        bad[index] = f"zlib: {len(page)} bytes instead of {size}"
-    else:
-        data[index] = np.frombuffer(page, dtype=np.uint8)
+        return f"zlib: {error}"
+    if len(found) != len(page) or not decompressor.eof:
+        return f"zlib: {len(found)} bytes instead of {len(page)}"
+    page[:] = np.frombuffer(found, dtype=np.uint8)
+    return None
 
 
-def _put_zstd(data: NDArray[np.uint8], frames: list[tuple[int, bytes]], bad: dict[int, str]) -> None:
-    """Decompress a batch in one call; when a frame of it is damaged, one by one, to name the page."""
-    if not frames:
+def _put_zstd(
+    window: bytes,
+    offsets: NDArray[np.int64],
+    sizes: NDArray[np.uint32],
+    frames: NDArray[np.intp],
+    pages: NDArray[np.uint8],
+    number: int,
+    failed: dict[int, str],
+) -> None:
+    """Decompress all ``frames`` of a window in one call; where one of them is damaged, one by one, to name it."""
+    if not len(frames):
         return
-    size = data.shape[1]
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 20)
-    sizes = np.full(len(frames), size, dtype="<u8").tobytes()
+    page_size = pages.shape[1]
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW)
+    segments = np.empty((len(frames), 2), dtype="<u8")
+    segments[:, 0], segments[:, 1] = offsets[frames], sizes[frames]
+    lengths = np.full(len(frames), page_size, dtype="<u8").tobytes()
     try:
-        pages: Any = decompressor.multi_decompress_to_buffer([frame for _, frame in frames], decompressed_sizes=sizes)
-        for (index, _), page in zip(frames, pages, strict=True):
-            data[index] = np.frombuffer(page, dtype=np.uint8)
+        # The collection yields buffers by the sequence protocol, which its type stub does not say.
+        found: Any = decompressor.multi_decompress_to_buffer(
+            zstandard.BufferWithSegments(window, segments.tobytes()), decompressed_sizes=lengths
+        )
+        pages[frames] = np.frombuffer(b"".join(found), dtype=np.uint8).reshape(len(frames), page_size)
     except (zstandard.ZstdError, ValueError):
-        for index, frame in frames:
+        for index in map(int, frames):
+            frame = window[int(offsets[index]) : int(offsets[index]) + int(sizes[index])]
             try:
-                page = decompressor.decompress(frame, max_output_size=size, allow_extra_data=False)
+                page = decompressor.decompress(frame, max_output_size=page_size, allow_extra_data=False)
             except (zstandard.ZstdError, ValueError) as error:
-                bad[index] = f"zstd: {error}"
+                failed[number + index] = f"zstd: {error}"
                 continue
-            if len(page) != size:
-                bad[index] = f"zstd: {len(page)} bytes instead of {size}"
+            if len(page) == page_size:
+                pages[index] = np.frombuffer(page, dtype=np.uint8)
             else:
-                data[index] = np.frombuffer(page, dtype=np.uint8)
+                failed[number + index] = f"zstd: {len(page)} bytes instead of {page_size}"
