@@ -1,0 +1,158 @@
+"""The set-up side's commands: arguments in, a line and an exit status out; no logic."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import capture.cli
+from capture.cli import Subparsers
+from initramfs import devices, kexec
+from initramfs.devices import Needed
+from initramfs.errors import KexecError
+from initramfs.image import ImageRequest, build_image
+from initramfs.kexec import CrashKernel
+
+CRASH_DIRECTORY = Path("/var/crash")
+NOT_ARMED = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command, the set-up side's included, and return its exit status."""
+    return capture.cli.main(argv, extend=add_commands)
+
+
+def add_commands(subparsers: Subparsers) -> None:
+    """Add ``initramfs``, ``load``, ``unload`` and ``status``."""
+    _add_initramfs(subparsers)
+    _add_load(subparsers)
+    unload = subparsers.add_parser("unload", help="disarm the machine")
+    unload.set_defaults(run=run_unload)
+    status = subparsers.add_parser("status", help="is the machine armed, with what; exit status 0 when it is")
+    status.add_argument("--json", action="store_true", help="as JSON")
+    status.set_defaults(run=run_status)
+
+
+def _add_initramfs(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("initramfs", help="build the capture image")
+    add = parser.add_argument
+    add("-o", "--output", type=Path, metavar="IMAGE", help="default: /var/lib/vmcapture/initramfs-RELEASE.img")
+    add("--kernel", default=os.uname().release, metavar="RELEASE", help="kernel release, default: the running one")
+    add("--modules-dir", type=Path, metavar="DIR", help="its modules, default: /lib/modules/RELEASE")
+    add(
+        "--module",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a kernel module that the target needs (repeatable); default: what the target uses now",
+    )
+    add("--target", metavar="DEV|UUID=|LABEL=", help="the disk for the dump, default: the one that holds /var/crash")
+    add("--no-squashfs", action="store_true", help="a plain tree, for kernels without squashfs: needs more memory")
+    add(
+        "--bin",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="a further program, with its shared objects (repeatable)",
+    )
+    parser.set_defaults(run=run_initramfs)
+
+
+def _add_load(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("load", help="arm the machine: load the capture kernel")
+    add = parser.add_argument
+    release = os.uname().release
+    add("--kernel-image", type=Path, default=Path(f"/boot/vmlinuz-{release}"), metavar="VMLINUZ")
+    add("--image", type=Path, default=default_image(release), metavar="IMG")
+    add("--target", metavar="DEV|UUID=|LABEL=", help="the disk for the dump, default: the one that holds /var/crash")
+    add("--path", metavar="DIR", help="directory on the target, default: /var/crash")
+    add("--final", choices=kexec.FINALS, default="reboot", help="what follows a save (default: %(default)s)")
+    add("--failure", choices=kexec.FINALS, default="shell", help="what follows a failure (default: %(default)s)")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--syscall", choices=kexec.SYSCALLS, default="auto", help="auto: the first one that works")
+    way.add_argument("-s", dest="syscall", action="store_const", const="file", help="kexec_file_load")
+    way.add_argument("-c", dest="syscall", action="store_const", const="load", help="kexec_load")
+    add("--cpus", type=int, default=1, metavar="N", help="CPUs in the capture kernel (default: %(default)s)")
+    add("--append", default="", metavar="STR", help="more for the capture kernel's command line")
+    add("--command-line", metavar="STR", help="the capture kernel's whole command line")
+    parser.set_defaults(run=run_load)
+
+
+def default_image(release: str) -> Path:
+    """Return where the image of a kernel is kept."""
+    return Path(f"/var/lib/vmcapture/initramfs-{release}.img")
+
+
+def run_initramfs(args: argparse.Namespace) -> int:
+    """Build the image."""
+    needed = Needed((), ())
+    if args.target:
+        needed = devices.modules_for_target(args.target)
+    elif not args.module:
+        needed = devices.modules_for_mount(devices.mount_of(CRASH_DIRECTORY))
+    report = build_image(
+        ImageRequest(
+            output=args.output or default_image(args.kernel),
+            kernel_release=args.kernel,
+            modules_dir=args.modules_dir or Path("/lib/modules") / args.kernel,
+            modules=(*needed.loaded, *args.module),
+            optional_modules=needed.built_in,
+            binaries=tuple(args.bin),
+            squashfs=False if args.no_squashfs else None,
+        )
+    )
+    kind = "squashfs" if report.squashfs else "plain"
+    print(
+        f"{report.path}: {report.size / (1 << 20):.1f} MiB ({kind}), for {report.kernel_release}; "
+        f"modules: {' '.join(report.modules) or 'none'}"
+    )
+    return 0
+
+
+def run_load(args: argparse.Namespace) -> int:
+    """Arm the machine."""
+    target, path = args.target, args.path
+    if args.command_line is None and target is None:
+        mount = devices.mount_of(CRASH_DIRECTORY)
+        uuid = devices.uuid_of(mount.device)
+        if uuid is None:
+            raise KexecError(f"{mount.point} is on {mount.device}, which has no UUID: name the disk with --target")
+        target = f"UUID={uuid}"
+        path = path or devices.path_on_device(CRASH_DIRECTORY, mount)
+    line = args.command_line
+    if line is None:
+        line = kexec.capture_command_line(
+            kexec.RUNNING_COMMAND_LINE.read_text(encoding="utf-8"),
+            target,
+            path or str(CRASH_DIRECTORY),
+            args.final,
+            args.failure,
+            args.append,
+            cpus=args.cpus,
+            boot_cpu=kexec.boot_cpu_apic_id(),
+        )
+    loaded = kexec.load(CrashKernel(args.kernel_image, args.image, line, args.syscall))
+    print(f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}")
+    return 0
+
+
+def run_unload(_args: argparse.Namespace) -> int:
+    """Disarm the machine."""
+    kexec.unload()
+    print("not armed any more")
+    return 0
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Tell whether the machine is armed."""
+    state = kexec.status()
+    if args.json:
+        print(json.dumps(asdict(state), indent=2))
+    else:
+        print("\n".join(kexec.describe(state)))
+    return 0 if state.armed else NOT_ARMED

@@ -1,0 +1,21 @@
+"""What can go wrong while the machine is set up; each is one line for the administrator: what, where, what to do."""
+
+from __future__ import annotations
+
+from capture.errors import CaptureError
+
+
+class ImageError(CaptureError):
+    """The image cannot be built."""
+
+
+class ModuleNotThereError(ImageError):
+    """A kernel module that the image needs is neither a file of the module tree nor built in."""
+
+
+class ToolError(CaptureError):
+    """A program that we need is missing, or failed."""
+
+
+class KexecError(CaptureError):
+    """The machine cannot be armed."""

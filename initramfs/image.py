@@ -1,0 +1,193 @@
+"""Builds the capture image: an initramfs whose stage one mounts a squashfs with the interpreter, us and busybox."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from initramfs import cpio, runtime, tools
+from initramfs.errors import ImageError, ToolError
+from initramfs.modules import LoadPlan, ModuleTree, read_module, read_tree
+from initramfs.tree import Device, Directory, File, Symlink, Tree, host_file
+
+SQUASHFS_MODULES = ("loop", "squashfs")
+MODULES = "/modules"
+LOAD_ORDER = f"{MODULES}/order"
+ROOT_IMAGE = "/root.squashfs"
+NEW_ROOT = "/newroot"
+MOUNT_POINTS = ("/proc", "/sys", "/dev", "/run", "/tmp", "/mnt", "/root", "/var/crash")
+SQUASHFS_LEVEL = 15  # 19 takes three times as long for 1 % of the size
+GZIP_LEVEL = 9
+# Documentation/admin-guide/devices.txt
+CONSOLE = Device(5, 1)
+NULL = Device(1, 3, mode=0o666)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """What to build."""
+
+    output: Path
+    kernel_release: str
+    modules_dir: Path  # …/lib/modules/<release>
+    modules: tuple[str, ...]  # wanted besides squashfs and loop
+    optional_modules: tuple[str, ...] = ()  # taken where this kernel has them
+    python_roots: tuple[str, ...] = ("capture",)
+    launcher_module: str = "capture"  # what /usr/bin/vmcapture runs
+    binaries: tuple[Path, ...] = ()  # extra executables, with their shared objects
+    files: tuple[tuple[str, Path], ...] = ()  # (path in the image, host file)
+    squashfs: bool | None = None  # None: where mksquashfs and the kernel's squashfs and loop exist
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReport:
+    """What was built."""
+
+    path: Path
+    size: int
+    squashfs: bool
+    kernel_release: str
+    modules: tuple[str, ...]  # in load order
+    missing_modules: tuple[str, ...]  # optional ones that this kernel does not have
+    runtime_size: int  # bytes of the runtime tree, unpacked
+
+
+def build_image(request: ImageRequest) -> ImageReport:
+    """Build the image; the output appears whole or not at all."""
+    kernel = read_tree(request.modules_dir)
+    squashfs = _wants_squashfs(request.squashfs, kernel)
+    wanted = (*(SQUASHFS_MODULES if squashfs else ()), *request.modules)
+    plan = kernel.plan(wanted, request.optional_modules)
+    busybox = _busybox()
+    try:
+        with tempfile.TemporaryDirectory(prefix="vmcapture-") as name:
+            scratch = Path(name)
+            root = _runtime_tree(request, busybox, scratch)
+            if squashfs:
+                stage_one = Tree()
+                stage_one.add(ROOT_IMAGE, File(_make_squashfs(root, scratch)))
+            else:
+                stage_one = root
+            _add_stage_one(stage_one, busybox, plan)
+            size = _write(stage_one, request.output, compress=not squashfs)
+            return ImageReport(
+                path=request.output,
+                size=size,
+                squashfs=squashfs,
+                kernel_release=request.kernel_release,
+                modules=tuple(module.name for module in plan.modules),
+                missing_modules=plan.missing,
+                runtime_size=root.size(),
+            )
+    except OSError as error:
+        raise ImageError(f"{error.filename or request.output}: {error.strerror}") from error
+
+
+def _wants_squashfs(choice: bool | None, kernel: ModuleTree) -> bool:
+    lacking = [name for name in SQUASHFS_MODULES if not kernel.has(name)]
+    if choice is None:
+        return not lacking and tools.find("mksquashfs") is not None
+    if choice and lacking:
+        raise ImageError(f"{kernel.directory}: this kernel has no {' and no '.join(lacking)}; use --no-squashfs")
+    return choice
+
+
+def _busybox() -> Path:
+    found = tools.find("busybox")
+    if found is None:
+        raise ToolError("busybox was not found: install busybox-static")
+    if runtime.program_loader(found) is not None:
+        raise ToolError(f"{found} is linked to shared objects, stage one needs a static one: install busybox-static")
+    return found.resolve()
+
+
+def _runtime_tree(request: ImageRequest, busybox: Path, scratch: Path) -> Tree:
+    """Lay out the system that the job runs in; the extra files win over ours, real programs over busybox's."""
+    tree = Tree()
+    for name in ("bin", "sbin", "lib", "lib64"):
+        tree.add(f"/usr/{name}", Directory())
+        tree.add(f"/{name}", Symlink(f"usr/{name}"))
+    for point in MOUNT_POINTS:
+        tree.add(point, Directory())
+    for path, host in request.files:
+        tree.add(path, host_file(host))
+    runtime.lay_out(runtime.trace(request.python_roots), tree, request.launcher_module, scratch)
+    for binary in request.binaries:
+        runtime.add_executable(tree, binary)
+    tree.add("/bin/busybox", File(busybox, 0o755))
+    for applet in set(tools.run([busybox, "--list-full"]).split()) - {"linuxrc"}:
+        tree.add(f"/{applet}", Symlink("/bin/busybox"))
+    return tree
+
+
+def _make_squashfs(tree: Tree, scratch: Path) -> Path:
+    mksquashfs = tools.require("mksquashfs", "squashfs-tools")
+    directory, image = scratch / "root", scratch / "root.squashfs"
+    directory.mkdir()
+    tree.write(directory)
+    # Its own wish for a time stamp clashes with the options that set one.
+    environment = {name: value for name, value in os.environ.items() if name != "SOURCE_DATE_EPOCH"}
+    tools.run(
+        [
+            mksquashfs,
+            directory,
+            image,
+            "-comp",
+            "zstd",
+            "-Xcompression-level",
+            str(SQUASHFS_LEVEL),
+            "-all-root",
+            "-root-mode",
+            "755",
+            "-mkfs-time",
+            "0",
+            "-all-time",
+            "0",
+            "-no-xattrs",
+            "-no-progress",
+            "-quiet",
+        ],
+        environment=environment,
+    )
+    return image
+
+
+def _add_stage_one(tree: Tree, busybox: Path, plan: LoadPlan) -> None:
+    tree.add("/init", File(Path(__file__).with_name("init"), 0o755))
+    tree.add("/bin/busybox", File(busybox, 0o755))
+    for directory in ("/proc", "/sys", "/dev", NEW_ROOT):
+        tree.add(directory, Directory())
+    tree.add("/dev/console", CONSOLE)
+    tree.add("/dev/null", NULL)
+    names = [f"{module.name}.ko" for module in plan.modules]
+    for name, module in zip(names, plan.modules, strict=True):
+        tree.add(f"{MODULES}/{name}", File(read_module(module.path)))
+    tree.add(LOAD_ORDER, File(_text(names)))
+
+
+def _text(lines: Sequence[str]) -> bytes:
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _write(tree: Tree, output: Path, *, compress: bool) -> int:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            if compress:
+                with gzip.GzipFile(filename="", mode="wb", compresslevel=GZIP_LEVEL, fileobj=file, mtime=0) as packed:
+                    cpio.write(tree, packed)
+            else:
+                cpio.write(tree, file)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        Path(name).replace(output)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return size

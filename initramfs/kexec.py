@@ -1,0 +1,339 @@
+"""Arms the machine: ``kexec -p`` with the right kernel, image and command line; and tells whether it is armed.
+
+What the capture kernel must and must not inherit from the running kernel's command line is the table below; sources:
+Documentation/admin-guide/kdump/kdump.rst and Documentation/admin-guide/kernel-parameters.txt (Linux 6.12).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from capture.errors import UsageError
+from initramfs import tools
+from initramfs.errors import KexecError, ToolError
+
+CRASH_SIZE = Path("/sys/kernel/kexec_crash_size")
+CRASH_LOADED = Path("/sys/kernel/kexec_crash_loaded")
+RUNNING_COMMAND_LINE = Path("/proc/cmdline")
+CPUINFO = Path("/proc/cpuinfo")
+RECORD = Path("/run/vmcapture/loaded.json")
+
+MAX_COMMAND_LINE = 2047  # COMMAND_LINE_SIZE of x86 without its final NUL (arch/x86/include/asm/setup.h)
+KEXEC_ADDS = 96  # " elfcorehdr=0x…" and, on EFI without runtime services, " acpi_rsdp=0x…"
+PANIC_SECONDS = 10
+
+FINALS = ("poweroff", "reboot", "halt", "shell")
+SYSCALLS = ("file", "load", "auto")
+
+DROPPED = frozenset(
+    {
+        # The boot loader's notes to itself, and the way into the running system's root.
+        "BOOT_IMAGE",
+        "initrd",
+        "root",
+        "rootfstype",
+        "rootflags",
+        "rootdelay",
+        "rootwait",
+        "ro",
+        "rw",
+        "init",
+        "rdinit",
+        "resume",
+        "resume_offset",
+        "noresume",
+        "hibernate",
+        "luks",
+        "cryptdevice",
+        "splash",
+        "ip",
+        # This crash's reservation and the capture kernel's own parameters, which we set anew.
+        "crashkernel",
+        "elfcorehdr",
+        "memmap",
+        "panic",
+        "panic_on_oops",
+        "oops",
+        "softlockup_panic",
+        "hung_task_panic",
+        "nr_cpus",
+        "maxcpus",
+        "possible_cpus",
+        "disable_cpu_apicid",
+        "irqpoll",
+        "reset_devices",
+        "novmcoredd",
+        "iomem",
+        "numa",
+        "mce",
+        "cgroup_disable",
+        # Memory that is set aside or limited: there is little enough.
+        "mem",
+        "hugepages",
+        "hugepagesz",
+        "default_hugepagesz",
+        "hugetlb_cma",
+        "cma",
+        "movablecore",
+        "kernelcore",
+        "swiotlb_size",
+        "log_buf_len",
+        "trace_buf_size",
+        "ftrace_dump_on_oops",
+        "page_owner",
+        "slub_debug",
+        "kfence.pool",
+        # CPUs that will not be there.
+        "isolcpus",
+        "nohz_full",
+        "nohz",
+        "rcu_nocbs",
+        "irqaffinity",
+        "kthread_cpus",
+        # Messages must be seen.
+        "quiet",
+        "loglevel",
+    }
+)
+DROPPED_PREFIXES = ("vmcapture.", "systemd.", "rd.", "bootconfig", "cloud-init", "memory_hotplug.")
+
+ADDED = (
+    "irqpoll",
+    "reset_devices",
+    "cgroup_disable=memory",
+    "mce=off",
+    "numa=off",
+    "novmcoredd",
+    "iomem=relaxed",
+    f"panic={PANIC_SECONDS}",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CrashKernel:
+    """What to load."""
+
+    kernel: Path
+    image: Path
+    command_line: str
+    syscall: str = "auto"  # kexec_file_load, kexec_load, or the first of them that works
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What our last ``load`` put in place."""
+
+    kernel: str
+    image: str
+    command_line: str
+    syscall: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Whether this machine would capture a crash now."""
+
+    armed: bool
+    reservation: int
+    loaded: Loaded | None  # None: nothing is loaded, or not by us
+
+
+def capture_command_line(
+    base: str,
+    target: str,
+    path: str,
+    final: str,
+    failure: str,
+    extra: str = "",
+    *,
+    cpus: int = 1,
+    boot_cpu: int | None = None,
+) -> str:
+    """Return the capture kernel's command line, made from the running kernel's.
+
+    ``boot_cpu`` is the APIC id of the CPU that the firmware started: with more than one CPU the capture kernel must not
+    wake it up, because an INIT would reset the machine (kernel-parameters.txt, disable_cpu_apicid).
+    """
+    kept = [word for word in _words(base) if not _is_dropped(word)]
+    added = [*ADDED, f"nr_cpus={cpus}"]
+    if cpus > 1 and boot_cpu is not None:
+        added.append(f"disable_cpu_apicid={boot_cpu}")
+    ours = {"target": target, "path": path, "final": final, "failure": failure}
+    for key, value in ours.items():
+        if re.search(r"[\s\"]", value):
+            raise UsageError(f"vmcapture.{key}={value!r}: blanks and quotes do not survive a kernel command line")
+    added.extend(f"vmcapture.{key}={value}" for key, value in ours.items() if value)
+    line = " ".join((*kept, *added, *extra.split()))
+    check_length(line)
+    return line
+
+
+def check_length(line: str) -> None:
+    """Refuse a command line that the capture kernel would cut off."""
+    room = MAX_COMMAND_LINE - KEXEC_ADDS
+    if len(line.encode()) > room:
+        raise UsageError(
+            f"the capture kernel's command line has {len(line.encode())} characters, {room} fit: "
+            "give a shorter one with --command-line"
+        )
+
+
+def _words(line: str) -> Iterator[str]:
+    """Yield the kernel's parameters: blanks inside double quotes are part of one; what follows -- is for init."""
+    for match in re.finditer(r'(?:"[^"]*"?|[^\s"])+', line):
+        if match.group() == "--":
+            return
+        yield match.group()
+
+
+def _is_dropped(word: str) -> bool:
+    key = word.strip('"').partition("=")[0]
+    return key in DROPPED or key.startswith(DROPPED_PREFIXES)
+
+
+def boot_cpu_apic_id(cpuinfo: Path = CPUINFO) -> int | None:
+    """Return the APIC id of the first CPU, which the firmware started; None where there is no such thing."""
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    found = re.search(r"^initial apicid\s*:\s*(\d+)", text, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def load(request: CrashKernel) -> Loaded:
+    """Load the capture kernel into the reserved memory, or say in one line why not and what to do."""
+    kexec = _ready(request)
+    flags = {"file": ("-s",), "load": ("-c",), "auto": ("-s", "-c")}[request.syscall]
+    errors = []
+    for flag in flags:
+        words: list[str | Path] = [
+            kexec,
+            "-p",
+            flag,
+            request.kernel,
+            f"--initrd={request.image}",
+            f"--command-line={request.command_line}",
+        ]
+        try:
+            tools.run(words)
+        except ToolError as error:
+            errors.append(f"kexec -p {flag}: {error}")
+            continue
+        loaded = Loaded(
+            kernel=str(request.kernel),
+            image=str(request.image),
+            command_line=request.command_line,
+            syscall="file" if flag == "-s" else "load",
+        )
+        RECORD.parent.mkdir(parents=True, exist_ok=True)
+        RECORD.write_text(json.dumps(asdict(loaded), indent=2) + "\n", encoding="utf-8")
+        return loaded
+    raise KexecError("; ".join(errors))
+
+
+def unload() -> None:
+    """Disarm the machine."""
+    _require_root()
+    tools.run([_kexec(), "-p", "-u"])
+    RECORD.unlink(missing_ok=True)
+
+
+def status() -> Status:
+    """Return whether the machine is armed, and with what."""
+    armed = _read_number(CRASH_LOADED) == 1
+    return Status(armed=armed, reservation=_read_number(CRASH_SIZE), loaded=_read_record() if armed else None)
+
+
+def describe(state: Status) -> Sequence[str]:
+    """Return the status as lines for a person."""
+    reserved = f"{state.reservation >> 20} MiB reserved for the capture kernel"
+    if not state.reservation:
+        return (f"not armed: {_no_reservation()}",)
+    if not state.armed:
+        return (f"not armed: no capture kernel is loaded; run vmcapture load ({reserved})",)
+    if state.loaded is None:
+        return (f"armed, but not by vmcapture ({reserved})",)
+    loaded = state.loaded
+    return (
+        f"armed ({reserved})",
+        f"kernel        {loaded.kernel}",
+        f"image         {loaded.image}",
+        f"command line  {loaded.command_line}",
+        f"system call   kexec_{_syscall_name(loaded.syscall)}",
+    )
+
+
+def command(request: CrashKernel) -> str:
+    """Return the kexec command as one would type it (``auto`` starts with -s)."""
+    flag = "-c" if request.syscall == "load" else "-s"
+    return shlex.join(
+        [
+            "kexec",
+            "-p",
+            flag,
+            str(request.kernel),
+            f"--initrd={request.image}",
+            f"--command-line={request.command_line}",
+        ]
+    )
+
+
+def _ready(request: CrashKernel) -> Path:
+    """Refuse what cannot work before kexec does so in more words."""
+    _require_root()
+    kexec = _kexec()
+    if not request.kernel.is_file():
+        raise KexecError(f"{request.kernel}: no such kernel; name one with --kernel-image")
+    if not request.image.is_file():
+        raise KexecError(f"{request.image}: no such image; build it with vmcapture initramfs -o {request.image}")
+    reservation = _read_number(CRASH_SIZE)
+    if not reservation:
+        raise KexecError(_no_reservation())
+    needed = request.kernel.stat().st_size + request.image.stat().st_size
+    if needed > reservation:
+        raise KexecError(
+            f"{request.image} and its kernel take {needed >> 20} MiB, crashkernel= reserves "
+            f"{reservation >> 20} MiB: reserve more and reboot"
+        )
+    check_length(request.command_line)
+    return kexec
+
+
+def _no_reservation() -> str:
+    return (
+        "no memory is reserved for a capture kernel: add crashkernel=256M to the kernel command line "
+        "(GRUB_CMDLINE_LINUX in /etc/default/grub, then update-grub) and reboot"
+    )
+
+
+def _require_root() -> None:
+    if os.geteuid() != 0:
+        raise KexecError("only root may load a capture kernel: use sudo")
+
+
+def _kexec() -> Path:
+    return tools.require("kexec", "kexec-tools")
+
+
+def _read_number(path: Path) -> int:
+    """Return the number in a file of sysfs; 0 where the kernel has no such file (built without CONFIG_CRASH_DUMP)."""
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0
+
+
+def _read_record() -> Loaded | None:
+    try:
+        record = json.loads(RECORD.read_text(encoding="utf-8"))
+        return Loaded(**{name: str(record[name]) for name in Loaded.__slots__})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _syscall_name(syscall: str) -> str:
+    return "file_load" if syscall == "file" else "load"

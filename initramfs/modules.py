@@ -1,0 +1,221 @@
+"""Kernel modules for the image: what has to be loaded, in the order that the module tree itself gives.
+
+``modules.dep``, ``modules.softdep`` and ``modules.alias`` are what depmod wrote. A tree that was unpacked and never
+installed has none of them: then each module's own ``.modinfo`` section is asked, which is what depmod would have read.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import zstandard
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+
+from initramfs.errors import ImageError, ModuleNotThereError
+
+SUFFIXES = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
+MAX_MODULE = 256 << 20  # no module comes near; bounds what a broken compressed file may unpack to
+
+
+@dataclass(frozen=True, slots=True)
+class KernelModule:
+    """One module: its name as the kernel spells it, its file, and the names that must be loaded before."""
+
+    name: str
+    path: Path
+    depends: tuple[str, ...]
+    softdeps: tuple[str, ...]  # wanted before it, but it loads without them
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """What to load, first to last, and which of the optional names no module of the tree answers to."""
+
+    modules: tuple[KernelModule, ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleTree:
+    """The module directory of one kernel."""
+
+    directory: Path
+    files: dict[str, Path]
+    built_in: frozenset[str]
+    depends: dict[str, tuple[str, ...]] | None  # None: depmod has not seen this tree
+    softdeps: dict[str, tuple[str, ...]]
+    aliases: dict[str, str]
+    _read: dict[str, KernelModule] = field(default_factory=dict)
+
+    def has(self, name: str) -> bool:
+        """Tell whether the kernel can do this at all: as a module or built in."""
+        return normal(name) in self.files or normal(name) in self.built_in
+
+    def module(self, name: str) -> KernelModule:
+        """Return the module with its dependencies."""
+        if name not in self._read:
+            path = self.files[name]
+            if self.depends is not None:
+                depends, softdeps = self.depends.get(name, ()), self.softdeps.get(name, ())
+            else:
+                depends, softdeps = dependencies(modinfo(path))
+            self._read[name] = KernelModule(name, path, depends, softdeps)
+        return self._read[name]
+
+    def lookup(self, name: str) -> str | None:
+        """Return the module that a name means, through an alias if need be; None when there is none."""
+        wanted = normal(name)
+        if wanted in self.files or wanted in self.built_in:
+            return wanted
+        return self.aliases.get(wanted)
+
+    def plan(self, wanted: Sequence[str], optional: Sequence[str] = ()) -> LoadPlan:
+        """Return everything that the names need, each module after what it depends on; built-in ones are left out."""
+        order: dict[str, KernelModule] = {}
+        missing: list[str] = []
+        for name in wanted:
+            found = self.lookup(name)
+            if found is None:
+                raise ModuleNotThereError(
+                    f"{self.directory}: no module {name}, and it is not built in; is this the right kernel release?"
+                )
+            self._visit(found, order, missing, ())
+        for name in optional:
+            found = self.lookup(name)
+            if found is None:
+                missing.append(normal(name))
+            else:
+                self._visit(found, order, missing, ())
+        return LoadPlan(tuple(order.values()), tuple(dict.fromkeys(missing)))
+
+    def _visit(self, name: str, order: dict[str, KernelModule], missing: list[str], above: tuple[str, ...]) -> None:
+        if name in order or name in above or name in self.built_in:
+            return
+        module = self.module(name)
+        for softdep in module.softdeps:
+            found = self.lookup(softdep)
+            if found is None:
+                missing.append(softdep)
+            else:
+                self._visit(found, order, missing, (*above, name))
+        for dependency in module.depends:
+            if dependency not in self.files and dependency not in self.built_in:
+                raise ModuleNotThereError(f"{module.path} needs {dependency}, which is not in {self.directory}")
+            self._visit(dependency, order, missing, (*above, name))
+        order[name] = module
+
+
+def read_tree(directory: Path) -> ModuleTree:
+    """Read the indexes of a module directory (``…/lib/modules/RELEASE``)."""
+    if not directory.is_dir():
+        raise ImageError(f"{directory}: no such module directory; install that kernel, or name it with --modules-dir")
+    indexed = directory / "modules.dep"
+    built_in = frozenset(module_name(line) for line in _lines(directory / "modules.builtin"))
+    aliases = _built_in_aliases(directory / "modules.builtin.modinfo")
+    for words in _rows(directory / "modules.alias"):
+        if words[0] == "alias" and words[1:] and not set("*?[") & set(words[1]):
+            aliases.setdefault(normal(words[1]), normal(words[2]))
+    if indexed.is_file():
+        files: dict[str, Path] = {}
+        depends: dict[str, tuple[str, ...]] = {}
+        for line in _lines(indexed):
+            path, _, needs = line.partition(":")
+            files[module_name(path)] = directory / path
+            # The line lists the whole closure, the one to load first at its end.
+            depends[module_name(path)] = tuple(module_name(need) for need in reversed(needs.split()))
+        softdeps = {
+            normal(words[1]): _before(words[2:])
+            for words in _rows(directory / "modules.softdep")
+            if words[0] == "softdep"
+        }
+        return ModuleTree(directory, files, built_in, depends, softdeps, aliases)
+    files = {module_name(str(path)): path for path in sorted(directory.rglob("*.ko*")) if path.name.endswith(SUFFIXES)}
+    if not files and not built_in:
+        raise ImageError(f"{directory}: neither modules.dep nor any module in it")
+    return ModuleTree(directory, files, built_in, None, {}, aliases)
+
+
+def normal(name: str) -> str:
+    """Spell a module's name as the kernel does: dashes and underscores are the same thing."""
+    return name.replace("-", "_")
+
+
+def module_name(path: str) -> str:
+    """Return the module's name from the name of its file."""
+    return normal(path.strip().rpartition("/")[2].partition(".ko")[0])
+
+
+def read_module(path: Path) -> bytes:
+    """Return the module as the kernel loads it, decompressed."""
+    try:
+        packed = path.read_bytes()
+        match path.suffix:
+            case ".xz":
+                return lzma.decompress(packed)
+            case ".gz":
+                return gzip.decompress(packed)
+            case ".zst":
+                return zstandard.ZstdDecompressor().decompressobj().decompress(packed)
+            case _:
+                return packed
+    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise ImageError(f"{path}: cannot read this kernel module: {error}") from error
+
+
+def modinfo(path: Path) -> tuple[tuple[str, str], ...]:
+    """Return the (key, value) pairs of the module's ``.modinfo`` section."""
+    try:
+        section = ELFFile(io.BytesIO(read_module(path))).get_section_by_name(".modinfo")
+        content = section.data() if section is not None else b""
+    except ELFError as error:
+        raise ImageError(f"{path}: not a kernel module: {error}") from error
+    pairs = (entry.decode(errors="replace").partition("=") for entry in content.split(b"\0") if entry)
+    return tuple((key, value) for key, _, value in pairs)
+
+
+def dependencies(pairs: Sequence[tuple[str, str]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what a module depends on and what it wants loaded before, from its own information."""
+    depends = [normal(name) for key, value in pairs if key == "depends" for name in value.split(",") if name]
+    softdeps = [name for key, value in pairs if key == "softdep" for name in _before(value.split())]
+    return tuple(depends), tuple(softdeps)
+
+
+def _before(words: Sequence[str]) -> tuple[str, ...]:
+    """Return the names behind ``pre:`` of a soft dependency: ``pre: a b post: c``."""
+    names, section = [], ""
+    for word in words:
+        if word.endswith(":"):
+            section = word
+        elif section == "pre:":
+            names.append(normal(word))
+    return tuple(names)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.strip() and not line.startswith("#"):
+            yield line.strip()
+
+
+def _rows(path: Path) -> Iterator[list[str]]:
+    return (line.split() for line in _lines(path))
+
+
+def _built_in_aliases(path: Path) -> dict[str, str]:
+    """Return alias → built-in module from ``name.alias=value`` records."""
+    aliases: dict[str, str] = {}
+    content = path.read_bytes() if path.is_file() else b""
+    for record in content.split(b"\0"):
+        key, _, value = record.decode(errors="replace").partition("=")
+        name, _, what = key.partition(".")
+        if what == "alias":
+            aliases.setdefault(normal(value), normal(name))
+    return aliases

@@ -1,0 +1,1 @@
+"""What shows that vmcapture does what it says."""

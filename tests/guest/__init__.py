@@ -1,0 +1,1 @@
+"""Real kernels that are crashed in QEMU, and what vmcapture saved of them."""

@@ -1,0 +1,104 @@
+"""Fixtures: the kernels, the images made for them, and one crash for each case."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from tests.guest import cache, host
+from tests.guest.cache import Kernel
+from tests.guest.cases import CASES, Case
+from tests.guest.crash import Crashed, ImageStore, crash_with_evidence
+from tests.guest.host import HostError
+
+# Set where a skip would hide that nothing was tested (.ci/run).
+REQUIRE = "VMCAPTURE_REQUIRE_GUESTS"
+
+# A new folder to leave images, dumps and console logs in, to look at after a failure.
+KEEP = "VMCAPTURE_KEEP"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.guest)
+
+
+def unavailable(why: str) -> NoReturn:
+    """Skip, saying why; fail instead where $VMCAPTURE_REQUIRE_GUESTS is set."""
+    if os.environ.get(REQUIRE):
+        pytest.fail(f"{REQUIRE} is set, but {why}", pytrace=False)
+    pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Callable[[str], Kernel]:
+    """The kernel of a package or meta package: ``kernels("linux-image-cloud-amd64")``."""
+
+    def kernel(package: str) -> Kernel:
+        try:
+            return cache.kernel(package)
+        except HostError as error:
+            unavailable(str(error))
+
+    return kernel
+
+
+@pytest.fixture(scope="session")
+def debug_vmlinux() -> Callable[[Kernel], Path]:
+    """The ELF file with the debug symbols of a kernel."""
+
+    def vmlinux(kernel: Kernel) -> Path:
+        try:
+            return cache.debug_vmlinux(kernel)
+        except HostError as error:
+            unavailable(str(error))
+
+    return vmlinux
+
+
+@pytest.fixture(scope="session")
+def guest_folder() -> Iterator[Path]:
+    """Where images and dumps are: gigabytes, so that none of it outlives the session unless $VMCAPTURE_KEEP is set."""
+    if keep := os.environ.get(KEEP):
+        folder = Path(keep)
+        folder.mkdir(parents=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="vmcapture-guests-") as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def image_store(guest_folder: Path) -> ImageStore:
+    """The capture image and the healthy system of each kernel, built once a session."""
+    if (line := host.missing()) is not None:
+        unavailable(line)
+    return ImageStore(guest_folder / "images")
+
+
+@pytest.fixture(scope="session")
+def crash_once(
+    image_store: ImageStore, kernels: Callable[[str], Kernel], guest_folder: Path
+) -> Callable[[Case], Crashed]:
+    """What a case left behind; every case crashes once a session, in whatever order tests ask for it."""
+
+    @functools.cache
+    def crash(case: Case) -> Crashed:
+        kernels(case.kernel)  # skips here, where it can say why
+        return crash_with_evidence(case, image_store, guest_folder / case.name)
+
+    return crash
+
+
+@pytest.fixture(scope="session", params=CASES, ids=str)
+def crashed(request: pytest.FixtureRequest, crash_once: Callable[[Case], Crashed]) -> Crashed:
+    """What each case left behind."""
+    return crash_once(request.param)

@@ -1,0 +1,294 @@
+"""A whole crash: build the images, boot a kernel, arm it, crash it, take what its capture kernel saved.
+
+The disks of the machine: vda holds the kernel and the capture image that ``vmcapture load`` reads, vdb
+(LABEL=crash) is where the capture kernel saves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from initramfs.image import ImageRequest, build_image
+from tests.guest import cache, disk, host
+from tests.guest.cache import Kernel
+from tests.guest.cases import Case
+from tests.guest.host import HostError
+from tests.guest.qemu import BOOT_TIMEOUT, Disk, GuestError, Hardware, Machine
+
+MODULES = ("virtio_pci", "virtio_blk", "ext4")  # a dump disk in QEMU; what is built in needs no module
+
+TARGET_LABEL = "crash"
+TARGET_FOLDER = "/var/crash"
+
+# From the panic to the power-off, on one CPU of a busy host.
+SAVE_TIMEOUT = 300.0
+
+# Memory of the kinds that a dump level can leave out: page cache of a file system and of a tmpfs (random bytes,
+# which no compressor shrinks), anonymous memory of a process that stays.
+WORKLOAD = (
+    "mkdir -p /run/workload",
+    "mount -t tmpfs workload /run/workload",
+    "dd if=/dev/urandom of=/run/workload/random bs=1M count=16",
+    "cat /run/healthy/vmlinuz /run/healthy/capture.img > /dev/null",
+    "sh -c 'anonymous=$(dd if=/dev/urandom bs=1M count=8 | base64); while sleep 3600; do echo $anonymous; done' &",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """What the machines of one kernel boot from; built once, read by all of them."""
+
+    capture: Path  # the initramfs that vmcapture load is given
+    healthy: Path  # the initramfs with a shell and vmcapture load
+    disk: Path  # the ext4 image that holds the kernel and the capture image
+
+
+@dataclass(slots=True)
+class Steps:
+    """How long each step took, told as it happens."""
+
+    say: Callable[[str], object] = logging.getLogger(__name__).info
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        self.say(what)
+        started = time.monotonic()
+        yield
+        self.seconds[what] = time.monotonic() - started
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a crash left behind."""
+
+    case: Case
+    kernel: Kernel
+    saved: Path  # the folder that the capture kernel wrote, copied out of the target
+    saved_in_target: str  # its path inside the target image, for disk.stat
+    target: Path  # the image of the disk that it was saved to
+    console: str  # everything that came over the serial console, of both kernels
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Crashed(Saved):
+    """What a crash left behind, and what it is to be compared with."""
+
+    elf: Path  # /proc/vmcore of the same capture boot, copied as it was
+    verified: str  # what `vmcapture verify VMCORE --against /proc/vmcore` said in the capture kernel
+
+
+class ImageStore:
+    """The images of each kernel, built when they are first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._built: dict[str, Images] = {}
+
+    def images(self, kernel: Kernel, steps: Steps | None = None) -> Images:
+        """The images of one kernel."""
+        if kernel.release not in self._built:
+            with (steps or Steps()).step(f"building the capture image and the healthy system of {kernel.release}"):
+                self._built[kernel.release] = self._build(kernel)
+        return self._built[kernel.release]
+
+    def _build(self, kernel: Kernel) -> Images:
+        folder = self.folder / kernel.release
+        contents = folder / "disk"
+        contents.mkdir(parents=True, exist_ok=True)
+        images = Images(contents / "capture.img", folder / "healthy.img", folder / "healthy-disk.ext4")
+        capture = ImageRequest(
+            output=images.capture, kernel_release=kernel.release, modules_dir=kernel.modules_dir, modules=MODULES
+        )
+        build_image(capture)
+        build_image(
+            replace(
+                capture,
+                output=images.healthy,
+                python_roots=("capture", "initramfs"),
+                launcher_module="initramfs",
+                binaries=(host.find("kexec"),),
+            )
+        )
+        shutil.copy(kernel.vmlinuz, contents / "vmlinuz")
+        disk.make(images.disk, "256M", "healthy", content=contents)
+        return images
+
+
+@contextmanager
+def panicked(
+    case: Case,
+    store: ImageStore,
+    workdir: Path,
+    *,
+    final: str = "poweroff",
+    target: str = f"LABEL={TARGET_LABEL}",
+    target_attached: bool = True,
+    more_disks: tuple[Disk, ...] = (),
+    append: str = "",
+    steps: Steps | None = None,
+) -> Iterator[Machine]:
+    """A machine that has just panicked, its capture kernel about to start.
+
+    Without ``target_attached`` the target disk is missing;
+    ``machine.attach(Disk(target_image(workdir)))`` plugs it in. ``more_disks`` come after it.
+    """
+    steps = steps or Steps()
+    kernel = cache.kernel(case.kernel)
+    images = store.images(kernel, steps)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if case.filesystem != "ext4":
+        raise HostError(f"case {case.name}: no target with {case.filesystem} can be made yet")
+    disk.make(target_image(workdir), case.target_size, TARGET_LABEL)
+    hardware = Hardware(
+        kernel=kernel.vmlinuz,
+        initrd=images.healthy,
+        append=f"console=ttyS0 crashkernel={case.crashkernel}",
+        memory=case.memory,
+        cpus=case.cpus,
+        cpu_model=case.cpu_model,
+        disks=(
+            Disk(images.disk, read_only=True),
+            *([Disk(target_image(workdir))] if target_attached else []),
+            *more_disks,
+        ),
+    )
+    with Machine(hardware, workdir / "console.log") as machine:
+        with steps.step(f"booting {kernel.release}: CPUs {case.cpus} ({case.cpu_model}), memory {case.memory}"):
+            machine.shell(BOOT_TIMEOUT)
+        with steps.step("giving it something to remember"):
+            demand(machine, "mkdir -p /run/healthy && mount -t ext4 -o ro LABEL=healthy /run/healthy")
+            for command in WORKLOAD:
+                demand(machine, command)
+        with steps.step("vmcapture load"):
+            demand(machine, load_command(case, final, target, append), timeout=BOOT_TIMEOUT)
+        with steps.step("echo c > /proc/sysrq-trigger"):
+            machine.send("echo c > /proc/sysrq-trigger")
+            machine.expect("Kernel panic - not syncing: sysrq triggered crash", BOOT_TIMEOUT)
+        yield machine
+
+
+def crash(
+    case: Case, store: ImageStore, workdir: Path, *, append: str = "", steps: Steps | None = None
+) -> Saved:
+    """Crash a machine, let the capture kernel save and power off, and bring what it saved to ``workdir``.
+
+    Raises:
+        GuestError: a step did not end as it should.
+        HostError: the host lacks something.
+    """
+    steps = steps or Steps()
+    with panicked(case, store, workdir, append=append, steps=steps) as machine:
+        with steps.step("the capture kernel boots"):
+            machine.expect(r"^vmcapture: ", BOOT_TIMEOUT)
+        with steps.step("it saves and powers off"):
+            machine.wait_exit(SAVE_TIMEOUT)
+    return _collect(case, workdir, machine, steps)
+
+
+def crash_with_evidence(
+    case: Case, store: ImageStore, workdir: Path, *, append: str = "", steps: Steps | None = None
+) -> Crashed:
+    """Crash a machine as ``crash`` does, but before it powers off compare the dump with /proc/vmcore and copy that too.
+
+    Raises:
+        GuestError: a step did not end as it should.
+        HostError: the host lacks something.
+    """
+    steps = steps or Steps()
+    workdir.mkdir(parents=True, exist_ok=True)
+    elf = workdir / "vmcore.elf"
+    with elf.open("wb") as disk_image:
+        disk_image.truncate(memory_bytes(case.memory))  # the reservation is not in /proc/vmcore: there is room
+    with panicked(
+        case, store, workdir, final="shell", more_disks=(Disk(elf),), append=append, steps=steps
+    ) as machine:
+        with steps.step("the capture kernel boots"):
+            machine.expect(r"^vmcapture: ", BOOT_TIMEOUT)
+        with steps.step("it saves"):
+            machine.expect(r"^vmcapture: saved in ", SAVE_TIMEOUT)
+            machine.shell()
+        with steps.step("copying /proc/vmcore"):
+            demand(machine, "dd if=/proc/vmcore of=/dev/vdc bs=1M && sync", timeout=SAVE_TIMEOUT)
+            size = int(demand(machine, "stat -c %s /proc/vmcore"))
+        with steps.step("vmcapture verify"):
+            demand(machine, f"mkdir -p /run/target && mount LABEL={TARGET_LABEL} /run/target")
+            verify = f"vmcapture verify /run/target{TARGET_FOLDER}/*/vmcore --against /proc/vmcore"
+            verified = demand(machine, verify, timeout=SAVE_TIMEOUT).strip()
+            demand(machine, "umount /run/target")
+        machine.send("poweroff -f")
+        machine.wait_exit(BOOT_TIMEOUT)
+    os.truncate(elf, size)
+    saved = _collect(case, workdir, machine, steps)
+    values = {entry.name: getattr(saved, entry.name) for entry in fields(saved)}
+    return Crashed(**values, elf=elf, verified=verified)
+
+
+def _collect(case: Case, workdir: Path, machine: Machine, steps: Steps) -> Saved:
+    with steps.step("reading the target disk"):
+        target = target_image(workdir)
+        disk.check(target)
+        crashes = disk.names(target, TARGET_FOLDER)
+        if len(crashes) != 1:
+            raise GuestError(f"not one saved crash but {crashes} in {target} (console: {machine.log})")
+        in_target = f"{TARGET_FOLDER}/{crashes[0]}"
+        saved = disk.extract(target, in_target, workdir / "saved")
+    return Saved(case, cache.kernel(case.kernel), saved, in_target, target, machine.console, steps.seconds)
+
+
+@contextmanager
+def rescue_shell(
+    case: Case,
+    store: ImageStore,
+    workdir: Path,
+    *,
+    target: str = f"LABEL={TARGET_LABEL}",
+    target_attached: bool = True,
+    append: str = "",
+) -> Iterator[Machine]:
+    """A machine whose capture kernel has done its job, or could not, and waits at the rescue shell."""
+    with panicked(
+        case, store, workdir, final="shell", target=target, target_attached=target_attached, append=append
+    ) as machine:
+        machine.expect(r"^vmcapture: (saved in|not saved)", BOOT_TIMEOUT + SAVE_TIMEOUT)
+        machine.shell()
+        yield machine
+
+
+def target_image(workdir: Path) -> Path:
+    """The image of the disk that the crash is saved to."""
+    return workdir / "target.ext4"
+
+
+def memory_bytes(size: str) -> int:
+    """QEMU's size in bytes: ``1G``, ``512M``."""
+    return int(size[:-1]) << {"M": 20, "G": 30}[size[-1]]
+
+
+def load_command(case: Case, final: str, target: str, append: str) -> str:
+    """How the healthy system arms itself."""
+    more = " ".join(filter(None, ("console=ttyS0", case.append, append)))
+    return (
+        f"vmcapture load {case.kexec_option} --kernel-image /run/healthy/vmlinuz --image /run/healthy/capture.img"
+        f" --target {target} --path {TARGET_FOLDER} --final {final} --append '{more}'"
+    )
+
+
+def demand(machine: Machine, command: str, timeout: float = 60.0) -> str:
+    """Run a command that has to succeed; what it printed.
+
+    Raises:
+        GuestError: it ended with another status than 0.
+    """
+    status, output = machine.run(command, timeout)
+    if status != 0:
+        raise GuestError(f"{command!r} ended with status {status} (console: {machine.log}): {output.strip()}")
+    return output

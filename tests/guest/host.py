@@ -1,0 +1,82 @@
+"""Programs of the host that the guest tests run, and the one line that says which package brings a missing one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGES: Mapping[str, str] = {
+    "apt-get": "apt",
+    "busybox": "busybox-static",
+    "crash": "crash",
+    "debugfs": "e2fsprogs",
+    "depmod": "kmod",
+    "dpkg": "dpkg",
+    "e2fsck": "e2fsprogs",
+    "kexec": "kexec-tools",
+    "makedumpfile": "makedumpfile",
+    "mke2fs": "e2fsprogs",
+    "mksquashfs": "squashfs-tools",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "tar": "tar",
+}
+"""Program → the Debian package that has it."""
+
+CYCLE = sorted(PACKAGES.keys() - {"crash", "makedumpfile"})
+"""What a whole crash cycle needs on the host; the others only look at what it left."""
+
+# An ordinary user's PATH has no sbin on Debian, where mke2fs, debugfs, depmod and kexec live.
+SEARCH_PATH = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
+
+
+class HostError(Exception):
+    """The host lacks something, or one of its programs failed; the message says what to do."""
+
+
+def missing(programs: Iterable[str] = CYCLE) -> str | None:
+    """One line that names the missing programs and how to install them; None when all are there."""
+    absent = sorted(name for name in programs if shutil.which(name, path=SEARCH_PATH) is None)
+    if not absent:
+        return None
+    packages = " ".join(sorted({PACKAGES[name] for name in absent}))
+    return f"missing on this host: {', '.join(absent)}; as root: apt-get install {packages}"
+
+
+def find(program: str) -> Path:
+    """Where a program is.
+
+    Raises:
+        HostError: it is not installed.
+    """
+    found = shutil.which(program, path=SEARCH_PATH)
+    if found is None:
+        raise HostError(missing([program]))
+    return Path(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a program printed."""
+
+    output: str
+    complaints: str
+
+
+def run(program: str, *arguments: str | Path, cwd: Path | None = None, good: Sequence[int] = (0,)) -> Said:
+    """Run a program to its end, with nothing on its standard input.
+
+    Raises:
+        HostError: it is missing, or its exit status is not one of ``good``.
+    """
+    command = [str(find(program)), *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+    )
+    if done.returncode not in good:
+        said = " | ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-3:])
+        raise HostError(f"{program} failed with status {done.returncode}: {said}")
+    return Said(done.stdout, done.stderr)

@@ -1,0 +1,1 @@
+"""Tests of single modules, and of commands run in-process."""

@@ -1,0 +1,1 @@
+"""What memory says about the dead kernel."""

@@ -1,0 +1,84 @@
+"""Fixtures: the corpus of real vmcores, small vmcores as files, the command line in-process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from capture.cli import main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CORPUS_VARIABLE = "VMCAPTURE_CORPUS"
+CORPUS = ("linux-6.1-la57", "linux-6.12")
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``corpus_file("linux-6.12")``: the vmcore of that name, decompressed once a session."""
+    folder = Path(os.environ.get(CORPUS_VARIABLE) or REPOSITORY.parent / "shared" / "corpus")
+    unpacked = tmp_path_factory.mktemp("corpus")
+
+    def vmcore(name: str) -> Path:
+        packed, target = folder / f"{name}.elf.zst", unpacked / f"{name}.elf"
+        if not packed.exists():
+            pytest.skip(f"{packed} is not there: set {CORPUS_VARIABLE} to the folder of the vmcore corpus")
+        if not target.exists():
+            with packed.open("rb") as source, target.open("wb") as sink:
+                zstandard.ZstdDecompressor(max_window_size=1 << 27).copy_stream(source, sink)
+        return target
+
+    return vmcore
+
+
+@pytest.fixture(scope="session", params=CORPUS)
+def corpus_vmcore(request: pytest.FixtureRequest, corpus_file: Callable[[str], Path]) -> Path:
+    """Each vmcore of the corpus in turn."""
+    return corpus_file(request.param)
+
+
+@pytest.fixture
+def vmcore_file(tmp_path: Path) -> Callable[[bytes], str]:
+    """Write bytes to a file and return its name, as SOURCE."""
+
+    def write(data: bytes, name: str = "vmcore.elf") -> str:
+        (tmp_path / name).write_bytes(data)
+        return str(tmp_path / name)
+
+    return write
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What a command came to."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capfdbinary: pytest.CaptureFixture[bytes]) -> Callable[..., Ran]:
+    """Run the command line in this process: ``run("dump", source, target)``."""
+
+    def command(*arguments: str | Path) -> Ran:
+        capfdbinary.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 1
+        out, err = capfdbinary.readouterr()
+        return Ran(status, out.decode(), err.decode())
+
+    return command
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        names = getattr(item, "fixturenames", [])
+        if "corpus_file" in names or "corpus_vmcore" in names:
+            item.add_marker(pytest.mark.corpus)

@@ -1,0 +1,247 @@
+"""The capture kernel's command line, and refusals that say what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from capture.errors import UsageError
+from initramfs import kexec
+from initramfs.errors import KexecError, ToolError
+from initramfs.kexec import CrashKernel, Loaded, Status, capture_command_line
+
+
+def line(base: str, extra: str = "", *, cpus: int = 1, boot_cpu: int | None = None) -> list[str]:
+    return capture_command_line(
+        base, "UUID=0123", "/var/crash", "reboot", "shell", extra, cpus=cpus, boot_cpu=boot_cpu
+    ).split()
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "console=ttyS0,115200n8",
+        "console=tty0",
+        "earlyprintk=serial",
+        "nokaslr",
+        "pci=nomsi",
+        "acpi=off",
+        "noapic",
+        "intel_iommu=on",
+        "iommu=pt",
+        "amd_iommu=off",
+        "no5lvl",
+        "mitigations=off",
+        "nvme_core.default_ps_max_latency_us=0",
+        "8250.nr_uarts=4",
+        "random.trust_cpu=on",
+        'dyndbg="file a.c +p"',
+    ],
+)
+def test_what_describes_the_hardware_is_kept(word: str) -> None:
+    command_line = capture_command_line(f"ro {word} quiet", "/dev/vda", "/", "reboot", "shell")
+
+    assert command_line.startswith(word + " ")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "BOOT_IMAGE=/boot/vmlinuz-6.1",
+        "crashkernel=256M",
+        "crashkernel=512M,high",
+        "root=UUID=1",
+        "rootflags=subvol=@",
+        "rootwait",
+        "ro",
+        "rw",
+        "initrd=/initrd.img",
+        "hugepages=512",
+        "hugepagesz=1G",
+        "default_hugepagesz=1G",
+        "mem=4G",
+        "isolcpus=1-3",
+        "nohz_full=1-3",
+        "rcu_nocbs=1-3",
+        "resume=/dev/sda2",
+        "init=/bin/bash",
+        "rdinit=/bin/sh",
+        "rd.luks.uuid=1",
+        "rd.lvm.lv=vg/root",
+        "systemd.unit=rescue.target",
+        "quiet",
+        "splash",
+        "vmcapture.target=/dev/sdz",
+        "vmcapture.failure=halt",
+        "elfcorehdr=768M",
+        "memmap=64K@0",
+        "panic=0",
+        "panic_on_oops=1",
+        "nr_cpus=8",
+        "maxcpus=4",
+        "hugetlb_cma=2G",
+        "log_buf_len=64M",
+        'init="/bin/a b"',
+    ],
+)
+def test_what_belongs_to_the_crashed_system_is_dropped(word: str) -> None:
+    assert word not in line(f"{word} console=ttyS0")
+    assert word.partition("=")[0] + "=x" not in line(word.partition("=")[0] + "=x")
+
+
+def test_what_stands_behind_two_dashes_was_for_init() -> None:
+    assert "single" not in line("console=ttyS0 -- single")
+
+
+def test_what_a_capture_kernel_needs_is_added_once() -> None:
+    words = line("console=ttyS0 irqpoll reset_devices nr_cpus=4 panic=30")
+
+    for word in (
+        "irqpoll",
+        "reset_devices",
+        "nr_cpus=1",
+        "cgroup_disable=memory",
+        "mce=off",
+        "numa=off",
+        "novmcoredd",
+        "iomem=relaxed",
+        "panic=10",
+        "vmcapture.target=UUID=0123",
+        "vmcapture.path=/var/crash",
+        "vmcapture.final=reboot",
+        "vmcapture.failure=shell",
+    ):
+        assert words.count(word) == 1, word
+    assert not [word for word in words if word.startswith(("nr_cpus=4", "panic=30"))]
+
+
+def test_extra_words_come_last_so_that_they_win() -> None:
+    assert line("", "nr_cpus=2 debug")[-2:] == ["nr_cpus=2", "debug"]
+
+
+def test_with_more_cpus_the_boot_cpu_is_left_asleep() -> None:
+    assert "disable_cpu_apicid=6" in line("", cpus=2, boot_cpu=6)
+    assert not [word for word in line("", cpus=1, boot_cpu=6) if word.startswith("disable_cpu_apicid")]
+
+
+def test_the_boot_cpu_is_the_first_of_cpuinfo(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\napicid\t\t: 4\ninitial apicid\t: 4\n\nprocessor\t: 1\ninitial apicid\t: 5\n")
+
+    assert kexec.boot_cpu_apic_id(cpuinfo) == 4
+    assert kexec.boot_cpu_apic_id(tmp_path / "none") is None
+
+
+def test_a_line_that_the_kernel_would_cut_off_is_refused() -> None:
+    with pytest.raises(UsageError, match="--command-line"):
+        line("", "x" * 1900)
+    assert len(" ".join(line("", "x" * 1500))) + kexec.KEXEC_ADDS < 2048
+
+
+def test_a_blank_in_a_path_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"vmcapture\.path"):
+        capture_command_line("", "/dev/vda", "/my crash", "reboot", "shell")
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine's sysfs files and a kexec of its own, which succeeds with -c only."""
+    if os.geteuid() != 0:
+        pytest.skip("load refuses everyone but root")
+    (tmp_path / "crash_size").write_text(f"{256 << 20}\n")
+    (tmp_path / "crash_loaded").write_text("0\n")
+    for name in ("kernel", "image"):
+        (tmp_path / name).write_bytes(b"x" * 1000)
+    program = tmp_path / "kexec"
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n'
+        '[ "$2" = -s ] && { echo first; echo "kexec_file_load failed: EPERM"; exit 1; } >&2\nexit 0\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(kexec, "CRASH_SIZE", tmp_path / "crash_size")
+    monkeypatch.setattr(kexec, "CRASH_LOADED", tmp_path / "crash_loaded")
+    monkeypatch.setattr(kexec, "RECORD", tmp_path / "run" / "loaded.json")
+    return tmp_path
+
+
+def crash_kernel(machine: Path, syscall: str = "auto") -> CrashKernel:
+    return CrashKernel(machine / "kernel", machine / "image", "console=ttyS0", syscall)
+
+
+def test_auto_takes_the_second_system_call_when_the_first_is_refused(machine: Path) -> None:
+    assert kexec.load(crash_kernel(machine)).syscall == "load"
+
+    calls = (machine / "calls").read_text().splitlines()
+    assert [call.split()[:2] for call in calls] == [["-p", "-s"], ["-p", "-c"]]
+    assert calls[1].endswith("--command-line=console=ttyS0")
+
+
+def test_what_kexec_said_is_in_the_one_line(machine: Path) -> None:
+    with pytest.raises(KexecError, match="kexec -p -s: .*kexec_file_load failed: EPERM"):
+        kexec.load(crash_kernel(machine, "file"))
+
+
+def test_status_shows_what_load_recorded_while_it_is_armed(machine: Path) -> None:
+    kexec.load(crash_kernel(machine))
+    assert kexec.status() == Status(armed=False, reservation=256 << 20, loaded=None)
+
+    (machine / "crash_loaded").write_text("1\n")
+
+    assert kexec.status() == Status(
+        armed=True,
+        reservation=256 << 20,
+        loaded=Loaded(str(machine / "kernel"), str(machine / "image"), "console=ttyS0", "load"),
+    )
+    assert "armed (256 MiB reserved" in kexec.describe(kexec.status())[0]
+
+
+def test_a_capture_kernel_that_someone_else_loaded_is_said_so(machine: Path) -> None:
+    (machine / "crash_loaded").write_text("1\n")
+    (machine / "run").mkdir()
+    (machine / "run/loaded.json").write_text(json.dumps(["odd"]))
+
+    assert kexec.describe(kexec.status())[0].startswith("armed, but not by vmcapture")
+
+
+def test_unload_disarms_and_forgets(machine: Path) -> None:
+    kexec.load(crash_kernel(machine))
+
+    kexec.unload()
+
+    assert (machine / "calls").read_text().splitlines()[-1] == "-p -u"
+    assert not (machine / "run/loaded.json").exists()
+
+
+def test_without_a_reservation_the_line_says_what_to_add(machine: Path) -> None:
+    (machine / "crash_size").write_text("0\n")
+
+    with pytest.raises(KexecError, match="crashkernel=256M"):
+        kexec.load(crash_kernel(machine))
+
+
+def test_an_image_larger_than_the_reservation_is_refused(machine: Path) -> None:
+    (machine / "crash_size").write_text("1500\n")
+
+    with pytest.raises(KexecError, match="reserve more"):
+        kexec.load(crash_kernel(machine))
+
+
+@pytest.mark.parametrize(("gone", "remedy"), [("kernel", "--kernel-image"), ("image", "vmcapture initramfs")])
+def test_a_missing_file_is_named_with_its_remedy(machine: Path, gone: str, remedy: str) -> None:
+    (machine / gone).unlink()
+
+    with pytest.raises(KexecError, match=remedy):
+        kexec.load(crash_kernel(machine))
+
+
+def test_a_missing_kexec_names_its_package(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (machine / "kexec").unlink()
+    monkeypatch.setenv("PATH", str(machine))
+    monkeypatch.setattr("initramfs.tools.SYSTEM_DIRECTORIES", str(machine))
+
+    with pytest.raises(ToolError, match="install kexec-tools"):
+        kexec.load(crash_kernel(machine))
