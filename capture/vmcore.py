@@ -28,7 +28,7 @@ class Vmcore:
     @property
     def problems(self) -> list[str]:
         """What is wrong with the source so far, a line each; none of it stops a dump."""
-        problems = list(self.notes.problems)
+        problems = [*self.core.problems, *self.notes.problems]
         if self.core.missing_bytes:
             problems.append(f"{self.source.name} is truncated: {self.core.missing_bytes} bytes of memory are missing")
         if self.notes.vmcoreinfo() is None:

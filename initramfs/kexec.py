@@ -322,7 +322,7 @@ def _kexec() -> Path:
 def _read_number(path: Path) -> int:
     """Return the number in a file of sysfs; 0 where the kernel has no such file (built without CONFIG_CRASH_DUMP)."""
     try:
-        return int(path.read_text(encoding="ascii"))
+        return int(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return 0
 

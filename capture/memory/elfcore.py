@@ -54,13 +54,15 @@ MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
 class ElfCore:
     """What the header says. ``loads`` and ``notes`` are arrays of PROGRAM_HEADER, in file order.
 
-    ``p_filesz`` is cut to what the source really has; ``missing_bytes`` counts what was cut off.
+    ``p_filesz`` is cut to what the source really has; ``missing_bytes`` counts what was cut off. ``problems`` names, a
+    line each, what of the header was left out.
     """
 
     machine: str
     loads: NDArray[np.void]
     notes: NDArray[np.void]
     missing_bytes: int
+    problems: tuple[str, ...] = ()
 
 
 def parse(source: Source) -> ElfCore:
@@ -77,13 +79,16 @@ def parse(source: Source) -> ElfCore:
     table = _program_headers(source, int(header["e_phoff"]), count)
     loads = table[table["p_type"] == PT_LOAD].copy()
     loads = loads[loads["p_filesz"] > 0]
-    _check_addresses(source, loads)
+    loads, problem = _possible(source, loads)
     missing = _cut_to_source(source, loads)
     loads = loads[loads["p_filesz"] > 0]
     if not len(loads):
+        if problem:
+            raise SourceError(f"{source.name}: {problem}: no memory is left to save; copy the vmcore again")
         what = f"truncated: all {missing} bytes of memory are missing" if missing else "no memory in it (no PT_LOAD)"
         raise SourceError(f"{source.name}: {what}; copy it again")
-    return ElfCore(machine, loads, table[table["p_type"] == PT_NOTE].copy(), missing)
+    problems = (f"{source.name}: {problem}: left out",) if problem else ()
+    return ElfCore(machine, loads, table[table["p_type"] == PT_NOTE].copy(), missing, problems)
 
 
 def _read(source: Source, offset: int, length: int, what: str) -> bytes:
@@ -154,18 +159,25 @@ def _program_headers(source: Source, offset: int, count: int) -> NDArray[np.void
     return np.frombuffer(raw, dtype=PROGRAM_HEADER)
 
 
-def _check_addresses(source: Source, loads: NDArray[np.void]) -> None:
-    limit = 1 << MAX_PHYSICAL_BITS
-    bad = (loads["p_paddr"] >= limit) | (loads["p_filesz"] > limit) | (loads["p_paddr"] + loads["p_filesz"] > limit)
+def _possible(source: Source, loads: NDArray[np.void]) -> tuple[NDArray[np.void], str | None]:
+    """Return the segments that lie where memory can be, and a line about those that do not.
+
+    One damaged row must not cost the good ones: what is left of a machine is worth saving without it.
+    """
+    limit = np.uint64(1 << MAX_PHYSICAL_BITS)
+    start, size, offset = loads["p_paddr"], loads["p_filesz"], loads["p_offset"]
+    bad = (start >= limit) | (size > limit) | (start + size > limit)
     # Physical memory has no size to hold an offset against; nothing that exists lies beyond the address width.
     if source.size is None:
-        bad |= (loads["p_offset"] >= limit) | (loads["p_offset"] + loads["p_filesz"] > limit)
-    if bad.any():
-        first = loads[int(np.flatnonzero(bad)[0])]
-        raise SourceError(
-            f"{source.name}: PT_LOAD at physical {int(first['p_paddr']):#x}, {int(first['p_filesz']):#x} bytes: beyond "
-            f"{MAX_PHYSICAL_BITS} address bits, the header is damaged"
-        )
+        bad |= (offset >= limit) | (offset + size > limit)
+    if not bad.any():
+        return loads, None
+    first = loads[int(np.flatnonzero(bad)[0])]
+    more = f" (and {int(bad.sum()) - 1} more)" if bad.sum() > 1 else ""
+    return loads[~bad], (
+        f"PT_LOAD at physical {int(first['p_paddr']):#x}, {int(first['p_filesz']):#x} bytes{more} lies beyond "
+        f"{MAX_PHYSICAL_BITS} address bits, its header is damaged"
+    )
 
 
 def _cut_to_source(source: Source, loads: NDArray[np.void]) -> int:

@@ -153,8 +153,8 @@ class MemoryImage:
         size = self.page_size
         if chunk.offsets is None:
             return self._assemble(int(chunk.pfns[0]))
-        base = int(chunk.offsets[0])
-        span = int(chunk.offsets[-1]) + size - base
+        base = int(chunk.offsets[0])  # the lowest, as chunks() made it; the highest need not be the last
+        span = int(chunk.offsets.max()) + size - base
         try:
             view = self.source.map(base, span)
         except OSError:

@@ -25,6 +25,8 @@ VMCOREINFO_NAME = b"VMCOREINFO"
 MAX_NOTE_BYTES = 64 << 20
 """All notes together. 8192 CPUs need 3 MiB; only device dumps (NT_VMCOREDD) could be larger."""
 MAX_NOTES = 1 << 17
+MAX_PROBLEMS = 20
+"""Problems that are named; of the rest the number. They are printed on a console that may do 115200 baud."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +65,48 @@ def read_notes(source: Source, segments: NDArray[np.void]) -> Notes:
     """
     blob = bytearray()
     notes: list[Note] = []
-    problems: list[str] = []
+    problems = _Problems()
+    room = MAX_NOTE_BYTES  # counted down by what is read, not by what is kept: many segments may name the same padding
     for number, segment in enumerate(segments):
         offset, size = int(segment["p_offset"]), int(segment["p_filesz"])
-        room = MAX_NOTE_BYTES - len(blob)
-        if size > room:
-            problems.append(f"PT_NOTE {number} at {offset:#x}: {size} bytes, only {room} are read")
+        wanted = min(size, room)
+        if wanted < size:
+            problems.append(f"PT_NOTE {number} at {offset:#x}: {size} bytes, only {wanted} are read")
         try:
-            data = source.read(offset, min(size, room))
+            data = source.read(offset, wanted)
         except (OSError, OverflowError, ValueError) as error:
             problems.append(f"PT_NOTE {number} at {offset:#x} cannot be read: {error}")
             continue
-        if len(data) < min(size, room):
-            problems.append(f"PT_NOTE {number} at {offset:#x}: truncated, {len(data)} of {size} bytes are there")
+        room -= len(data)
+        if len(data) < wanted:
+            problems.append(f"PT_NOTE {number} at {offset:#x}: truncated, {len(data)} of {wanted} bytes are there")
         used = _parse_segment(data, number, len(blob), notes, problems)
         blob += data[:used]
         blob += bytes(-len(blob) % NOTE_ALIGNMENT)
         if len(notes) >= MAX_NOTES:
             problems.append(f"more than {MAX_NOTES} notes: the rest is left out")
             break
-    return Notes(bytes(blob), tuple(notes), tuple(problems))
+    return Notes(bytes(blob), tuple(notes), problems.lines())
 
 
-def _parse_segment(data: bytes, number: int, base: int, notes: list[Note], problems: list[str]) -> int:
+class _Problems:
+    """The first MAX_PROBLEMS lines, and how many there were."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._count = 0
+
+    def append(self, line: str) -> None:
+        self._count += 1
+        if self._count <= MAX_PROBLEMS:
+            self._lines.append(line)
+
+    def lines(self) -> tuple[str, ...]:
+        more = self._count - len(self._lines)
+        return (*self._lines, f"{more} more problems with the notes") if more else tuple(self._lines)
+
+
+def _parse_segment(data: bytes, number: int, base: int, notes: list[Note], problems: _Problems) -> int:
     """Append the notes of one segment to ``notes``; return how many bytes they take (4-byte aligned)."""
     position = 0
     while position + NOTE_HEADER.size <= len(data) and len(notes) < MAX_NOTES:

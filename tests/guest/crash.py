@@ -176,9 +176,7 @@ def panicked(
         yield machine
 
 
-def crash(
-    case: Case, store: ImageStore, workdir: Path, *, append: str = "", steps: Steps | None = None
-) -> Saved:
+def crash(case: Case, store: ImageStore, workdir: Path, *, append: str = "", steps: Steps | None = None) -> Saved:
     """Crash a machine, let the capture kernel save and power off, and bring what it saved to ``workdir``.
 
     Raises:
@@ -208,9 +206,7 @@ def crash_with_evidence(
     elf = workdir / "vmcore.elf"
     with elf.open("wb") as disk_image:
         disk_image.truncate(memory_bytes(case.memory))  # the reservation is not in /proc/vmcore: there is room
-    with panicked(
-        case, store, workdir, final="shell", more_disks=(Disk(elf),), append=append, steps=steps
-    ) as machine:
+    with panicked(case, store, workdir, final="shell", more_disks=(Disk(elf),), append=append, steps=steps) as machine:
         with steps.step("the capture kernel boots"):
             machine.expect(r"^vmcapture: ", BOOT_TIMEOUT)
         with steps.step("it saves"):

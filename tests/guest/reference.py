@@ -9,6 +9,7 @@ from pathlib import Path
 
 import drgn
 from elftools.elf.elffile import ELFFile
+from elftools.elf.segments import NoteSegment
 
 PAGE = 4096
 BLOCK = 1 << 20
@@ -45,9 +46,7 @@ def different_pages(dump: Path, vmcore: Path) -> tuple[int, int]:
                 found = program.read(start, length, physical=True)
                 pages += -(-length // PAGE)
                 if expected != found:
-                    wrong += sum(
-                        expected[at : at + PAGE] != found[at : at + PAGE] for at in range(0, length, PAGE)
-                    )
+                    wrong += sum(expected[at : at + PAGE] != found[at : at + PAGE] for at in range(0, length, PAGE))
     return pages, wrong
 
 
@@ -66,6 +65,7 @@ def prstatus_instruction_pointers(vmcore: Path) -> list[int]:
         return [
             struct.unpack_from("<Q", note["n_descdata"], rip_offset)[0]
             for segment in ELFFile(file).iter_segments("PT_NOTE")
+            if isinstance(segment, NoteSegment)
             for note in segment.iter_notes()
             if note["n_name"] == "CORE" and note["n_type"] in (1, "NT_PRSTATUS")
         ]

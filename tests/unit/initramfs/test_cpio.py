@@ -59,7 +59,7 @@ def test_busybox_unpacks_content_modes_and_links(tree: Tree, tmp_path: Path) -> 
     out = tmp_path / "out"
     out.mkdir()
     # Device nodes need root; everything else must unpack for everyone.
-    command = [busybox, "cpio", "-i", "bin*", "link", "etc*", "empty"]
+    command: list[str | Path] = [busybox, "cpio", "-i", "bin*", "link", "etc*", "empty"]
 
     subprocess.run(command, input=packed(tree), cwd=out, capture_output=True, check=True)
 

@@ -1,4 +1,4 @@
-"""What sysfs and mountinfo say about a disk becomes module names; the trees here are made the way the kernel makes them."""
+"""What sysfs and mountinfo say about a disk becomes module names; the trees are made the way the kernel makes them."""
 
 from __future__ import annotations
 

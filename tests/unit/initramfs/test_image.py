@@ -84,9 +84,8 @@ def test_the_command_runs_in_the_root(root: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("chroot needs root")
 
-    done = subprocess.run(
-        ["chroot", root, "vmcapture", "status"], env={"PATH": "/usr/bin"}, capture_output=True, text=True, check=False
-    )
+    command: list[str | Path] = [tools.require("chroot", "coreutils"), root, "vmcapture", "status"]
+    done = subprocess.run(command, env={"PATH": "/usr/bin"}, capture_output=True, text=True, check=False)
 
     assert done.stdout.startswith("not armed")
     assert done.returncode == 1

@@ -181,7 +181,7 @@ def test_auto_takes_the_second_system_call_when_the_first_is_refused(machine: Pa
 
 
 def test_what_kexec_said_is_in_the_one_line(machine: Path) -> None:
-    with pytest.raises(KexecError, match="kexec -p -s: .*kexec_file_load failed: EPERM"):
+    with pytest.raises(KexecError, match=r"kexec -p -s: .*kexec_file_load failed: EPERM"):
         kexec.load(crash_kernel(machine, "file"))
 
 

@@ -41,7 +41,8 @@ def laid_out(traced: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_chroot(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
     if os.geteuid() != 0:
         pytest.skip("chroot needs root")
-    return subprocess.run(["chroot", root, *command], env={}, capture_output=True, text=True, check=False)
+    chroot = tools.require("chroot", "coreutils")
+    return subprocess.run([chroot, root, *command], env={}, capture_output=True, text=True, check=False)
 
 
 def test_the_command_runs_from_the_laid_out_tree(laid_out: Path) -> None:
@@ -114,7 +115,7 @@ def test_a_package_that_does_not_import_is_one_clear_line(tmp_path: Path, monkey
     (package / "__init__.py").write_text("import does_not_exist_anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)
 
-    with pytest.raises(ImageError, match="sample_of_breakage do not run on their own.*does_not_exist_anywhere"):
+    with pytest.raises(ImageError, match=r"sample_of_breakage do not run on their own.*does_not_exist_anywhere"):
         runtime.trace((package.name,))
 
 

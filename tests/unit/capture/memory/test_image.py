@@ -56,7 +56,7 @@ def pages_of(image: MemoryImage) -> dict[int, bytes]:
 def model(loads: Loads, page_size: int = PAGE) -> dict[int, bytes]:
     """The same, naively: write each segment into pages byte by byte, the last ones first so that the first wins."""
     pages: dict[int, bytearray] = {}
-    for physical, data in reversed(sorted(loads, key=lambda load: load[0])):
+    for physical, data in sorted(loads, key=lambda load: load[0])[::-1]:
         position = 0
         while position < len(data):
             pfn, within = divmod(physical + position, page_size)
@@ -167,9 +167,7 @@ def test_any_layout_of_segments_gives_the_pages_of_the_naive_model(layout: list[
         assert pages_of(image) == expect
         assert image.page_count == len(expect)
         assert [pfn for first, count in image.runs() for pfn in range(first, first + count)] == list(expect)
-        assert b"".join(expect[pfn] for pfn in expect) == b"".join(
-            image.read(pfn * SMALL, SMALL) for pfn in expect
-        )
+        assert b"".join(expect[pfn] for pfn in expect) == b"".join(image.read(pfn * SMALL, SMALL) for pfn in expect)
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.filter_too_much])

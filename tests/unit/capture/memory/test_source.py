@@ -46,7 +46,7 @@ def test_a_file_that_became_shorter_is_an_error_not_a_signal(vmcore_file: WriteF
     name = vmcore_file(filled("a", "b", "c", "d"))
     with Source(name) as source:
         os.truncate(name, PAGE)
-        with pytest.raises(OSError, match=".") as failed:
+        with pytest.raises(OSError) as failed:
             source.map(0, 4 * PAGE)
         assert failed.value.errno in (errno.ENXIO, errno.EFAULT)
         assert source.read(0, 4 * PAGE) == filled("a")
@@ -77,7 +77,7 @@ def test_the_memory_of_a_process_is_read_at_its_addresses() -> None:
 
 
 def test_an_unmapped_address_of_a_process_is_eio() -> None:
-    with Source("/proc/self/mem", size=1 << 47) as source, pytest.raises(OSError, match=".") as failed:
+    with Source("/proc/self/mem", size=1 << 47) as source, pytest.raises(OSError) as failed:
         source.read(PAGE, PAGE)  # below vm.mmap_min_addr: nothing is ever mapped there
     assert failed.value.errno == errno.EIO
 

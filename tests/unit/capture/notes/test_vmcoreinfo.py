@@ -90,7 +90,7 @@ def test_an_absurd_crash_time_is_not_known(value: str) -> None:
 
 
 def everything(info: VmcoreInfo) -> None:
-    for name in [key.partition("(")[2].rstrip(")") for key in info.keys] + ["a", ""]:  # noqa: SIM118 (a field)
+    for name in [key.partition("(")[2].rstrip(")") for key in info.keys] + ["a", ""]:
         for kind in (info.symbol, info.size, info.offset, info.length, info.number):
             found = kind(name)
             assert found is None or -(1 << 63) <= found < 1 << 64
@@ -99,7 +99,9 @@ def everything(info: VmcoreInfo) -> None:
     assert info.crash_time is None or info.crash_time > 0
 
 
-KINDS = st.sampled_from([b"SYMBOL(a)", b"SIZE(a)", b"NUMBER(a)", b"OFFSET(a)", b"PAGESIZE", b"CRASHTIME", b"KERNELOFFSET"])
+KINDS = st.sampled_from(
+    [b"SYMBOL(a)", b"SIZE(a)", b"NUMBER(a)", b"OFFSET(a)", b"PAGESIZE", b"CRASHTIME", b"KERNELOFFSET"]
+)
 LINES = st.lists(st.tuples(KINDS, st.one_of(st.binary(max_size=30), st.integers().map(lambda n: str(n).encode()))))
 
 
