@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import capture.cli
-from capture.cli import Subparsers
+from capture.cli import Subparsers, command
+from capture.console import Console
 from initramfs import devices, kexec
 from initramfs.devices import Needed
 from initramfs.errors import KexecError
@@ -30,15 +31,12 @@ def add_commands(subparsers: Subparsers) -> None:
     """Add ``initramfs``, ``load``, ``unload`` and ``status``."""
     _add_initramfs(subparsers)
     _add_load(subparsers)
-    unload = subparsers.add_parser("unload", help="disarm the machine")
-    unload.set_defaults(run=run_unload)
-    status = subparsers.add_parser("status", help="is the machine armed, with what; exit status 0 when it is")
-    status.add_argument("--json", action="store_true", help="as JSON")
-    status.set_defaults(run=run_status)
+    command(subparsers, "unload", run_unload, "disarm the machine")
+    command(subparsers, "status", run_status, "is the machine armed, with what; exit status 0 when it is", output=True)
 
 
 def _add_initramfs(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("initramfs", help="build the capture image")
+    parser = command(subparsers, "initramfs", run_initramfs, "build the capture image")
     add = parser.add_argument
     add("-o", "--output", type=Path, metavar="IMAGE", help="default: /var/lib/vmcapture/initramfs-RELEASE.img")
     add("--kernel", default=os.uname().release, metavar="RELEASE", help="kernel release, default: the running one")
@@ -60,11 +58,10 @@ def _add_initramfs(subparsers: Subparsers) -> None:
         metavar="PATH",
         help="a further program, with its shared objects (repeatable)",
     )
-    parser.set_defaults(run=run_initramfs)
 
 
 def _add_load(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("load", help="arm the machine: load the capture kernel")
+    parser = command(subparsers, "load", run_load, "arm the machine: load the capture kernel")
     add = parser.add_argument
     release = os.uname().release
     add("--kernel-image", type=Path, default=Path(f"/boot/vmlinuz-{release}"), metavar="VMLINUZ")
@@ -80,7 +77,6 @@ def _add_load(subparsers: Subparsers) -> None:
     add("--cpus", type=int, default=1, metavar="N", help="CPUs in the capture kernel (default: %(default)s)")
     add("--append", default="", metavar="STR", help="more for the capture kernel's command line")
     add("--command-line", metavar="STR", help="the capture kernel's whole command line")
-    parser.set_defaults(run=run_load)
 
 
 def default_image(release: str) -> Path:
@@ -107,10 +103,16 @@ def run_initramfs(args: argparse.Namespace) -> int:
         )
     )
     kind = "squashfs" if report.squashfs else "plain"
-    print(
+    console = Console(quiet=args.quiet)
+    console.say(
         f"{report.path}: {report.size / (1 << 20):.1f} MiB ({kind}), for {report.kernel_release}; "
         f"modules: {' '.join(report.modules) or 'none'}"
     )
+    if report.missing_modules:
+        console.say(
+            f"{report.kernel_release} has no {' and no '.join(report.missing_modules)}, which the running kernel has "
+            "built in for this target: test a crash before you rely on it"
+        )
     return 0
 
 
@@ -137,14 +139,16 @@ def run_load(args: argparse.Namespace) -> int:
             boot_cpu=kexec.boot_cpu_apic_id(),
         )
     loaded = kexec.load(CrashKernel(args.kernel_image, args.image, line, args.syscall))
-    print(f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}")
+    Console(quiet=args.quiet).say(
+        f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}"
+    )
     return 0
 
 
-def run_unload(_args: argparse.Namespace) -> int:
+def run_unload(args: argparse.Namespace) -> int:
     """Disarm the machine."""
     kexec.unload()
-    print("not armed any more")
+    Console(quiet=args.quiet).say("not armed any more")
     return 0
 
 

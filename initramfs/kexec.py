@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -264,21 +263,6 @@ def describe(state: Status) -> Sequence[str]:
         f"image         {loaded.image}",
         f"command line  {loaded.command_line}",
         f"system call   kexec_{_syscall_name(loaded.syscall)}",
-    )
-
-
-def command(request: CrashKernel) -> str:
-    """Return the kexec command as one would type it (``auto`` starts with -s)."""
-    flag = "-c" if request.syscall == "load" else "-s"
-    return shlex.join(
-        [
-            "kexec",
-            "-p",
-            flag,
-            str(request.kernel),
-            f"--initrd={request.image}",
-            f"--command-line={request.command_line}",
-        ]
     )
 
 

@@ -20,7 +20,6 @@ from elftools.elf.elffile import ELFFile
 from initramfs.errors import ImageError, ModuleNotThereError
 
 SUFFIXES = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
-MAX_MODULE = 256 << 20  # no module comes near; bounds what a broken compressed file may unpack to
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,13 +177,6 @@ def _hash_block(fd: int, offset: int, length: int) -> str:
     return state.hexdigest()
 
 
-def hash_file(path: Path) -> tuple[int, list[str]]:
-    """Return the size of a file and the SHA-256 of each 64 MiB block of it."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        return size, [_hash_block(file.fileno(), at, min(HASH_BLOCK, size - at)) for at in range(0, size, HASH_BLOCK)]
-
-
 def sync_directory(path: Path) -> None:
     """Bring renames and new names in a directory to the disk."""
     try:

@@ -46,6 +46,9 @@ CASES: tuple[Case, ...] = (
     Case("6.12-la57-smp-load", LINUX_6_12, 4, LA57, "load"),
 )
 
+# Where a person has to help, or the power fails: one small machine.
+RESCUE = Case("rescue", LINUX_6_1, memory="768M", target_size="2G")
+
 # Looked at with debug symbols as well, which are a download of about 300 MB a kernel.
 WITH_DEBUGINFO = ("6.1-la57-smp-file", "6.12-la57-smp-load")
 DEBUGINFO_CASES: tuple[Case, ...] = tuple(case for case in CASES if case.name in WITH_DEBUGINFO)

@@ -84,13 +84,15 @@ class Crashed(Saved):
 
     elf: Path  # /proc/vmcore of the same capture boot, copied as it was
     verified: str  # what `vmcapture verify VMCORE --against /proc/vmcore` said in the capture kernel
+    old_memory: tuple[int, str]  # status and output of what ``old_memory_command`` asked there
 
 
 class ImageStore:
     """The images of each kernel, built when they are first asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, squashfs: bool | None = None) -> None:
         self.folder = folder
+        self.squashfs = squashfs  # None: as the builder decides
         self._built: dict[str, Images] = {}
 
     def images(self, kernel: Kernel, steps: Steps | None = None) -> Images:
@@ -106,13 +108,18 @@ class ImageStore:
         contents.mkdir(parents=True, exist_ok=True)
         images = Images(contents / "capture.img", folder / "healthy.img", folder / "healthy-disk.ext4")
         capture = ImageRequest(
-            output=images.capture, kernel_release=kernel.release, modules_dir=kernel.modules_dir, modules=MODULES
+            output=images.capture,
+            kernel_release=kernel.release,
+            modules_dir=kernel.modules_dir,
+            modules=MODULES,
+            squashfs=self.squashfs,
         )
         build_image(capture)
         build_image(
             replace(
                 capture,
                 output=images.healthy,
+                squashfs=None,
                 python_roots=("capture", "initramfs"),
                 launcher_module="initramfs",
                 binaries=(host.find("kexec"),),
@@ -219,13 +226,23 @@ def crash_with_evidence(
             demand(machine, f"mkdir -p /run/target && mount LABEL={TARGET_LABEL} /run/target")
             verify = f"vmcapture verify /run/target{TARGET_FOLDER}/*/vmcore --against /proc/vmcore"
             verified = demand(machine, verify, timeout=SAVE_TIMEOUT).strip()
+        with steps.step("oldmem:"):
+            old_memory = machine.run(old_memory_command(case), timeout=2 * SAVE_TIMEOUT)
             demand(machine, "umount /run/target")
         machine.send("poweroff -f")
         machine.wait_exit(BOOT_TIMEOUT)
     os.truncate(elf, size)
     saved = _collect(case, workdir, machine, steps)
     values = {entry.name: getattr(saved, entry.name) for entry in fields(saved)}
-    return Crashed(**values, elf=elf, verified=verified)
+    return Crashed(**values, elf=elf, verified=verified, old_memory=old_memory)
+
+
+def old_memory_command(case: Case) -> str:
+    """What to do with old memory itself in the capture kernel: save it and compare, where kexec makes that possible."""
+    if case.syscall == "file":
+        return "vmcapture info oldmem:"
+    dump = "/run/target/oldmem.kdump"
+    return f"vmcapture dump -q oldmem: {dump} && vmcapture verify {dump} --against /proc/vmcore"
 
 
 def _collect(case: Case, workdir: Path, machine: Machine, steps: Steps) -> Saved:
@@ -254,7 +271,7 @@ def rescue_shell(
     with panicked(
         case, store, workdir, final="shell", target=target, target_attached=target_attached, append=append
     ) as machine:
-        machine.expect(r"^vmcapture: (saved in|not saved)", BOOT_TIMEOUT + SAVE_TIMEOUT)
+        machine.expect(r"^vmcapture: (saved in|not saved).*\n", BOOT_TIMEOUT + SAVE_TIMEOUT)
         machine.shell()
         yield machine
 

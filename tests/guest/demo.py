@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from capture.errors import CaptureError
+from capture.notes.prstatus import INSTRUCTION_POINTER
 from tests.guest import host
 from tests.guest.cases import CASES
 from tests.guest.host import HostError
@@ -82,8 +83,10 @@ def panic_line(log: str) -> str:
 def instruction_pointers(registers: Any) -> list[str]:
     """A line for each CPU of registers.json."""
     panicked = registers["panicked_cpu"]
+    name = INSTRUCTION_POINTER[registers["machine"]]
     return [
-        f"CPU {cpu['cpu']}: RIP {cpu['registers']['rip']}" + (" (this one panicked)" if cpu["cpu"] == panicked else "")
+        f"CPU {cpu['cpu']}: {name.upper()} {cpu['registers'][name]}"
+        + (" (this one panicked)" if cpu["cpu"] == panicked else "")
         for cpu in registers["cpus"]
     ]
 

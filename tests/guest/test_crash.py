@@ -27,6 +27,20 @@ def test_the_capture_kernel_finds_its_own_dump_equal_to_proc_vmcore(crashed: Cra
     assert crashed.verified.endswith("pages equal the source"), crashed.verified
 
 
+def test_old_memory_gives_the_same_dump_or_says_why_not(crashed: Crashed) -> None:
+    status, said = crashed.old_memory
+    lines = [line for line in said.strip().splitlines() if not line.startswith("verifying")]
+    if crashed.case.syscall == "load":
+        assert status == 0, said
+        assert lines[-1].endswith("pages equal the source")
+    else:
+        assert status == 4, said
+        (line,) = lines
+        assert line.startswith("vmcapture: /dev/mem: ")
+        assert "vmcapture load -c" in line
+        assert line.endswith("use /proc/vmcore")
+
+
 def test_every_page_equals_the_source_for_drgn(crashed: Crashed) -> None:
     pages, wrong = different_pages(crashed.saved / "vmcore", crashed.elf)
     assert wrong == 0

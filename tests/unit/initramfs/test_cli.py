@@ -50,8 +50,8 @@ def test_an_image_for_a_foreign_kernel_tree(
     )
 
     assert status == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"{tmp_path / 'x.img'}: ")
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"vmcapture: {tmp_path / 'x.img'}: ")
     assert f"for {RELEASE}; modules: loop squashfs virtio_ring virtio virtio_blk" in shown
 
 

@@ -1,0 +1,117 @@
+"""When something goes wrong on the crash boot: what the console says, and that a person can still save by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from capture.dumpfile.reader import KdumpFile
+from capture.verify import verify
+from tests.guest import disk
+from tests.guest.cache import Kernel
+from tests.guest.cases import RESCUE, Case
+from tests.guest.crash import (
+    SAVE_TIMEOUT,
+    TARGET_FOLDER,
+    TARGET_LABEL,
+    ImageStore,
+    demand,
+    panicked,
+    rescue_shell,
+    target_image,
+)
+from tests.guest.qemu import BOOT_TIMEOUT, Disk
+
+Kernels = Callable[[str], Kernel]
+
+
+@pytest.fixture(scope="session")
+def case(kernels: Kernels) -> Case:
+    kernels(RESCUE.kernel)  # skips here, where it can say why
+    return RESCUE
+
+
+def only_crash(image: Path, into: Path) -> Path:
+    """The folder of the one crash on a target, copied to ``into``."""
+    (name,) = disk.names(image, TARGET_FOLDER)
+    return disk.extract(image, f"{TARGET_FOLDER}/{name}", into)
+
+
+def test_a_save_by_hand_completes_once_the_missing_target_is_attached(
+    case: Case, image_store: ImageStore, tmp_path: Path
+) -> None:
+    with rescue_shell(case, image_store, tmp_path, target_attached=False, append="vmcapture.wait=10") as machine:
+        # The line that a person sees above the prompt: what happened, and which command to try.
+        (line,) = [line for line in machine.console.splitlines() if line.startswith("vmcapture: not saved")]
+        assert f"target LABEL={TARGET_LABEL}: no such file system after 10 s" in line
+        assert line.endswith("to try again: vmcapture save")
+
+        status, said = machine.run("vmcapture save", SAVE_TIMEOUT)
+        assert status == 5, said
+        assert "no such file system" in said
+
+        machine.attach(Disk(target_image(tmp_path)))
+        status, said = machine.run("vmcapture save", SAVE_TIMEOUT)
+        assert status == 0, said
+        demand(machine, f"mkdir -p /run/target && mount LABEL={TARGET_LABEL} /run/target")
+        dump = f"/run/target{TARGET_FOLDER}/*/vmcore"
+        assert "pages equal the source" in demand(
+            machine, f"vmcapture verify {dump} --against /proc/vmcore", SAVE_TIMEOUT
+        )
+        demand(machine, "umount /run/target")
+        machine.send("poweroff -f")
+        machine.wait_exit(BOOT_TIMEOUT)
+    saved = only_crash(target_image(tmp_path), tmp_path / "saved")
+    assert json.loads((saved / "manifest.json").read_text())["complete"]
+    assert "Kernel panic - not syncing" in (saved / "vmcore-dmesg.txt").read_text()
+
+
+def test_a_power_cut_leaves_a_dump_whose_written_pages_are_all_right(
+    case: Case, image_store: ImageStore, tmp_path: Path
+) -> None:
+    with panicked(case, image_store, tmp_path) as machine:
+        machine.expect(r"saving memory: +[3-7]\d%", BOOT_TIMEOUT + SAVE_TIMEOUT)
+        machine.kill()
+    image = target_image(tmp_path)
+    disk.replay(image)
+    saved = only_crash(image, tmp_path / "saved")
+    assert "Kernel panic - not syncing" in (saved / "vmcore-dmesg.txt").read_text()
+    assert json.loads((saved / "registers.json").read_text())["panicked_cpu"] is not None
+    report = verify(KdumpFile(saved / "vmcore.incomplete"), None, progress=False)
+    assert report.incomplete
+    assert report.exit_status == 3
+    assert report.damaged == 0
+    assert 0 < report.unwritten < report.pages
+
+
+def test_a_target_that_is_too_small_keeps_what_fits_and_a_shell_says_so(
+    case: Case, image_store: ImageStore, tmp_path: Path
+) -> None:
+    small = replace(case, target_size="64M")
+    with rescue_shell(small, image_store, tmp_path) as machine:
+        (line,) = [line for line in machine.console.splitlines() if line.startswith("vmcapture: saved in part")]
+        assert "no room left" in line
+        machine.send("poweroff -f")
+        machine.wait_exit(BOOT_TIMEOUT)
+    saved = only_crash(target_image(tmp_path), tmp_path / "saved")
+    manifest = json.loads((saved / "manifest.json").read_text())
+    assert not manifest["complete"]
+    assert "no room left" in manifest["failures"][0]
+    report = verify(KdumpFile(saved / "vmcore.incomplete"), None, progress=False)
+    assert (report.exit_status, report.damaged) == (3, 0)
+    assert report.pages - report.unwritten == manifest["dump"]["pages_written"] > 0
+
+
+def test_a_kernel_without_squashfs_runs_from_a_plain_tree(case: Case, guest_folder: Path, tmp_path: Path) -> None:
+    store = ImageStore(guest_folder / "plain-images", squashfs=False)
+    with rescue_shell(case, store, tmp_path) as machine:
+        assert "vmcapture: saved in LABEL=crash" in machine.console
+        assert "squashfs" not in demand(machine, "cat /proc/mounts")
+        machine.send("poweroff -f")
+        machine.wait_exit(BOOT_TIMEOUT)
+    saved = only_crash(target_image(tmp_path), tmp_path / "saved")
+    assert json.loads((saved / "manifest.json").read_text())["complete"]

@@ -1,0 +1,57 @@
+"""The man page and the README name what the program really takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from capture.boot import config
+from initramfs.cli import main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COMMANDS = (
+    "dump", "dmesg", "registers", "info", "verify", "save", "initramfs", "load", "unload", "status",
+)  # fmt: skip
+
+
+def helped(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit, match="0"):
+        main([*arguments, "--help"])
+    return capsys.readouterr().out
+
+
+def manual() -> str:
+    return (REPOSITORY / "docs/vmcapture.8").read_text().replace("\\-", "-")
+
+
+def readme() -> str:
+    return (REPOSITORY / "README.md").read_text()
+
+
+def test_these_are_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuple(re.findall(r"^    (\w+)", helped(capsys), re.MULTILINE)) == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_in_the_man_page(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", helped(capsys, command).partition("options:")[2]))
+    assert len(options) >= 5
+    assert [option for option in sorted(options) if option not in manual()] == []
+    assert f"\n.TP\n.B {command}\n" in manual()
+    assert re.search(rf"vmcapture[^\n]*\b{command}\b", readme())
+
+
+def test_no_word_of_the_kernel_command_line_is_missing_or_made_up() -> None:
+    words = {word for text in (manual(), readme()) for word in re.findall(r"vmcapture\.([a-z]+)=", text)}
+    unknown = [
+        line
+        for line in config.parse(" ".join(f"vmcapture.{word}=x" for word in words)).problems
+        if "no such option" in line
+    ]
+    assert unknown == []
+    documented = set(re.findall(r"``vmcapture\.([a-z]+)=", config.__doc__ or ""))
+    assert len(documented) >= 7
+    for text in (manual(), readme()):
+        assert documented <= set(re.findall(r"vmcapture\.([a-z]+)=", text))
