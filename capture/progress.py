@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 LINE_INTERVAL = 5.0
 """Seconds between two plain lines."""
+DEFAULT_COLUMNS, DEFAULT_ROWS = 80, 24
 
 
 class Progress:
@@ -28,7 +30,7 @@ class Progress:
             tqdm.monitor_interval = 0  # no watcher thread: the bar is moved at every chunk anyway
             self._bar = tqdm(
                 total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, file=self._file, mininterval=0.5,
-                dynamic_ncols=True,
+                ncols=_columns(self._file), nrows=DEFAULT_ROWS, ascii=True,
             )  # fmt: skip
 
     def advance(self, count: int) -> None:
@@ -47,9 +49,17 @@ class Progress:
     def _print_line(self) -> None:
         self._printed = time.monotonic()
         text = tqdm.format_meter(
-            self._done, self._total, self.seconds, ncols=79, prefix=self._label, ascii=True, unit="B", unit_scale=True,
-            unit_divisor=1024, bar_format="{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left",
-        )  # fmt: skip
+            self._done,
+            self._total,
+            self.seconds,
+            ncols=DEFAULT_COLUMNS - 1,
+            prefix=self._label,
+            ascii=True,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            bar_format="{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left",
+        )
         print(text, file=self._file, flush=True)
 
     def __enter__(self) -> Progress:
@@ -60,3 +70,12 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _columns(terminal: TextIO) -> int:
+    """Return the columns that a bar may take. A serial console has none by its own account, and tqdm believes it."""
+    try:
+        columns = os.get_terminal_size(terminal.fileno()).columns
+    except OSError:
+        columns = 0
+    return (columns or DEFAULT_COLUMNS) - 1

@@ -39,7 +39,7 @@ def _add_initramfs(subparsers: Subparsers) -> None:
     parser = command(subparsers, "initramfs", run_initramfs, "build the capture image")
     add = parser.add_argument
     add("-o", "--output", type=Path, metavar="IMAGE", help="default: /var/lib/vmcapture/initramfs-RELEASE.img")
-    add("--kernel", default=os.uname().release, metavar="RELEASE", help="kernel release, default: the running one")
+    add("--kernel", metavar="RELEASE", help="kernel release, default: that of --modules-dir, else the running one")
     add("--modules-dir", type=Path, metavar="DIR", help="its modules, default: /lib/modules/RELEASE")
     add(
         "--module",
@@ -91,11 +91,12 @@ def run_initramfs(args: argparse.Namespace) -> int:
         needed = devices.modules_for_target(args.target)
     elif not args.module:
         needed = devices.modules_for_mount(devices.mount_of(CRASH_DIRECTORY))
+    release = args.kernel or (args.modules_dir.absolute().name if args.modules_dir else os.uname().release)
     report = build_image(
         ImageRequest(
-            output=args.output or default_image(args.kernel),
-            kernel_release=args.kernel,
-            modules_dir=args.modules_dir or Path("/lib/modules") / args.kernel,
+            output=args.output or default_image(release),
+            kernel_release=release,
+            modules_dir=args.modules_dir or Path("/lib/modules") / release,
             modules=(*needed.loaded, *args.module),
             optional_modules=needed.built_in,
             binaries=tuple(args.bin),

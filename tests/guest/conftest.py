@@ -72,7 +72,7 @@ def guest_folder() -> Iterator[Path]:
         folder.mkdir(parents=True)
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="vmcapture-guests-") as name:
+    with tempfile.TemporaryDirectory(prefix="vmcapture-guests-", dir=host.SCRATCH) as name:
         yield Path(name)
 
 

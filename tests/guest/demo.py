@@ -49,7 +49,7 @@ def demonstrate(case_name: str, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     say(f"fetching {case.kernel} (kept in the cache for the next time)")
-    with tempfile.TemporaryDirectory(prefix="vmcapture-demo-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="vmcapture-demo-", dir=host.SCRATCH) as scratch:
         workdir = Path(scratch)
         try:
             crashed = crash(case, ImageStore(workdir / "images"), workdir / case.name, steps=Steps(say))

@@ -33,6 +33,10 @@ CYCLE = sorted(PACKAGES.keys() - {"crash", "makedumpfile"})
 SEARCH_PATH = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
 
 
+SCRATCH = os.environ.get("TMPDIR", "/var/tmp")
+"""Where gigabytes may lie for a while: /tmp is in memory on many systems."""
+
+
 class HostError(Exception):
     """The host lacks something, or one of its programs failed; the message says what to do."""
 

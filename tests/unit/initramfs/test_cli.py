@@ -38,8 +38,6 @@ def test_an_image_for_a_foreign_kernel_tree(
             "initramfs",
             "-o",
             str(tmp_path / "x.img"),
-            "--kernel",
-            RELEASE,
             "--modules-dir",
             str(module_tree),
             "--module",
