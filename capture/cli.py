@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from capture import __version__
+from capture.console import PREFIX, Console, open_standard_streams, print_line, printable
 from capture.errors import CaptureError, UsageError
 
 Subparsers = Any  # argparse's own type for add_subparsers() is private
@@ -31,7 +32,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the line and exit with status 2."""
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(EXIT_USAGE, printable(f"{self.prog}: {message}; see {self.prog} --help") + "\n")
 
 
 def main(argv: Sequence[str] | None = None, extend: Callable[[Subparsers], None] | None = None) -> int:
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None, extend: Callable[[Subparsers], None]
     add_commands(subparsers)
     if extend is not None:
         extend(subparsers)
+    open_standard_streams()
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None, extend: Callable[[Subparsers], None]
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _failed(f"{error.filename or 'system'}: {error.strerror}", EXIT_FAILED)
+        return _failed(f"{error.filename or 'system'}: {error.strerror or error}", EXIT_FAILED)
     except MemoryError:
         return _failed("out of memory; try --threads 1", EXIT_FAILED)
     except Exception as error:
@@ -153,9 +155,7 @@ def _positive(text: str) -> int:
 
 
 def _failed(reason: str, status: int) -> int:
-    from capture.console import PREFIX, printable
-
-    print(PREFIX + printable(reason), file=sys.stderr)
+    print_line(PREFIX + printable(reason))
     return status
 
 
@@ -169,17 +169,18 @@ def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
 def _dump_options(args: argparse.Namespace, level: int, compression: str, *, replace: bool) -> Any:  # noqa: ANN401
     from capture.dump import DumpOptions
 
-    return DumpOptions(
+    options = DumpOptions(
         level=level if args.level is None else args.level,
         compression=args.compress or compression,
         threads=args.threads,
         replace=replace,
         progress=progress_wanted(args),
     )
+    options.check()
+    return options
 
 
 def _dump(args: argparse.Namespace) -> int:
-    from capture.console import Console
     from capture.dump import write_dump
     from capture.dumpfile import codec
     from capture.vmcore import open_vmcore
@@ -193,7 +194,7 @@ def _dump(args: argparse.Namespace) -> int:
             console.say(line)
         report = write_dump(vmcore, args.out, options)
     shortfall = report.shortfall()
-    summary = f"{report.path}: {report.statistics.pages} of {report.pages} pages, {report.size} bytes"
+    summary = f"{report.path}: {report.pages_written} of {report.pages} pages, {report.size} bytes"
     if shortfall is None:
         console.say(summary)
         return 0
@@ -202,7 +203,6 @@ def _dump(args: argparse.Namespace) -> int:
 
 def _dmesg(args: argparse.Namespace) -> int:
     from capture import report
-    from capture.console import Console
     from capture.vmcore import open_vmcore
 
     with open_vmcore(args.source) as vmcore:
@@ -250,12 +250,12 @@ def _verify(args: argparse.Namespace) -> int:
     from capture.verify import verify
     from capture.vmcore import open_vmcore
 
-    dump = KdumpFile(args.dump)
-    if args.against is None:
-        report = verify(dump, None, progress=progress_wanted(args))
-    else:
-        with open_vmcore(args.against) as vmcore:
-            report = verify(dump, vmcore.image, progress=progress_wanted(args))
+    with KdumpFile(args.dump) as dump:
+        if args.against is None:
+            report = verify(dump, None, progress=progress_wanted(args))
+        else:
+            with open_vmcore(args.against) as vmcore:
+                report = verify(dump, vmcore.image, progress=progress_wanted(args))
     print(json.dumps(report.values(), indent=1) if args.json else f"{args.dump}: {report.text()}")
     return report.exit_status
 
@@ -263,7 +263,6 @@ def _verify(args: argparse.Namespace) -> int:
 def _save(args: argparse.Namespace) -> int:
     from capture.boot import config, job
     from capture.boot.save import save_to_target
-    from capture.console import Console
     from capture.vmcore import open_vmcore
 
     console = Console(quiet=args.quiet)
@@ -274,6 +273,5 @@ def _save(args: argparse.Namespace) -> int:
     else:
         with open_vmcore(args.source or job.default_source()) as vmcore:
             saved = job.save(vmcore, args.directory, options, console)
-    status = job.exit_status(saved)
-    console.say(f"{'saved' if status == 0 else 'saved in part'}: {saved.directory}")
-    return status
+    console.say(f"{saved.outcome}: {saved.directory}")
+    return job.exit_status(saved)

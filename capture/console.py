@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import sys
 from typing import TextIO
 
@@ -23,7 +26,28 @@ class Console:
         self.lines.append(line)
         del self.lines[:-MAX_KEPT]
         if not self._quiet:
-            print(PREFIX + line, file=self._file or sys.stderr, flush=True)
+            print_line(PREFIX + line, self._file)
+
+
+def print_line(line: str, file: TextIO | None = None) -> None:
+    """Print to a console (standard error when left out) that may be gone: that is no reason to stop saving."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=file or sys.stderr, flush=True)
+
+
+def open_standard_streams() -> None:
+    """Make sure that descriptors 0 to 2 are open and that text of any kind can be printed.
+
+    Without a console (/dev/console cannot be opened) a process starts without them; a dump must not become number 1.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def printable(text: str) -> str:

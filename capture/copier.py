@@ -49,7 +49,7 @@ class _Worked:
 class Copier:
     """Copies pages of ``image`` through ``codec``; with ``share_zero_pages`` those of zeros take no data.
 
-    ``statistics`` is right at any time, also after an exception.
+    ``statistics`` describes what the writer has kept, once ``run`` has ended, also by an exception.
     """
 
     def __init__(self, image: MemoryImage, codec: Codec, *, share_zero_pages: bool, threads: int) -> None:
@@ -58,6 +58,8 @@ class Copier:
         self._share_zero_pages = share_zero_pages
         self._threads = threads
         self.statistics = CopyStatistics()
+        self._newest: _Worked | None = None
+        """The last block written, not counted yet: on a full disk the writer may drop it again."""
 
     def run(self, chunks: Iterable[Chunk], writer: KdumpWriter, progress: Progress) -> None:
         """Copy ``chunks`` to ``writer`` in their order.
@@ -77,18 +79,26 @@ class Copier:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+            finally:
+                if not writer.gave_back:
+                    self._count(self._newest)
 
     def _write(self, worked: _Worked, writer: KdumpWriter, progress: Progress) -> None:
         writer.append(worked.packed)
-        pages = len(worked.packed.sizes)
+        self._count(self._newest)
+        self._newest = worked
+        progress.advance(len(worked.packed.sizes) * self._image.page_size)
+
+    def _count(self, worked: _Worked | None) -> None:
+        if worked is None:
+            return
         statistics = self.statistics
-        statistics.pages += pages
+        statistics.pages += len(worked.packed.sizes)
         statistics.zero_pages += worked.zero_pages
         statistics.raw_pages += worked.raw_pages
         statistics.data_bytes += int(worked.packed.sizes.sum())
         for pfn in worked.unreadable:
             statistics.unreadable.add(pfn)
-        progress.advance(pages * self._image.page_size)
 
     def _work(self, chunk: Chunk) -> _Worked:
         block = self._image.fetch(chunk)

@@ -32,6 +32,15 @@ class DumpOptions:
     replace: bool = False
     progress: bool = True
 
+    def check(self) -> None:
+        """Refuse what cannot be made, before anything is opened.
+
+        Raises:
+            UsageError: level or compression are wrong.
+        """
+        check_level(self.level)
+        codecs.codec(self.compression)
+
 
 @dataclass(frozen=True, slots=True)
 class DumpReport:
@@ -44,6 +53,7 @@ class DumpReport:
     level: int
     statistics: CopyStatistics
     pages: int
+    pages_written: int
     missing_bytes: int
     seconds: float
     failure: str | None
@@ -57,7 +67,8 @@ class DumpReport:
         """Return one line that names what is missing, None when nothing is."""
         reasons = [self.failure] if self.failure else []
         if self.statistics.unreadable.count:
-            reasons.append(f"{self.statistics.unreadable.count} pages unreadable (zeros in the dump)")
+            unreadable = self.statistics.unreadable
+            reasons.append(f"{unreadable.count} pages unreadable, zeros in the dump ({unreadable.text()})")
         if self.missing_bytes:
             reasons.append(f"{self.missing_bytes} bytes missing in the source")
         return "; ".join(reasons) or None
@@ -95,12 +106,7 @@ def write_dump(vmcore: Vmcore, path: Path, options: DumpOptions) -> DumpReport:
     check_level(options.level)
     codec = codecs.codec(options.compression)
     threads = options.threads or available_cpus()
-    unfinished = path.with_name(path.name + INCOMPLETE_SUFFIX)
-    if options.replace:
-        with contextlib.suppress(FileNotFoundError):
-            unfinished.unlink()
-    elif path.exists() or path.is_symlink():
-        raise TargetError(f"{path}: exists already; remove it, or use --force")
+    unfinished = _unfinished(path, replace=options.replace)
     image = vmcore.image
     memory = KernelMemory(image, vmcore.info, vmcore.core.machine)
     plan = DumpPlan(
@@ -138,6 +144,7 @@ def write_dump(vmcore: Vmcore, path: Path, options: DumpOptions) -> DumpReport:
             level=options.level,
             statistics=copier.statistics,
             pages=plan.pages,
+            pages_written=writer.pages_written,
             missing_bytes=vmcore.core.missing_bytes,
             seconds=seconds,
             failure=failure,
@@ -151,6 +158,21 @@ def write_dump(vmcore: Vmcore, path: Path, options: DumpOptions) -> DumpReport:
             raise target_error(path, f"renaming {unfinished.name}", error) from None
     sync_directory(path.parent)
     return report
+
+
+def _unfinished(path: Path, *, replace: bool) -> Path:
+    """Return the name that the dump has until it is finished; make way for it when ``replace``."""
+    try:
+        if not path.name or path.is_dir():
+            raise TargetError(f"{path}: is a directory; name the file to write")
+        unfinished = path.with_name(path.name + INCOMPLETE_SUFFIX)
+        if replace:
+            unfinished.unlink(missing_ok=True)
+        elif path.exists() or path.is_symlink():
+            raise TargetError(f"{path}: exists already; remove it, or use --force")
+    except OSError as error:
+        raise target_error(path, "looking for it", error) from None
+    return unfinished
 
 
 def _copy(copier: Copier, writer: KdumpWriter, vmcore: Vmcore, progress: Progress) -> str | None:

@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from capture.console import print_line
+
 LINE_INTERVAL = 5.0
 """Seconds between two plain lines."""
 DEFAULT_COLUMNS, DEFAULT_ROWS = 80, 24
@@ -60,7 +62,7 @@ class Progress:
             unit_divisor=1024,
             bar_format="{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt}, {remaining} left",
         )
-        print(text, file=self._file, flush=True)
+        print_line(text, self._file)
 
     def __enter__(self) -> Progress:
         return self

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from capture.boot import actions, config
 from capture.boot.save import save_to_target
-from capture.console import Console
+from capture.console import Console, open_standard_streams
 from capture.errors import CaptureError
 
 SHELL = 64
@@ -19,6 +19,7 @@ SHELL = 64
 
 def main() -> int:
     """Run the whole crash boot; returns only where the answer is a shell."""
+    open_standard_streams()
     console = Console()
     boot = config.parse(Path("/proc/cmdline").read_text(errors="replace"))
     for line in boot.problems:
@@ -32,7 +33,7 @@ def main() -> int:
         if saved.complete:
             outcome, action = f"saved in {boot.target}{saved.directory}", boot.final
         else:
-            outcome, action = f"saved in part: {'; '.join(saved.failures)}", boot.failure
+            outcome, action = f"{saved.outcome}: {'; '.join(saved.failures)}", boot.failure
     except CaptureError as error:
         outcome, action = f"not saved: {error}", boot.failure
     except Exception as error:  # (whatever it is, a person or the failure action must get the machine)

@@ -15,6 +15,7 @@ A word that makes no sense is said on the console and replaced by its default: a
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 
 from capture.dump import SUPPORTED_LEVELS
@@ -49,8 +50,11 @@ def parse(command_line: str) -> BootConfig:
     for word in command_line.split():
         key, separator, value = word.partition("=")
         crash_boot |= key == "elfcorehdr"
-        if key.startswith(_PREFIX) and separator:
-            words[key.removeprefix(_PREFIX)] = value
+        if key.startswith(_PREFIX):
+            if separator:
+                words[key.removeprefix(_PREFIX)] = value
+            else:
+                problems.append(f"{word}: has no value, ignored")
     default = BootConfig()
 
     def action(key: str, fallback: str) -> str:
@@ -62,7 +66,7 @@ def parse(command_line: str) -> BootConfig:
 
     def number(key: str, fallback: int, allowed: range | tuple[int, ...]) -> int:
         value = words.pop(key, str(fallback))
-        if value.isascii() and value.isdigit() and int(value[:9]) in allowed:
+        if re.fullmatch("[0-9]{1,9}", value) and int(value) in allowed:
             return int(value)
         problems.append(f"vmcapture.{key}={value}: not possible; taking {fallback}")
         return fallback

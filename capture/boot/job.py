@@ -21,7 +21,7 @@ from capture import __version__, report
 from capture.console import Console
 from capture.dump import DumpOptions, DumpReport, write_dump
 from capture.dumpfile.output import HASH_BLOCK, OutputFile, sync_directory, target_error
-from capture.errors import CaptureError, TargetError
+from capture.errors import CaptureError, IncompleteError, TargetError
 from capture.kernel.address import KernelMemory
 from capture.kernel.panic import Panic, PanicFinder, panicked_cpu
 from capture.kernel.utsname import read_utsname
@@ -60,6 +60,13 @@ class SaveReport:
         """Whether every step did all that can be done; the dump may still lack pages that nobody can read."""
         return not self.failures
 
+    @property
+    def outcome(self) -> str:
+        """What to call it: ``saved``, ``saved in part``, or ``not saved`` when there is not even one file."""
+        if not self.files:
+            return "not saved"
+        return "saved" if self.complete else "saved in part"
+
 
 def save(vmcore: Vmcore, parent: Path, options: DumpOptions, console: Console) -> SaveReport:
     """Save ``vmcore`` into a new directory below ``parent``.
@@ -89,6 +96,9 @@ class _Job:
         self._step("vmcore", self._save_dump)
         self._step("capture-log.txt", self._save_capture_log)
         self._step("manifest.json", self._save_manifest)
+        if not self._report.files:
+            with contextlib.suppress(OSError):  # not empty: a part of the log is better than none
+                self._report.directory.rmdir()
         return self._report
 
     def _step(self, name: str, action: Callable[[str], None]) -> None:
@@ -134,7 +144,7 @@ class _Job:
         shortfall = result.shortfall()
         rate = result.statistics.pages * self._vmcore.image.page_size / max(result.seconds, 1e-3) / (1 << 20)
         self._console.say(
-            f"{result.path.name}: {result.statistics.pages} of {result.pages} pages, {result.size} bytes, "
+            f"{result.path.name}: {result.pages_written} of {result.pages} pages, {result.size} bytes, "
             f"{result.seconds:.1f} s, {rate:.0f} MiB/s" + (f"; not whole: {shortfall}" if shortfall else "")
         )
         if result.failure is not None:
@@ -164,6 +174,9 @@ class _Job:
             position += output.write([bytes(buffer)], position)
             output.sync()
             self._report.files.append(SavedFile(name, output.size, output.digests()))
+        except TargetError:
+            output.discard_if_empty()
+            raise
         finally:
             output.close()
         sync_directory(self._report.directory)
@@ -192,9 +205,11 @@ def kernel_messages() -> list[bytes]:
 
 
 def exit_status(saved: SaveReport) -> int:
-    """0: everything; 3: something is missing or not whole."""
+    """0: everything; 3: something is missing or not whole; 5: there was no room for anything at all."""
+    if not saved.files:
+        return TargetError.exit_status
     whole = saved.complete and saved.dump is not None and saved.dump.whole
-    return 0 if whole else 3
+    return 0 if whole else IncompleteError.exit_status
 
 
 def default_source() -> str:
@@ -216,8 +231,11 @@ def _make_directory(vmcore: Vmcore, parent: Path) -> Path:
             directory = parent / (f"{host}-{when}" + (f"-{number}" if number else ""))
             with contextlib.suppress(FileExistsError):
                 directory.mkdir(mode=DIRECTORY_MODE)
+                directory.chmod(DIRECTORY_MODE)  # an umask can only take away, even what root needs
                 sync_directory(parent)
                 return directory
+    except (FileExistsError, NotADirectoryError):
+        raise TargetError(f"{parent}: is not a directory; name another place") from None
     except OSError as error:
         raise target_error(parent, "making a directory for this crash", error) from None
     raise TargetError(f"{parent}: this crash was saved {_MAX_NAME_TRIES} times already; remove some of them")
@@ -258,7 +276,7 @@ def _dump_values(dump: DumpReport) -> dict[str, Any]:
         "level": dump.level,
         "compression": dump.compression,
         "pages": dump.pages,
-        "pages_written": statistics.pages,
+        "pages_written": dump.pages_written,
         "zero_pages": statistics.zero_pages,
         "raw_pages": statistics.raw_pages,
         "data_bytes": statistics.data_bytes,

@@ -52,6 +52,7 @@ class OutputFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             self._fd = os.open(path, flags, FILE_MODE)
+            os.fchmod(self._fd, FILE_MODE)  # an umask can only take away, even what root needs
         except OSError as error:
             raise target_error(path, "creating", error) from None
         self.size = 0
@@ -95,6 +96,12 @@ class OutputFile:
         with contextlib.suppress(OSError):
             os.ftruncate(self._fd, length)
             self.size = min(self.size, length)
+
+    def discard_if_empty(self) -> None:
+        """Remove the file when not one byte of it could be written."""
+        with contextlib.suppress(OSError):
+            if not os.fstat(self._fd).st_size:
+                self.path.unlink()
 
     def sync(self) -> None:
         """Bring everything written so far to the disk (fdatasync)."""

@@ -7,10 +7,12 @@ damaged, cut short or hostile: everything that steers memory or time is checked 
 from __future__ import annotations
 
 import os
+import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -50,10 +52,20 @@ class KdumpFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.size = os.fstat(self._fd).st_size
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else a pipe would be waited for
         except OSError as error:
             raise SourceError(f"{path}: cannot be opened: {error.strerror}; check the path") from None
+        try:
+            self._read_headers()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_headers(self) -> None:
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise SourceError(f"{self.path}: is not a file; name the dump itself")
+        self.size = status.st_size
         self.header = np.frombuffer(self._read(0, kdump.DISK_DUMP_HEADER.itemsize, "header"), kdump.DISK_DUMP_HEADER)[0]
         self.page_size = int(self.header["block_size"])
         self._check_header()
@@ -63,7 +75,9 @@ class KdumpFile:
         self.bitmap2 = (1 + int(self.header["sub_hdr_size"])) * self.page_size + self.bitmap_bytes
         self.descriptor_table = self.bitmap2 + self.bitmap_bytes
         if self.descriptor_table > self.size:
-            raise SourceError(f"{path}: truncated: bitmaps end at {self.descriptor_table}, the file at {self.size}")
+            raise SourceError(
+                f"{self.path}: truncated: bitmaps end at {self.descriptor_table}, the file at {self.size}"
+            )
 
     @property
     def incomplete(self) -> bool:
@@ -93,8 +107,19 @@ class KdumpFile:
         """Close the file."""
         os.close(self._fd)
 
+    def __enter__(self) -> KdumpFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
     def _read(self, offset: int, length: int, what: str) -> bytes:
-        data = os.pread(self._fd, length, offset)
+        try:
+            data = os.pread(self._fd, length, offset)
+        except OSError as error:
+            raise SourceError(f"{self.path}: the {what} at {offset:#x} cannot be read: {error.strerror}") from None
         if len(data) < length:
             raise SourceError(f"{self.path}: truncated: the {what} at {offset:#x} is cut short")
         return data
@@ -105,6 +130,8 @@ class KdumpFile:
         version = int(self.header["header_version"])
         if version < kdump.HEADER_VERSION:
             raise SourceError(f"{self.path}: header version {version}: only {kdump.HEADER_VERSION} is read")
+        if int(self.header["sub_hdr_size"]) < 1:
+            raise SourceError(f"{self.path}: a sub-header of {int(self.header['sub_hdr_size'])} blocks: it is damaged")
         if self.page_size not in (4096, 16384, _MAX_BLOCK):
             raise SourceError(f"{self.path}: page size {self.page_size}: the header is damaged")
 
@@ -219,6 +246,11 @@ def _put_zstd(
         for index in map(int, frames):
             frame = window[int(offsets[index]) : int(offsets[index]) + int(sizes[index])]
             try:
+                # A size that the frame itself names is what zstandard allocates, whatever the limit.
+                named = zstandard.frame_content_size(frame)
+                if named not in (-1, page_size):
+                    failed[number + index] = f"zstd: {named} bytes instead of {page_size}"
+                    continue
                 page = decompressor.decompress(frame, max_output_size=page_size, allow_extra_data=False)
             except (zstandard.ZstdError, ValueError) as error:
                 failed[number + index] = f"zstd: {error}"

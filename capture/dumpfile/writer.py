@@ -75,6 +75,8 @@ class KdumpWriter:
         self._pending_pages = 0
         self._unsynced = 0
         self.pages_written = 0
+        self.gave_back = False
+        """Whether the newest block of pages was dropped again to leave some room on a full disk."""
 
     def begin(self, runs: Iterable[tuple[int, int]]) -> None:
         """Write everything but page data and descriptors, and sync it. ``runs`` are the pages of the dump."""
@@ -117,6 +119,7 @@ class KdumpWriter:
     def _give_back(self) -> None:
         """On a full disk, drop the newest pages that have no descriptor yet: the manifest needs some room as well."""
         if self._pending:
+            self.gave_back = True
             dropped = self._pending.pop()
             self._pending_pages -= len(dropped)
             own = dropped["offset"] != self._zero_page

@@ -9,24 +9,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from capture.kernel.printk import CALLER_CPU, Record
 from capture.notes.prstatus import CpuRegisters
 
-_PANIC = re.compile(rb"Kernel panic - not syncing|^(BUG|Oops|general protection fault|Unable to handle kernel)\b")
-_WHERE = re.compile(rb"^CPU: (\d+) (?:UID: \d+ )?PID: (\d+) Comm: ")
+_PANIC = re.compile(rb"(?<!\[ end )Kernel panic - not syncing")
+_OOPS = re.compile(
+    rb"^(BUG|Oops|general protection fault|Unable to handle kernel|kernel BUG at|Internal error)\b"
+    rb"|^[a-z][\w ,-]*: [0-9a-f]{4} \[#\d+\]"
+)
+"""What precedes a crash without panic(): with panic_on_oops, oops_end() (arch/x86/kernel/dumpstack.c) and die()
+(arch/arm64/kernel/traps.c) jump to the capture kernel first. The last form is x86's ``invalid opcode: 0000 [#1]``."""
+_WHERE = re.compile(rb"^CPU: (\d{1,5}) (?:UID: \d+ )?PID: (\d{1,10}) Comm: ")
 """dump_stack_print_info(), lib/dump_stack.c; UID since 6.12."""
 
 
 @dataclass(frozen=True, slots=True)
 class Panic:
-    """``line`` is the first line of the last record that announces a crash, "" when there is none."""
+    """``line`` is the first line of the record that announces the crash, "" when there is none.
+
+    ``cpu`` and ``pid`` are what the log itself names in what follows that record.
+    """
 
     line: str = ""
     cpu: int | None = None
-    """The CPU as the log itself names it in what follows that record."""
     caller_id: int | None = None
+    pid: int | None = None
 
 
 class PanicFinder:
@@ -42,25 +51,36 @@ class PanicFinder:
             yield record
 
     def _see(self, record: Record) -> None:
-        if _PANIC.search(record.text):
+        if _PANIC.search(record.text) or (_OOPS.search(record.text) and not self._goes_on(record)):
             line = record.text.split(b"\n", 1)[0].decode("utf-8", "replace")
             printable = "".join(letter if letter.isprintable() else "?" for letter in line)
-            self.panic = Panic(printable, None, record.caller_id)
-        elif self.panic.line and self.panic.cpu is None and record.caller_id == self.panic.caller_id:
+            self.panic = Panic(printable, caller_id=record.caller_id)
+        elif self._goes_on(record):
             where = _WHERE.match(record.text)
-            if where and len(where[1]) < 6:  # a CPU number, not damage
-                self.panic = Panic(self.panic.line, int(where[1]), self.panic.caller_id)
+            if where:
+                self.panic = replace(self.panic, cpu=int(where[1]), pid=int(where[2]))
+
+    def _goes_on(self, record: Record) -> bool:
+        """Whether the announcement before is still being explained: its first line says most."""
+        panic = self.panic
+        return bool(panic.line) and panic.cpu is None and record.caller_id == panic.caller_id
 
 
 def panicked_cpu(panic: Panic, cpus: list[CpuRegisters]) -> int | None:
-    """Return the ``cpu`` of the entry that panicked, or None when that cannot be known."""
+    """Return the ``cpu`` of the entry that panicked, or None when that cannot be known.
+
+    Entries count notes, the log counts CPUs: after one went offline the two differ. An entry is the log's CPU only if
+    it ran the task that the log names.
+    """
     if not panic.line:
         return None
-    numbers = {entry.cpu for entry in cpus}
-    if panic.caller_id is not None and panic.caller_id & CALLER_CPU:
-        number = panic.caller_id & ~CALLER_CPU
-        return number if number in numbers else None
-    running = [entry.cpu for entry in cpus if panic.caller_id is not None and entry.pid == panic.caller_id]
-    if len(running) == 1:
-        return running[0]
-    return panic.cpu if panic.cpu in (running or numbers) else None
+    caller, number, pid = panic.caller_id, panic.cpu, panic.pid
+    if caller is not None and caller & CALLER_CPU:
+        number = caller & ~CALLER_CPU
+    elif caller is not None:
+        pid = caller
+    entries = {entry.cpu: entry for entry in cpus}
+    if number in entries and pid in (None, entries[number].pid):
+        return number
+    running = [entry.cpu for entry in cpus if entry.pid == pid]
+    return running[0] if len(running) == 1 else None

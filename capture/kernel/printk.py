@@ -34,11 +34,14 @@ LOG_CONT = 8
 EMPTY_LINE_LPOS = 3
 """A record without text that is an empty line; other odd positions mean that its text did not fit the ring."""
 _DATALESS = 1
-_MAX_COUNT_BITS = 24
 _MAX_SIZE_BITS = 31
 """LOG_BUF_LEN_MAX is 2 GiB (kernel/printk/printk.c)."""
+_MAX_COUNT_BITS = 26
+"""setup_log_buf() makes a descriptor for each 32 bytes (PRB_AVGBITS) of it."""
 _BATCH = 512
 """Descriptors and infos read at once."""
+_MAX_PROBES = 4096
+"""Failed reads after which an unreadable batch is given up whole: a damaged ring may announce millions of records."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ class PrintkLog:
     info: VmcoreInfo
     statistics: LogStatistics = field(default_factory=LogStatistics)
     _layout: _Layout = field(init=False)
+    _probes: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self._layout = _read_layout(self.memory, self.info)
@@ -115,6 +119,7 @@ class PrintkLog:
     def records(self) -> Iterator[Record]:
         """Yield the records that are committed or finalized, oldest first."""
         self.statistics = LogStatistics()
+        self._probes = 0
         layout = self._layout
         remaining = ((layout.head_id - layout.tail_id) & DESC_ID_MASK) + 1
         if remaining > layout.count:  # damaged ids: what can be there is one turn of the ring, up to head
@@ -134,8 +139,9 @@ class PrintkLog:
             descs = self.memory.read(layout.descs + index * layout.desc_size, batch * layout.desc_size)
             infos = self.memory.read(layout.infos + index * layout.info_size, batch * layout.info_size)
         except UnreadableMemory:
-            if batch == 1:
-                self.statistics.undecodable += 1
+            self._probes += 1
+            if batch == 1 or self._probes > _MAX_PROBES:
+                self.statistics.undecodable += batch
                 return
             half = batch // 2
             yield from self._batch(first, index, half)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -192,6 +193,7 @@ def _cut_to_source(source: Source, loads: NDArray[np.void]) -> int:
     return missing
 
 
+@cache
 def _structs() -> Any:  # noqa: ANN401
     structs = ELFStructs(little_endian=True, elfclass=64)
     structs.create_basic_structs()

@@ -27,6 +27,8 @@ _SPAN_FACTOR = 4
 """A chunk of scattered pages maps at most this many times its pages' own bytes."""
 
 MAX_LISTED_RANGES = 10_000
+MAX_SHOWN = 3
+"""Ranges of PFNs that a line for a person names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,11 @@ class PfnRanges:
             self.ranges[-1][1] = pfn
         elif len(self.ranges) < MAX_LISTED_RANGES:
             self.ranges.append([pfn, pfn])
+
+    def text(self) -> str:
+        """Return the first ranges for a person: ``PFN 0x9f, 0x100-0x1ff, ...``."""
+        shown = [f"{first:#x}" if first == last else f"{first:#x}-{last:#x}" for first, last in self.ranges[:MAX_SHOWN]]
+        return "PFN " + ", ".join(shown + ["..."] * (len(self.ranges) > MAX_SHOWN))
 
     @property
     def listed(self) -> int:

@@ -49,7 +49,7 @@ class Source:
         self.header_offset = header_offset
         self.remedy = remedy
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else a pipe would be waited for
         except FileNotFoundError:
             hint = "; this is not a crash boot" if path == PROC_VMCORE else "; check the path"
             raise SourceError(f"{path}: no such file{hint}") from None
@@ -59,6 +59,9 @@ class Source:
         if stat.S_ISDIR(mode.st_mode):
             self.close()
             raise SourceError(f"{path}: is a directory; name the vmcore itself")
+        if stat.S_ISFIFO(mode.st_mode) or stat.S_ISSOCK(mode.st_mode):
+            self.close()
+            raise SourceError(f"{path}: is a pipe; a vmcore is read at any offset: name a file")
         self.size = mode.st_size if size is None and stat.S_ISREG(mode.st_mode) else size
         self._prefilled = stat.S_ISCHR(mode.st_mode) or _on_procfs(path)
         self._can_map = can_map and (self._prefilled or _populate_works())

@@ -1,0 +1,191 @@
+"""The words on the capture kernel's command line."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from capture.boot.config import BootConfig, parse
+from capture.dumpfile.codec import codec
+
+REPOSITORY = Path(__file__).resolve().parents[4]
+
+DEFAULTS = BootConfig(
+    crash_boot=False,
+    target=None,
+    path="/var/crash",
+    final="reboot",
+    failure="shell",
+    wait=30,
+    level=1,
+    compression="zstd",
+    problems=(),
+)
+"""The table in README.md."""
+
+
+def test_nothing_said_means_the_defaults_of_the_readme() -> None:
+    assert parse("") == parse("root=/dev/vda1 ro quiet\n") == DEFAULTS
+    rows = re.findall(
+        r"^\| `vmcapture\.(\w+)=` \| .* \| (.*) \|$", (REPOSITORY / "README.md").read_text(), re.MULTILINE
+    )
+    table = {word: default.strip("`") for word, default in rows}
+    assert table == {
+        "target": table["target"],  # (`vmcapture load` writes it)
+        "path": DEFAULTS.path,
+        "final": DEFAULTS.final,
+        "failure": DEFAULTS.failure,
+        "wait": str(DEFAULTS.wait),
+        "level": str(DEFAULTS.level),
+        "compress": DEFAULTS.compression,
+    }
+
+
+@pytest.mark.parametrize(
+    ("word", "changed"),
+    [
+        ("vmcapture.target=LABEL=crash", {"target": "LABEL=crash"}),
+        ("vmcapture.target=UUID=0a1b-2c3d", {"target": "UUID=0a1b-2c3d"}),
+        ("vmcapture.target=/dev/vda1", {"target": "/dev/vda1"}),
+        ("vmcapture.path=/", {"path": "/"}),
+        ("vmcapture.path=/srv/a=b", {"path": "/srv/a=b"}),
+        ("vmcapture.path=/srv/crash..old", {"path": "/srv/crash..old"}),
+        ("vmcapture.final=poweroff", {"final": "poweroff"}),
+        ("vmcapture.final=halt", {"final": "halt"}),
+        ("vmcapture.final=shell", {"final": "shell"}),
+        ("vmcapture.failure=reboot", {"failure": "reboot"}),
+        ("vmcapture.wait=0", {"wait": 0}),
+        ("vmcapture.wait=007", {"wait": 7}),
+        ("vmcapture.wait=3600", {"wait": 3600}),
+        ("vmcapture.level=0", {"level": 0}),
+        ("vmcapture.compress=none", {"compression": "none"}),
+        ("vmcapture.compress=zlib", {"compression": "zlib"}),
+        ("vmcapture.compress=zlib:9", {"compression": "zlib:9"}),
+        ("vmcapture.compress=zstd:-5", {"compression": "zstd:-5"}),
+        ("elfcorehdr=0x2ff60000", {"crash_boot": True}),
+        ("elfcorehdr=64K@785M", {"crash_boot": True}),
+    ],
+)
+def test_each_word_changes_one_thing(word: str, changed: dict[str, object]) -> None:
+    assert parse(word) == replace(DEFAULTS, **changed)  # type: ignore[arg-type]
+    assert parse(f"BOOT_IMAGE=/vmlinuz {word} quiet\n") == parse(word)
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        ("target=LABEL=a", "target=LABEL=b"), ("path=/a", "path=/b"), ("final=halt", "final=shell"),
+        ("failure=halt", "failure=reboot"), ("wait=1", "wait=2"), ("level=1", "level=0"),
+        ("compress=zlib", "compress=none"),
+    ],
+)  # fmt: skip
+def test_the_last_of_two_equal_words_counts(first: str, last: str) -> None:
+    assert parse(f"vmcapture.{first} ro vmcapture.{last}") == parse(f"vmcapture.{last}")
+
+
+def test_nonsense_before_a_good_word_does_no_harm() -> None:
+    assert parse("vmcapture.wait=soon vmcapture.wait=5") == replace(DEFAULTS, wait=5)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "vmcapture.final=explode",
+        "vmcapture.final=",
+        "vmcapture.final=Reboot",
+        "vmcapture.failure=retry",
+        "vmcapture.wait=",
+        "vmcapture.wait=-1",
+        "vmcapture.wait=3601",
+        "vmcapture.wait=1e3",
+        "vmcapture.wait=5s",
+        "vmcapture.wait=\u0663",  # a digit in Arabic
+        "vmcapture.wait=0000000009999",
+        "vmcapture.wait=99999999999999999999",
+        "vmcapture.level=2",
+        "vmcapture.level=31",
+        "vmcapture.level=00000000031",
+        "vmcapture.level=1,31",
+        "vmcapture.level=-1",
+        "vmcapture.compress=lzo",
+        "vmcapture.compress=zstd:0",
+        "vmcapture.compress=zlib:10",
+        "vmcapture.compress=none:1",
+        "vmcapture.compress=",
+        "vmcapture.path=",
+        "vmcapture.path=crash",
+        "vmcapture.path=/var/../../etc",
+        "vmcapture.path=..",
+        "vmcapture.verbose=1",
+        "vmcapture.=1",
+        "vmcapture.final",
+        "vmcapture.target",
+    ],
+)
+def test_nonsense_is_said_and_the_default_taken(word: str) -> None:
+    found = parse(word)
+    assert replace(found, problems=()) == DEFAULTS
+    (problem,) = found.problems
+    assert problem.startswith(word.partition("=")[0])
+
+
+@pytest.mark.parametrize("start", ["wait=", "wait=000000000", "level=000000000", "compress=zstd:", "compress=zlib:"])
+def test_a_number_of_five_thousand_digits_is_nonsense_too(start: str) -> None:
+    """Python refuses to convert more than 4300 digits."""
+    found = parse(f"vmcapture.{start}{'9' * 5000}")
+    assert replace(found, problems=()) == DEFAULTS
+    assert len(found.problems) == 1
+
+
+def test_each_nonsense_is_said_once_and_good_words_still_count() -> None:
+    found = parse(
+        "vmcapture.final=x vmcapture.wait=x vmcapture.level=x vmcapture.typo=x vmcapture.path=/srv elfcorehdr=1M"
+    )
+    assert replace(found, problems=()) == replace(DEFAULTS, path="/srv", crash_boot=True)
+    assert sorted(problem.split("=")[0] for problem in found.problems) == [
+        "vmcapture.final", "vmcapture.level", "vmcapture.typo", "vmcapture.wait",
+    ]  # fmt: skip
+
+
+def test_words_of_others_are_none_of_our_business() -> None:
+    assert (
+        parse("xvmcapture.final=halt vmcapture=1 vmcapturefinal=halt VMCAPTURE.final=halt noelfcorehdr=1") == DEFAULTS
+    )
+
+
+KEYS = ("target", "path", "final", "failure", "wait", "level", "compress")
+VALUES = st.one_of(
+    st.text(st.characters(exclude_categories=("Z", "Cc")), max_size=30),
+    st.from_regex(r"-?[0-9]{1,40}", fullmatch=True),
+    st.from_regex(r"(/|\.\.|[a-z])*", fullmatch=True),
+    st.sampled_from(["reboot", "halt", "zstd", "zlib:6", "none", "LABEL=x"]),
+)
+WORDS = st.one_of(
+    st.builds(lambda key, value: f"vmcapture.{key}={value}", st.sampled_from(KEYS), VALUES),
+    st.builds(lambda key, value: f"vmcapture.{key}{value}", st.sampled_from(KEYS), VALUES),
+    st.text(max_size=20),
+)
+
+
+@given(st.lists(WORDS, max_size=8).map(" ".join))
+def test_no_command_line_is_too_strange(line: str) -> None:
+    found = parse(line)
+    actions = ("reboot", "poweroff", "halt", "shell")
+    assert found.final in actions
+    assert found.failure in actions
+    assert 0 <= found.wait <= 3600
+    assert found.level in (0, 1)
+    assert found.path.startswith("/")
+    assert ".." not in found.path.split("/")
+    codec(found.compression)  # raises where there is no such codec
+    assert all(problem.startswith("vmcapture.") for problem in found.problems)
+
+
+@given(st.text(st.characters(exclude_categories=("Z", "Cc")), min_size=1, max_size=40))
+def test_any_target_is_passed_on_untouched(target: str) -> None:
+    assert parse(f"vmcapture.target={target}").target == target

@@ -1,0 +1,759 @@
+"""The whole job: what is on the disk afterwards, in which order it got there, and what a failing step costs."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from capture import report
+from capture.boot import job
+from capture.console import Console
+from capture.dump import DumpOptions
+from capture.memory import elfcore
+from capture.memory.image import MemoryImage
+from capture.memory.source import Source
+from capture.notes import vmcoreinfo
+from capture.notes.elfnote import read_notes
+from capture.selftest import elf_core
+from capture.vmcore import Vmcore, open_vmcore
+from tests.builders import (
+    CPU,
+    DIRECT_MAP,
+    PAGE,
+    READABLE_BY_DRGN,
+    RING_LAYOUT,
+    PrintkRing,
+    filled,
+    numbered,
+    prstatus_note,
+    simple_core,
+    vmcoreinfo_note,
+)
+
+Run = Callable[..., Any]
+WriteFile = Callable[[bytes], str]
+
+REPOSITORY = Path(__file__).resolve().parents[4]
+MIB = 1 << 20
+WHEN = "2023-11-14-22:13:20"
+"""1700000000 seconds after 1970, UTC (``date -u -d @1700000000``)."""
+FILES = ("vmcore-dmesg.txt", "registers.txt", "registers.json", "vmcore", "capture-log.txt", "manifest.json")
+"""In the order in which they are made."""
+RING_AT, NAMES_AT, MEMORY_AT = 0x20_0000, 0x40_0000, 0x100_0000
+PANIC = b"Kernel panic - not syncing: sysrq triggered crash"
+
+
+def utsname(host: bytes, release: bytes = b"6.1.0-test") -> bytes:
+    """struct new_utsname: six fields of 65 bytes."""
+    fields = (b"Linux", host, release, b"#1 SMP", b"x86_64", b"(none)")
+    return b"".join(field[:65].ljust(65, b"\0") for field in fields)
+
+
+def crashed_core(
+    host: bytes = b"db7",
+    *,
+    pages: bytes = b"",
+    log: PrintkRing | None = None,
+    keys: Mapping[str, str | int] = {},
+    drop: tuple[str, ...] = (),
+    notes: bool = True,
+) -> bytes:
+    """Return the vmcore of a machine with two CPUs, a name, a log that ends in a panic on CPU 1, and ``pages``."""
+    log = log or PrintkRing().add(b"Linux version 6.1.0-test").add(b"sysrq: crash", caller=CPU | 1).add(
+        PANIC, caller=CPU | 1
+    )
+    names = utsname(host)
+    said = {
+        **READABLE_BY_DRGN,
+        **RING_LAYOUT,
+        "SYMBOL(prb)": f"{DIRECT_MAP + RING_AT:x}",
+        "SYMBOL(init_uts_ns)": f"{DIRECT_MAP + NAMES_AT:x}",
+        "OFFSET(uts_namespace.name)": 0,
+        **keys,
+    }
+    said = {key: value for key, value in said.items() if key not in drop}
+    blob = prstatus_note(7, 1000) + prstatus_note(0, 2000) + vmcoreinfo_note(said)
+    ring = log.memory(RING_AT)
+    return elf_core(
+        [blob] if notes else [],
+        [
+            (DIRECT_MAP + RING_AT, RING_AT, ring + bytes(-len(ring) % PAGE)),
+            (DIRECT_MAP + NAMES_AT, NAMES_AT, names + bytes(-len(names) % PAGE)),
+            (DIRECT_MAP + MEMORY_AT, MEMORY_AT, pages or filled("a", ".", "b")),
+        ],
+    )
+
+
+def pages_in_core(core: bytes) -> dict[int, bytes]:
+    """Every page of a vmcore of whole pages, by PFN."""
+    offset, count = struct.unpack_from("<Q", core, 32)[0], struct.unpack_from("<H", core, 56)[0]
+    pages = {}
+    for number in range(count):
+        kind, _, start, _, physical, size = struct.unpack_from("<IIQQQQ", core, offset + number * 56)
+        for at in range(0, size if kind == 1 else 0, PAGE):
+            pages[(physical + at) // PAGE] = core[start + at : start + at + PAGE]
+    return pages
+
+
+def read_dump(path: Path) -> tuple[bool, dict[int, bytes], int]:
+    """Read a kdump-compressed dump by hand: (marked incomplete, pages with data by PFN, pages without)."""
+    data = path.read_bytes()
+    assert data[:8] == b"KDUMP   "
+    assert struct.unpack_from("<i", data, 8) == (6,)
+    status, block, sub_blocks, bitmap_blocks = struct.unpack_from("<IiiI", data, 424)
+    bitmap2 = (1 + sub_blocks + bitmap_blocks // 2) * block
+    table = (1 + sub_blocks + bitmap_blocks) * block
+    bits = data[bitmap2:table]
+    pfns = [at * 8 + bit for at, byte in enumerate(bits) if byte for bit in range(8) if byte >> bit & 1]
+    pages: dict[int, bytes] = {}
+    for number, pfn in enumerate(pfns):
+        offset, size, flags = struct.unpack_from("<qII", data, table + number * 24)
+        if not offset:
+            continue
+        stored = data[offset : offset + size]
+        if flags == 0x20:
+            stored = zstandard.ZstdDecompressor().decompress(stored, max_output_size=block)
+        elif flags == 0x1:
+            stored = zlib.decompress(stored)
+        assert len(stored) == block
+        pages[pfn] = stored
+    return bool(status & 8), pages, len(pfns) - len(pages)
+
+
+def listing(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
+    return found
+
+
+def the_directory(parent: Path) -> Path:
+    (found,) = parent.iterdir()
+    return found
+
+
+def check_manifest(folder: Path) -> dict[str, Any]:
+    """Hold sizes and SHA-256 of the manifest against the files; return it."""
+    manifest = manifest_of(folder)
+    assert set(manifest["files"]) == listing(folder) - {"manifest.json"}
+    block = manifest["hash_block"]
+    for name, said in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        assert said["size"] == len(data)
+        blocks = [hashlib.sha256(data[at : at + block]).hexdigest() for at in range(0, len(data), block)]
+        assert said == {"size": len(data), **({"sha256": blocks[0]} if len(blocks) == 1 else {"sha256_blocks": blocks})}
+    return manifest
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Path:
+    """The directory that crashes are saved in; not made yet."""
+    return tmp_path / "var/crash"
+
+
+def save(source: str, parent: Path, **options: Any) -> job.SaveReport:
+    with open_vmcore(source) as vmcore:
+        return job.save(vmcore, parent, DumpOptions(progress=False, **options), Console(file=io.StringIO()))
+
+
+# --- a crash saved whole
+
+
+def test_a_crash_is_saved_as_six_files_in_a_directory_of_its_host_and_time(
+    vmcore_file: WriteFile, parent: Path, run: Run
+) -> None:
+    core = crashed_core()
+    ran = run("save", "--source", vmcore_file(core), parent)
+    folder = the_directory(parent)
+    assert (ran.status, ran.out) == (0, "")
+    assert folder.name == f"db7-{WHEN}"
+    assert listing(folder) == set(FILES)
+    assert read_dump(folder / "vmcore") == (False, pages_in_core(core), 0)
+    assert str(folder) in ran.err.splitlines()[-1]
+    assert all(line.startswith("vmcapture: ") for line in ran.err.splitlines())
+
+
+def test_the_log_is_what_the_kernel_printed(vmcore_file: WriteFile, parent: Path) -> None:
+    log = PrintkRing().add(b"one", timestamp=1_234_567_890).add(b"two\nlines", timestamp=2_000_001_999)
+    folder = save(vmcore_file(crashed_core(log=log)), parent).directory
+    expected = "[    1.234567] one\n[    2.000001] two\n               lines\n"
+    assert (folder / "vmcore-dmesg.txt").read_text() == expected
+
+
+def test_the_registers_name_the_cpu_that_panicked(vmcore_file: WriteFile, parent: Path) -> None:
+    folder = save(vmcore_file(crashed_core()), parent).directory
+    marked = [line for line in (folder / "registers.txt").read_text().splitlines() if "panicked" in line]
+    assert len(marked) == 1
+    assert marked[0].startswith("CPU 1")
+    registers = json.loads((folder / "registers.json").read_bytes())
+    assert registers["panicked_cpu"] == 1
+    # rip is the 17th register; prstatus_note counts up from its first.
+    assert [int(cpu["registers"]["rip"], 16) for cpu in registers["cpus"]] == [1016, 2016]
+    assert [cpu["pid"] for cpu in registers["cpus"]] == [7, 0]
+
+
+def test_the_manifest_says_what_is_there_and_hashlib_agrees(vmcore_file: WriteFile, parent: Path) -> None:
+    source = vmcore_file(crashed_core(pages=filled("a", ".", ".", "b")))
+    manifest = check_manifest(save(source, parent).directory)
+    assert manifest["complete"] is True
+    assert manifest["failures"] == []
+    assert manifest["source"] == source
+    kernel = manifest["kernel"]
+    assert (kernel["release"], kernel["host"], kernel["machine"]) == ("6.1.0-test", "db7", "x86_64")
+    assert datetime.fromisoformat(kernel["crash_time"]) == datetime.fromtimestamp(1_700_000_000, UTC)
+    assert kernel["panic"] == PANIC.decode()
+    assert (kernel["cpus"], manifest["panicked_cpu"]) == (2, 1)
+    dump = manifest["dump"]
+    assert (dump["file"], dump["whole"], dump["missing"]) == ("vmcore", True, None)
+    assert dump["level"] == 1
+    assert dump["unreadable_pages"] == dump["source_bytes_missing"] == 0
+    assert set(manifest["seconds"]) == set(FILES) - {"manifest.json"}
+
+
+def test_the_manifest_counts_pages(vmcore_file: WriteFile, parent: Path) -> None:
+    core = crashed_core(pages=filled("a", ".", ".", "b") + os.urandom(2 * PAGE))
+    dump = check_manifest(save(vmcore_file(core), parent).directory)["dump"]
+    pages = pages_in_core(core)
+    assert dump["pages"] == dump["pages_written"] == len(pages)
+    assert dump["zero_pages"] == sum(not any(page) for page in pages.values())
+    assert dump["raw_pages"] == 2  # what os.urandom gives does not shrink
+
+
+def test_a_big_dump_has_a_digest_for_every_64_mib(tmp_path: Path, parent: Path) -> None:
+    core = crashed_core(pages=PAGE * b"x")
+    source = tmp_path / "big.elf"
+    source.write_bytes(core)
+    offset = struct.unpack_from("<Q", core, 32)[0] + 3 * 56
+    with source.open("r+b") as file:
+        file.seek(offset + 32)
+        file.write(struct.pack("<Q", 70 * MIB))  # p_filesz of the last segment; the rest of it is a hole
+        file.truncate(len(core) + 70 * MIB - PAGE)
+    folder = save(str(source), parent, compression="none", level=0).directory
+    manifest = check_manifest(folder)
+    assert manifest["hash_block"] == 64 * MIB
+    assert len(manifest["files"]["vmcore"]["sha256_blocks"]) == 2
+
+
+def test_what_was_said_is_in_the_capture_log(vmcore_file: WriteFile, parent: Path, run: Run) -> None:
+    ran = run("save", "--source", vmcore_file(crashed_core()), parent)
+    log = (the_directory(parent) / "capture-log.txt").read_text()
+    said = ran.err.replace("vmcapture: ", "")
+    assert log
+    assert said.startswith(log)
+    assert "messages of the capture kernel" not in log  # the running kernel is not a capture kernel
+
+
+def test_the_running_kernels_messages_are_numbered_by_time() -> None:
+    messages = job.kernel_messages()
+    if not messages:
+        pytest.skip("/dev/kmsg is not ours to read")
+    assert all(re.match(rb"\[ *\d+\.\d{6}\] .*\n\Z", line) for line in messages)
+
+
+def test_a_real_vmcore_is_saved_whole(corpus_vmcore: Path, parent: Path) -> None:
+    saved = save(str(corpus_vmcore), parent)
+    assert job.exit_status(saved) == 0
+    manifest = manifest_of(saved.directory)
+    assert "sysrq triggered crash" in manifest["kernel"]["panic"]
+    assert listing(saved.directory) == set(FILES)
+    assert (saved.directory / "vmcore-dmesg.txt").read_text().count("Kernel panic - not syncing") >= 1
+
+
+# --- order, modes, names
+
+
+def test_what_is_small_comes_first_and_each_file_is_on_the_disk_before_the_next_is_made(
+    vmcore_file: WriteFile, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Watched at the system calls: open for creation, fsync or fdatasync, rename."""
+    events: list[tuple[str, str]] = []
+    names: dict[int, str] = {}
+    real_open, real_rename = os.open, os.rename
+    syncs = {name: getattr(os, name) for name in ("fsync", "fdatasync")}
+
+    def opened(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        fd = real_open(path, flags, *arguments, **options)
+        names[fd] = Path(os.fsdecode(path)).name
+        if flags & os.O_CREAT:
+            assert flags & os.O_EXCL
+            events.append(("create", names[fd]))
+        return fd
+
+    def synced(name: str) -> Callable[[int], None]:
+        def sync(fd: int) -> None:
+            syncs[name](fd)
+            events.append(("sync", names[fd]))
+
+        return sync
+
+    def renamed(source: Any, target: Any, **options: Any) -> None:
+        real_rename(source, target, **options)
+        events.append(("rename", Path(target).name))
+
+    source = vmcore_file(crashed_core())
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "rename", renamed)
+    for name in syncs:
+        monkeypatch.setattr(os, name, synced(name))
+    folder = save(source, parent).directory
+    monkeypatch.undo()
+
+    created = [name for what, name in events if what == "create"]
+    assert created == [name if name != "vmcore" else "vmcore.incomplete" for name in FILES]
+    for name, following in zip(created, [*created[1:], None], strict=True):
+        start = events.index(("create", name))
+        end = events.index(("create", following)) if following else len(events)
+        assert ("sync", name) in events[start:end], f"{name} itself"
+        assert ("sync", folder.name) in events[start:end], f"the name of {name}"
+    rename = events.index(("rename", "vmcore"))
+    assert ("sync", "vmcore.incomplete") in events[:rename]
+    assert events[rename + 1 :].index(("sync", folder.name)) < events[rename + 1 :].index(("create", "capture-log.txt"))
+    assert events[0] == ("sync", parent.name), "the directory's own name"
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o777], ids=oct)
+def test_nobody_else_can_read_what_was_saved_whatever_the_umask(
+    mask: int, vmcore_file: WriteFile, parent: Path
+) -> None:
+    source = vmcore_file(crashed_core())
+    parent.mkdir(parents=True)
+    before = os.umask(mask)
+    try:
+        folder = save(source, parent).directory
+    finally:
+        os.umask(before)
+    assert oct(stat.S_IMODE(folder.stat().st_mode)) == "0o700"
+    assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in folder.iterdir()} == {"0o600"}
+
+
+def test_the_same_crash_saved_again_gets_a_directory_of_its_own(vmcore_file: WriteFile, parent: Path) -> None:
+    source = vmcore_file(crashed_core())
+    first = save(source, parent)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in first.directory.iterdir()}
+    second = save(source, parent, compression="none")
+    third = save(source, parent)
+    assert len({first.directory, second.directory, third.directory}) == 3
+    assert all(saved.directory.name.startswith(f"db7-{WHEN}") for saved in (first, second, third))
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in first.directory.iterdir()} == before
+    for saved in (second, third):
+        assert check_manifest(saved.directory)["complete"]
+
+
+def test_a_file_or_dangling_link_of_that_name_is_left_alone(
+    vmcore_file: WriteFile, parent: Path, tmp_path: Path
+) -> None:
+    parent.mkdir(parents=True)
+    (parent / f"db7-{WHEN}").write_text("mine")
+    (parent / f"db7-{WHEN}-1").symlink_to(tmp_path / "elsewhere")
+    folder = save(vmcore_file(crashed_core()), parent).directory
+    assert folder.name == f"db7-{WHEN}-2"
+    assert (parent / f"db7-{WHEN}").read_text() == "mine"
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_kernel_that_does_not_know_when_it_crashed_is_filed_under_now(vmcore_file: WriteFile, parent: Path) -> None:
+    folder = save(vmcore_file(crashed_core(drop=("CRASHTIME",))), parent).directory
+    when = datetime.strptime(folder.name.removeprefix("db7-"), "%Y-%m-%d-%H:%M:%S").replace(tzinfo=UTC)
+    assert abs(when.timestamp() - time.time()) < 60
+    assert manifest_of(folder)["kernel"]["crash_time"] is None
+
+
+HOSTS = {
+    "a path out": b"../../etc", "an absolute path": b"/etc/passwd", "dots": b"..", "dot": b".", "slashes": b"////",
+    "escape sequence": b"\x1b[2J\x07", "newline": b"a\nb", "not UTF-8": b"\xff\xfe\x80", "no end": b"h" * 65,
+    "an option": b"-rf", "home": b"~", "format": b"%s%n{0}", "spaces": b" a b ", "unicode": "ü‮ñ".encode(),
+    "nothing": b"", "none": b"(none)", "shell": b"$(reboot);`x`&|",
+}  # fmt: skip
+
+
+def names_that_stay_inside(parent: Path, saved: job.SaveReport) -> None:
+    folder = saved.directory
+    assert folder.parent == parent
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*-2023-11-14-22:13:20(-\d+)?", folder.name)
+    assert len(folder.name) < 128
+    assert folder.is_dir()
+    assert not folder.is_symlink()
+
+
+@pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
+def test_a_hostile_host_name_stays_inside_the_directory(host: bytes, vmcore_file: WriteFile, parent: Path) -> None:
+    saved = save(vmcore_file(crashed_core(host)), parent)
+    names_that_stay_inside(parent, saved)
+    assert listing(parent) == {saved.directory.name}
+    assert listing(parent.parent) == {parent.name}
+    assert job.exit_status(saved) == 0
+    said = manifest_of(saved.directory)["kernel"]["host"]
+    assert said.isprintable()
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=65))
+@example(b"..\0/x")
+def test_no_host_name_is_too_strange(tmp_path: Path, host: bytes) -> None:
+    (tmp_path / "any.elf").write_bytes(crashed_core(host))
+    saved = save(str(tmp_path / "any.elf"), tmp_path / "crash")
+    names_that_stay_inside(tmp_path / "crash", saved)
+    assert listing(tmp_path) == {"any.elf", "crash"}
+    assert manifest_of(saved.directory)["complete"] is True
+
+
+# --- each step on its own
+
+
+def test_without_printk_keys_everything_but_the_log_is_saved(vmcore_file: WriteFile, parent: Path, run: Run) -> None:
+    core = crashed_core(drop=("SYMBOL(prb)",))
+    ran = run("save", "--source", vmcore_file(core), parent)
+    assert ran.status == 3
+    folder = the_directory(parent)
+    assert listing(folder) == set(FILES) - {"vmcore-dmesg.txt"}
+    manifest = check_manifest(folder)
+    assert manifest["complete"] is False
+    (failure,) = manifest["failures"]
+    assert failure.startswith("vmcore-dmesg.txt: ")
+    assert failure in (folder / "capture-log.txt").read_text()
+    assert read_dump(folder / "vmcore") == (False, pages_in_core(core), 0)
+    assert len(json.loads((folder / "registers.json").read_bytes())["cpus"]) == 2
+
+
+def test_without_any_notes_the_memory_is_saved_and_what_is_missing_is_said(
+    vmcore_file: WriteFile, parent: Path, run: Run
+) -> None:
+    core = crashed_core(notes=False)
+    ran = run("save", "--source", vmcore_file(core), parent)
+    assert ran.status == 3
+    folder = the_directory(parent)
+    assert folder.name.startswith("localhost-2")
+    assert read_dump(folder / "vmcore") == (False, pages_in_core(core), 0)
+    manifest = check_manifest(folder)
+    assert any("VMCOREINFO" in problem for problem in manifest["problems"])
+    assert manifest["kernel"]["cpus"] == 0
+    assert "no CPU" in (folder / "registers.txt").read_text()
+
+
+def test_of_a_truncated_vmcore_everything_that_is_left_is_saved(vmcore_file: WriteFile, parent: Path, run: Run) -> None:
+    core = crashed_core(pages=filled("a", "b", "c", "d"))
+    ran = run("save", "--source", vmcore_file(core[: -2 * PAGE - 100]), parent)
+    assert ran.status == 3
+    folder = the_directory(parent)
+    manifest = check_manifest(folder)
+    assert manifest["complete"] is False
+    assert manifest["dump"]["source_bytes_missing"] == 2 * PAGE + 100
+    (dump,) = [name for name in listing(folder) if name.startswith("vmcore") and not name.endswith(".txt")]
+    incomplete, pages, _ = read_dump(folder / dump)
+    assert incomplete
+    expected = pages_in_core(core)
+    first = MEMORY_AT // PAGE
+    assert {pfn: page for pfn, page in pages.items() if pfn <= first} == {
+        pfn: page for pfn, page in expected.items() if pfn <= first
+    }
+    assert "vmcore-dmesg.txt" in listing(folder)
+
+
+class _Poisoned(Source):
+    """A source that gives EIO for one range of bytes, as poisoned memory does."""
+
+    bad = range(0)
+
+    def map(self, offset: int, length: int) -> memoryview | None:
+        if self._hit(offset, length):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().map(offset, length)
+
+    def read(self, offset: int, length: int) -> bytes:
+        if self._hit(offset, length):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().read(offset, length)
+
+    def _hit(self, offset: int, length: int) -> bool:
+        return offset < self.bad.stop and self.bad.start < offset + length
+
+
+def open_poisoned(name: str, bad: range) -> Vmcore:
+    source = _Poisoned(name)
+    core = elfcore.parse(source)
+    notes = read_notes(source, core.notes)
+    note = notes.vmcoreinfo()
+    info = vmcoreinfo.parse(note.descriptor if note else b"")
+    source.bad = bad
+    return Vmcore(source, core, notes, info, MemoryImage(source, core.loads, info.page_size))
+
+
+def test_pages_that_cannot_be_read_are_zeros_and_named(vmcore_file: WriteFile, parent: Path) -> None:
+    core = crashed_core(pages=numbered(0, 20))
+    start = len(core) - 20 * PAGE
+    bad = {MEMORY_AT // PAGE + number for number in (5, 6)}
+    for number in (5, 6):
+        assert core[start + number * PAGE :].startswith(struct.pack("<Q", number))
+    vmcore = open_poisoned(vmcore_file(core), range(start + 5 * PAGE + 10, start + 7 * PAGE - 10))
+    saved = job.save(vmcore, parent, DumpOptions(progress=False), Console(file=io.StringIO()))
+    assert job.exit_status(saved) == 3
+    manifest = check_manifest(saved.directory)
+    assert manifest["complete"] is False
+    assert manifest["dump"]["unreadable_pages"] == 2
+    assert manifest["dump"]["unreadable_pfn_ranges"] == [[min(bad), max(bad)]]
+    assert "2 pages unreadable" in manifest["dump"]["missing"]
+    incomplete, pages, missing = read_dump(saved.directory / manifest["dump"]["file"])
+    assert incomplete
+    assert missing == 0
+    assert pages == {**pages_in_core(core), **dict.fromkeys(bad, bytes(PAGE))}
+
+
+def test_a_log_that_lies_in_unreadable_memory_costs_the_log_only(vmcore_file: WriteFile, parent: Path) -> None:
+    core = crashed_core()
+    ring = struct.unpack_from("<Q", core, 64 + 56 + 8)[0]  # p_offset of the first PT_LOAD
+    vmcore = open_poisoned(vmcore_file(core), range(ring, ring + 1))
+    saved = job.save(vmcore, parent, DumpOptions(progress=False), Console(file=io.StringIO()))
+    assert [failure.split(":")[0] for failure in saved.failures] == ["vmcore-dmesg.txt"]
+    assert set(FILES) - listing(saved.directory) == {"vmcore-dmesg.txt"}
+    assert check_manifest(saved.directory)["dump"]["unreadable_pfn_ranges"] == [[RING_AT // PAGE] * 2]
+
+
+@pytest.mark.parametrize("broken", ["open_log", "registers_text", "registers_json", "describe"])
+def test_a_bug_in_one_step_does_not_cost_the_others(
+    broken: str, vmcore_file: WriteFile, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = {
+        "open_log": "vmcore-dmesg.txt",
+        "registers_text": "registers.txt",
+        "registers_json": "registers.json",
+        "describe": "manifest.json",
+    }[broken]
+
+    def bug(*_arguments: Any, **_options: Any) -> Any:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(report, broken, bug)
+    saved = save(vmcore_file(crashed_core()), parent)
+    assert job.exit_status(saved) == 3
+    assert set(FILES) - listing(saved.directory) == {lost}
+    (failure,) = saved.failures
+    assert failure == f"{lost}: internal error: ZeroDivisionError: a bug"
+
+
+# --- targets that do not do their part
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """``small_disk(bytes)``: an empty file system of that size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: int) -> Path:
+        answer = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, check=False
+        )
+        if answer.returncode:
+            pytest.skip("a small file system (tmpfs) cannot be mounted here: root is needed")
+        return folder
+
+    yield mount
+    if os.path.ismount(folder):
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("room", [1 * MIB, 5 * MIB, 9 * MIB, 14 * MIB, 22 * MIB], ids=lambda n: f"{n >> 10}k")
+def test_on_a_full_disk_the_log_the_registers_and_part_of_the_dump_are_kept(
+    room: int, vmcore_file: WriteFile, small_disk: Callable[[int], Path], run: Run
+) -> None:
+    core = crashed_core(pages=os.urandom(24 * MIB))
+    disk = small_disk(room)
+    ran = run("save", "--no-progress", "--source", vmcore_file(core), disk)
+    assert ran.status == 3
+    folder = the_directory(disk)
+    assert set(FILES) - listing(folder) == {"vmcore"}
+    manifest = check_manifest(folder)
+    assert manifest["complete"] is False
+    (failure,) = manifest["failures"]
+    assert failure.startswith("vmcore: ")
+    assert "no room" in failure
+    assert PANIC.decode() in (folder / "vmcore-dmesg.txt").read_text()
+    incomplete, pages, missing = read_dump(folder / "vmcore.incomplete")
+    assert incomplete
+    expected = pages_in_core(core)
+    assert len(pages) + missing == len(expected)
+    assert {pfn: expected[pfn] for pfn in pages} == pages
+    assert manifest["dump"]["file"] == "vmcore.incomplete"
+    assert manifest["dump"]["whole"] is False
+    assert manifest["dump"]["pages_written"] == len(pages)
+    assert len(pages) * PAGE >= room - 10 * MIB  # two chunks and a little more
+
+
+def test_a_disk_too_small_for_the_dumps_own_tables_keeps_the_rest(
+    vmcore_file: WriteFile, small_disk: Callable[[int], Path], run: Run
+) -> None:
+    """6000 descriptors are 144 KiB; without a page of memory there is no use in an unfinished dump."""
+    disk = small_disk(64 << 10)
+    ran = run("save", "--no-progress", "--source", vmcore_file(crashed_core(pages=numbered(0, 6000))), disk)
+    assert ran.status == 3
+    folder = the_directory(disk)
+    assert listing(folder) == set(FILES) - {"vmcore"}
+    manifest = check_manifest(folder)
+    assert manifest["dump"] is None
+    assert "no room" in manifest["failures"][0]
+
+
+def test_a_disk_without_any_room_is_a_target_that_cannot_be_written(
+    vmcore_file: WriteFile, small_disk: Callable[[int], Path], run: Run
+) -> None:
+    """Not a byte was saved: status 3 (saved, readable, not whole) would be untrue."""
+    disk = small_disk(16 << 10)
+    (disk / "ballast").write_bytes(b"x" * (16 << 10))
+    ran = run("save", "--source", vmcore_file(crashed_core()), disk)
+    assert ran.status == 5
+    assert "no room" in ran.err
+
+
+def test_a_read_only_target_is_refused_in_one_line(
+    vmcore_file: WriteFile, small_disk: Callable[[int], Path], run: Run
+) -> None:
+    disk = small_disk(MIB)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    ran = run("save", "--source", vmcore_file(crashed_core()), disk / "crash")
+    assert ran.status == 5
+    assert ran.err.count("\n") == 1
+    assert ran.err.startswith(f"vmcapture: {disk}/crash: ")
+    assert "read-write" in ran.err
+
+
+def test_missing_parents_are_made(vmcore_file: WriteFile, tmp_path: Path) -> None:
+    saved = save(vmcore_file(crashed_core()), tmp_path / "a/b/c")
+    assert saved.directory.parent == tmp_path / "a/b/c"
+    assert job.exit_status(saved) == 0
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_file_in_place_of_the_target_is_refused_and_left_alone(
+    name: str, vmcore_file: WriteFile, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    ran = run("save", "--source", vmcore_file(crashed_core()), tmp_path / name)
+    assert (ran.status, ran.out) == (5, "")
+    assert ran.err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+    assert "--force" not in ran.err, "save has no such option"
+
+
+@pytest.mark.parametrize("arguments", [("-d", "31"), ("-d", "2"), ("-c", "lzo"), ("-c", "zstd:99")], ids=" ".join)
+def test_a_request_that_cannot_be_met_is_refused_before_anything_is_written(
+    arguments: tuple[str, ...], vmcore_file: WriteFile, parent: Path, run: Run
+) -> None:
+    ran = run("save", *arguments, "--source", vmcore_file(crashed_core()), parent)
+    assert ran.status == 2
+    assert ran.err.count("\n") == 1
+    assert not parent.exists()
+
+
+# --- as a process
+
+
+def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "capture", *map(str, arguments)], cwd=REPOSITORY, text=True, **options
+    )
+
+
+@pytest.fixture
+def endless_core(tmp_path: Path) -> Path:
+    """A vmcore of 4 GiB that takes no room: a log, registers, and one sparse segment."""
+    core = crashed_core(pages=b"x" * PAGE)
+    source = tmp_path / "sparse.elf"
+    source.write_bytes(core)
+    with source.open("r+b") as file:
+        file.seek(struct.unpack_from("<Q", core, 32)[0] + 3 * 56 + 32)
+        file.write(struct.pack("<Q", 4 << 30))
+        file.truncate(len(core) + (4 << 30) - PAGE)
+    return source
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_save_leaves_a_readable_directory_and_says_so_in_one_line(
+    number: signal.Signals, endless_core: Path, parent: Path
+) -> None:
+    process = start(
+        "save", "--no-progress", "-d", "0", "-c", "zlib", "--source", endless_core, parent, stderr=subprocess.PIPE
+    )
+    try:
+        deadline = time.monotonic() + 30
+        growing = "*/vmcore.incomplete"
+        while not any(path.stat().st_blocks * 512 > 25 * MIB for path in parent.glob(growing)):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode in (3, 130)
+    lines = said.splitlines()
+    assert all(line.startswith("vmcapture: ") for line in lines), said
+    folder = the_directory(parent)
+    assert set(FILES) - listing(folder) == {"vmcore"}
+    manifest = manifest_of(folder)
+    assert manifest["complete"] is False
+    (failure,) = manifest["failures"]
+    assert failure.startswith("vmcore: interrupted after ")
+    assert sum("interrupted after" in line for line in lines) == 1
+    with (folder / "vmcore.incomplete").open("rb") as file:
+        header = file.read(PAGE)
+    assert header.startswith(b"KDUMP   ")
+    assert struct.unpack_from("<I", header, 424)[0] & 8
+    assert 0 < manifest["dump"]["pages_written"] < manifest["dump"]["pages"]
+    assert (
+        hashlib.sha256((folder / "vmcore-dmesg.txt").read_bytes()).hexdigest()
+        == (manifest["files"]["vmcore-dmesg.txt"]["sha256"])
+    )
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_save(vmcore_file: WriteFile, parent: Path) -> None:
+    """``vmcapture save DIR 2>&1 | head -1``; a console that hung up is the same."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start("save", "--source", vmcore_file(crashed_core()), parent, stderr=writer, stdout=writer)
+    os.close(writer)
+    status = process.wait(timeout=30)
+    folder = the_directory(parent)
+    assert listing(folder) == set(FILES)
+    assert check_manifest(folder)["complete"] is True
+    assert status == 0
+
+
+def test_a_kernel_without_a_console_is_saved_all_the_same(vmcore_file: WriteFile, parent: Path) -> None:
+    """Where /dev/console cannot be opened, init starts with no descriptor 0, 1 or 2."""
+    command = 'exec "$0" -m capture save --source "$1" "$2" <&- >&- 2>&-'
+    source = vmcore_file(crashed_core())
+    status = subprocess.run(
+        ["sh", "-c", command, sys.executable, source, parent], cwd=REPOSITORY, check=False, timeout=30
+    ).returncode
+    folder = the_directory(parent)
+    assert listing(folder) == set(FILES)
+    assert check_manifest(folder)["failures"] == []
+    assert status == 0
+
+
+def test_a_simple_vmcore_without_names_is_filed_under_localhost(vmcore_file: WriteFile, parent: Path) -> None:
+    saved = save(vmcore_file(simple_core("a")), parent)
+    assert saved.directory.name == f"localhost-{WHEN}"

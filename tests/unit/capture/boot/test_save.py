@@ -1,0 +1,149 @@
+"""``vmcapture save`` without a directory: the target on the kernel's command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capture.boot import job, targets
+from capture.boot.config import BootConfig
+from capture.boot.save import save_to_target
+from capture.console import Console
+from capture.dump import DumpOptions
+from capture.errors import CaptureError, SourceError, TargetError, UsageError
+from tests.unit.capture.boot.test_job import FILES, WHEN, crashed_core, listing, manifest_of
+
+WriteFile = Callable[[bytes], str]
+
+QUIET = DumpOptions(progress=False)
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO())
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """``disk(umount="exit 0")``: a target whose mount and umount are shell scripts; returns the folder it shows."""
+    folder, shell = tmp_path / "bin", Path("/bin/sh").resolve()
+    folder.mkdir()
+    monkeypatch.setattr(targets, "MOUNT_POINT", tmp_path / "mnt")
+
+    def make(*, umount: str = "exit 0") -> Path:
+        for name, script in (("findfs", "echo /dev/vdb1"), ("mount", "exit 0"), ("umount", umount)):
+            (folder / name).write_text(f"#!{shell}\necho {name} >> {tmp_path}/calls\n{script}\n")
+            (folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder))
+        return tmp_path / "mnt"
+
+    return make
+
+
+def test_without_a_target_the_way_out_is_named(vmcore_file: WriteFile, console: Console) -> None:
+    with pytest.raises(UsageError, match="vmcapture save DIR") as refused:
+        save_to_target(BootConfig(), console, QUIET, vmcore_file(crashed_core()))
+    assert refused.value.exit_status == 2
+
+
+def test_on_the_command_line_that_is_one_line_and_status_2(vmcore_file: WriteFile, run: Callable[..., Any]) -> None:
+    if "vmcapture.target=" in Path("/proc/cmdline").read_text():
+        pytest.skip("this kernel's command line names a target")
+    ran = run("save", "--source", vmcore_file(crashed_core()))
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.err.count("\n") == 1
+    assert "vmcapture save DIR" in ran.err
+
+
+def test_a_target_that_is_not_there_is_a_failure_of_the_target(vmcore_file: WriteFile, console: Console) -> None:
+    boot = BootConfig(target="LABEL=vmcapture-none", wait=0)
+    with pytest.raises(TargetError, match="LABEL=vmcapture-none"):
+        save_to_target(boot, console, QUIET, vmcore_file(crashed_core()))
+
+
+def test_without_a_vmcore_nothing_is_mounted(disk: Callable[..., Path], tmp_path: Path, console: Console) -> None:
+    disk()
+    with pytest.raises(SourceError):
+        save_to_target(BootConfig(target="LABEL=x", wait=0), console, QUIET, str(tmp_path / "none"))
+    assert not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize("path", ["/var/crash", "/"])
+def test_the_crash_lies_below_the_path_and_is_named_as_on_the_target_itself(
+    path: str, vmcore_file: WriteFile, disk: Callable[..., Path], tmp_path: Path, console: Console
+) -> None:
+    root = disk()
+    saved = save_to_target(BootConfig(target="LABEL=x", path=path), console, QUIET, vmcore_file(crashed_core()))
+    assert saved.directory == Path(path) / f"db7-{WHEN}"
+    assert listing(root / path.lstrip("/") / f"db7-{WHEN}") == set(FILES)
+    assert (tmp_path / "calls").read_text().split() == ["findfs", "mount", "umount"]
+
+
+def test_level_and_compression_come_from_the_command_line_of_the_kernel(
+    vmcore_file: WriteFile, disk: Callable[..., Path], console: Console
+) -> None:
+    root = disk()
+    boot = BootConfig(target="LABEL=x", path="/", level=0, compression="zlib:3")
+    save_to_target(boot, console, source=vmcore_file(crashed_core()))
+    dump = manifest_of(root / f"db7-{WHEN}")["dump"]
+    assert (dump["level"], dump["compression"]) == (0, "zlib:3")
+    assert dump["zero_pages"] == 0
+
+
+def test_what_was_saved_is_not_called_lost_because_the_disk_cannot_be_unmounted(
+    vmcore_file: WriteFile, disk: Callable[..., Path], console: Console
+) -> None:
+    """Everything is on the disk and synced; a person at 3 a.m. must be told where, and that unmounting failed."""
+    disk(umount="echo target is busy >&2; exit 32")
+    try:
+        saved = save_to_target(BootConfig(target="LABEL=x"), console, QUIET, vmcore_file(crashed_core()))
+    except CaptureError as error:
+        assert f"db7-{WHEN}" in str(error)  # noqa: PT017  (either way of telling is fine)
+        assert "busy" in str(error)  # noqa: PT017
+    else:
+        assert saved.directory.name == f"db7-{WHEN}"
+        assert any("busy" in line for line in [*saved.failures, *console.lines])
+
+
+@pytest.fixture
+def labelled_disk(tmp_path: Path) -> Iterator[str]:
+    """An ext4 file system on a loop device; its label."""
+    image, label = tmp_path / "disk.img", f"vms{os.getpid()}"
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    try:
+        subprocess.run(["mkfs.ext4", "-q", "-F", "-L", label, image], check=True, capture_output=True)
+        device = subprocess.run(
+            ["losetup", "-f", "--show", image], check=True, capture_output=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no loop devices or no mkfs.ext4 here: {error}")
+    yield label
+    subprocess.run(["losetup", "-d", device], check=True)
+
+
+def test_a_crash_saved_to_a_real_disk_is_there_after_it_is_mounted_again(
+    labelled_disk: str, vmcore_file: WriteFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: Console
+) -> None:
+    monkeypatch.setattr(targets, "MOUNT_POINT", tmp_path / "mnt")
+    boot = BootConfig(target=f"LABEL={labelled_disk}", wait=5)
+    saved = save_to_target(boot, console, QUIET, vmcore_file(crashed_core()))
+    assert job.exit_status(saved) == 0
+    assert not os.path.ismount(tmp_path / "mnt")
+    with targets.mounted_target(f"LABEL={labelled_disk}", 5, console) as root:
+        folder = root / str(saved.directory).lstrip("/")
+        assert listing(folder) == set(FILES)
+        assert json.loads((folder / "manifest.json").read_bytes())["complete"] is True
+
+
+def test_the_default_source_is_the_dead_kernel() -> None:
+    if "elfcorehdr=" in Path("/proc/cmdline").read_text():
+        pytest.skip("this is a crash boot")
+    assert job.default_source() == "/proc/vmcore"
