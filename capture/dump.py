@@ -127,7 +127,7 @@ def write_dump(vmcore: Vmcore, path: Path, options: DumpOptions) -> DumpReport:
         copier = Copier(image, codec, share_zero_pages=bool(options.level & 1), threads=threads)
         try:
             writer.begin(image.runs())
-        except TargetError:
+        except (TargetError, KeyboardInterrupt):
             with contextlib.suppress(OSError):  # not a page is in it, perhaps not even a header
                 unfinished.unlink()
             raise
@@ -185,6 +185,8 @@ def _copy(copier: Copier, writer: KdumpWriter, vmcore: Vmcore, progress: Progres
         return f"interrupted after {copier.statistics.pages} of {vmcore.image.page_count} pages"
     except MemoryError:
         return f"out of memory after {copier.statistics.pages} of {vmcore.image.page_count} pages; try --threads 1"
+    except Exception as error:  # (a codec or a bug; what was copied so far is worth its descriptors)
+        return f"internal error after {copier.statistics.pages} pages: {type(error).__name__}: {error}"
     return None
 
 
@@ -193,4 +195,6 @@ def _finish(writer: KdumpWriter, failure: str | None, *, whole: bool) -> str | N
         writer.finish(complete=whole)
     except TargetError as error:
         return failure or str(error)
+    except KeyboardInterrupt:
+        return failure or "interrupted at the very end; the dump may be whole: vmcapture verify tells"
     return failure

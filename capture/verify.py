@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile, ReadPages
-from capture.errors import IncompleteError
+from capture.errors import IncompleteError, SourceError
 from capture.memory.image import MemoryImage, contiguous
 from capture.progress import Progress
 
@@ -47,7 +47,9 @@ class VerifyReport:
         """0: good; 3: every page is right but pages are missing and it says so (marked incomplete); 1: damaged."""
         if self.good:
             return 0
-        return IncompleteError.exit_status if self.incomplete and not (self.different or self.damaged) else 1
+        return (
+            IncompleteError.exit_status if self.incomplete and not (self.different or self.damaged or self.extra) else 1
+        )
 
     def values(self) -> dict[str, Any]:
         """Return the report as values for JSON."""
@@ -81,12 +83,16 @@ def verify(dump: KdumpFile, image: MemoryImage | None, *, progress: bool) -> Ver
     """Check every page of ``dump``; with ``image``, that it holds exactly the pages of it, byte for byte.
 
     Raises:
-        SourceError: the dump's headers are damaged.
+        SourceError: the dump and ``image`` have pages of different sizes.
     """
+    if image is not None and image.page_size != dump.page_size:
+        raise SourceError(
+            f"{dump.path}: page size {dump.page_size}, but that of {image.source.name} is {image.page_size}: "
+            "they are not of the same crash"
+        )
     report = VerifyReport(incomplete=dump.incomplete, compared=image is not None)
-    total = (image.page_count if image else 0) * dump.page_size
     source = _SourcePages(image) if image else None
-    with Progress("verifying", total or dump.size, enabled=progress) as meter:
+    with Progress("verifying", dump.page_count() * dump.page_size, enabled=progress) as meter:
         for batch in dump.pages():
             report.pages += len(batch.pfns)
             for index, reason in batch.bad.items():

@@ -28,7 +28,7 @@ DEFAULT = "zstd"
 ZSTD_DEFAULT_LEVEL = 1
 ZLIB_DEFAULT_LEVEL = 1
 
-_SPELLING = re.compile(r"(zstd|zlib|none)(?::(-?\d{1,3}))?")
+_SPELLING = re.compile(r"(zstd|zlib|none)(?::(-?[0-9]{1,3}))?")
 
 
 @dataclass(frozen=True, slots=True)

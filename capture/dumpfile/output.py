@@ -77,6 +77,8 @@ class OutputFile:
                 if written:
                     queue[first] = memoryview(queue[first])[written:]
         except OSError as error:
+            self._hashes.forget(position)
+            self.size = os.fstat(self._fd).st_size
             raise target_error(self.path, f"writing at {position}", error) from None
         self.size = max(self.size, offset)
         return offset - start
@@ -96,6 +98,7 @@ class OutputFile:
         with contextlib.suppress(OSError):
             os.ftruncate(self._fd, length)
             self.size = min(self.size, length)
+        self._hashes.forget(length)
 
     def discard_if_empty(self) -> None:
         """Remove the file when not one byte of it could be written."""
@@ -139,6 +142,14 @@ class _BlockHashes:
             self._feed_block(block, within, part)
             view = view[len(part) :]
             offset += len(part)
+
+    def forget(self, offset: int) -> None:
+        """Take back what was fed from ``offset`` on: it did not get there, or was cut off."""
+        first = offset // HASH_BLOCK
+        for block in {block for block in (*self._open, *self._done) if block >= first}:
+            self._open.pop(block, None)
+            self._done.pop(block, None)
+            self._dirty.add(block)
 
     def _feed_block(self, block: int, within: int, part: memoryview) -> None:
         if block in self._dirty:

@@ -74,6 +74,8 @@ class KdumpFile:
         self.bitmap_bytes = int(self.header["bitmap_blocks"]) // 2 * self.page_size
         self.bitmap2 = (1 + int(self.header["sub_hdr_size"])) * self.page_size + self.bitmap_bytes
         self.descriptor_table = self.bitmap2 + self.bitmap_bytes
+        if self.max_mapnr > 8 * self.bitmap_bytes or not self.bitmap_bytes:
+            raise SourceError(f"{self.path}: bitmaps of {self.bitmap_bytes} bytes for {self.max_mapnr} PFNs: damaged")
         if self.descriptor_table > self.size:
             raise SourceError(
                 f"{self.path}: truncated: bitmaps end at {self.descriptor_table}, the file at {self.size}"
@@ -93,6 +95,10 @@ class KdumpFile:
     def max_mapnr(self) -> int:
         """The highest PFN plus one."""
         return int(self.sub_header["max_mapnr_64"]) or int(self.header["max_mapnr"])
+
+    def page_count(self) -> int:
+        """Return the number of pages in bitmap 2; reads all of it."""
+        return sum(len(pfns) for pfns in self._pfns())
 
     def pages(self) -> Iterator[ReadPages]:
         """Yield every page of bitmap 2 in PFN order, decompressed; one that cannot be had is in ``bad``."""
@@ -156,7 +162,8 @@ class KdumpFile:
         bad: dict[int, str] = {}
         for index in map(int, np.flatnonzero(~inside)):
             where = f"descriptor points outside the file ({int(offset[index]):#x}+{int(size[index])})"
-            bad[index] = where if offset[index] else NOT_WRITTEN
+            # A power cut may leave a half of it: 24 does not divide a disk's blocks.
+            bad[index] = where if offset[index] and size[index] else NOT_WRITTEN
         data = np.zeros((len(pfns), self.page_size), dtype=np.uint8)
         stored, which = np.unique(table[inside], return_inverse=True)  # sorted by offset
         if len(stored):

@@ -1,12 +1,13 @@
 """Writes a kdump-compressed dump: valid from the first second, finished at the last.
 
-Order on the disk, each synced before the next: header (marked incomplete), notes and bitmaps, with zeros for
-descriptors; then page data and, once it is on the disk, its descriptors, in steps; at the end the header without the
+Order on the disk, each synced before the next: notes and bitmaps, with zeros for descriptors; the header, marked
+incomplete; then page data and, once it is on the disk, its descriptors, in steps; at the end the header without the
 mark. At any instant a reader finds a dump in which every page that has a descriptor is right.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from capture.dumpfile import kdump
 from capture.dumpfile.output import OutputFile, TargetFullError
+from capture.errors import TargetError
 from capture.notes.elfnote import Notes
 
 SYNC_BYTES = 64 << 20
@@ -79,13 +81,17 @@ class KdumpWriter:
         """Whether the newest block of pages was dropped again to leave some room on a full disk."""
 
     def begin(self, runs: Iterable[tuple[int, int]]) -> None:
-        """Write everything but page data and descriptors, and sync it. ``runs`` are the pages of the dump."""
-        self._write_header(incomplete=True)
+        """Write everything but page data and descriptors, and sync it. ``runs`` are the pages of the dump.
+
+        The header comes last: a file that has one has everything that a reader looks for next.
+        """
         self._write_notes()
         self._write_bitmaps(runs)
         self._output.reserve(self.layout.descriptor_table, self.layout.data - self.layout.descriptor_table)
         if self._plan.level & 1:
             self._position += self._output.write([bytes(self._plan.page_size)], self._zero_page)
+        self._output.sync()
+        self._write_header(incomplete=True)
         self._output.sync()
 
     def append(self, packed: PackedPages) -> None:
@@ -111,10 +117,15 @@ class KdumpWriter:
     def finish(self, *, complete: bool) -> None:
         """Write what is held back; when ``complete``, take the incomplete mark off as the very last write."""
         self._checkpoint()
-        if complete:
-            self._output.sync()
-            self._write_header(incomplete=False)
         self._output.sync()
+        if complete:
+            self._write_header(incomplete=False)
+            try:
+                self._output.sync()
+            except TargetError:
+                with contextlib.suppress(TargetError):
+                    self._write_header(incomplete=True)
+                raise
 
     def _give_back(self) -> None:
         """On a full disk, drop the newest pages that have no descriptor yet: the manifest needs some room as well."""

@@ -35,5 +35,6 @@ def read_utsname(memory: KernelMemory, info: VmcoreInfo, machine: str) -> Utsnam
             raw = b""
         if raw.startswith(b"Linux\0"):
             return Utsname(raw)
-    names = ("Linux", "", info.release, "", machine, "")
+    # Never empty: libkdumpfile, and drgn with it, opens no dump without a release and a version.
+    names = ("Linux", "", info.release or "unknown", "unknown", machine, "")
     return Utsname(b"".join(name.encode()[: FIELD_BYTES - 1].ljust(FIELD_BYTES, b"\0") for name in names))

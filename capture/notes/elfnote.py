@@ -7,6 +7,8 @@ note, byte for byte, in order. Notes that we do not know are kept like any other
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 from dataclasses import dataclass
 
@@ -66,6 +68,7 @@ def read_notes(source: Source, segments: NDArray[np.void]) -> Notes:
     blob = bytearray()
     notes: list[Note] = []
     problems = _Problems()
+    refused: dict[str, list[int]] = {}
     room = MAX_NOTE_BYTES  # counted down by what is read, not by what is kept: many segments may name the same padding
     for number, segment in enumerate(segments):
         offset, size = int(segment["p_offset"]), int(segment["p_filesz"])
@@ -75,7 +78,7 @@ def read_notes(source: Source, segments: NDArray[np.void]) -> Notes:
         try:
             data = source.read(offset, wanted)
         except (OSError, OverflowError, ValueError) as error:
-            problems.append(f"PT_NOTE {number} at {offset:#x} cannot be read: {error}")
+            refused.setdefault(getattr(error, "strerror", None) or str(error), []).append(number)
             continue
         room -= len(data)
         if len(data) < wanted:
@@ -86,6 +89,10 @@ def read_notes(source: Source, segments: NDArray[np.void]) -> Notes:
         if len(notes) >= MAX_NOTES:
             problems.append(f"more than {MAX_NOTES} notes: the rest is left out")
             break
+    for reason, numbers in refused.items():
+        what = f"PT_NOTE {numbers[0]}" + (f" and {len(numbers) - 1} more" if numbers[1:] else "")
+        remedy = f"; {source.remedy}" if source.remedy and reason == os.strerror(errno.EPERM) else ""
+        problems.append(f"{source.name}: {what} cannot be read: {reason}{remedy}")
     return Notes(bytes(blob), tuple(notes), problems.lines())
 
 

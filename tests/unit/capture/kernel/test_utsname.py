@@ -63,14 +63,14 @@ def test_all_six_names_are_read_as_the_kernel_keeps_them() -> None:
 def test_without_a_key_the_release_comes_from_vmcoreinfo(missing: str) -> None:
     keys = {key: value for key, value in KEYS.items() if key != missing}
     found = names_in(new_utsname(*NAMES), keys)
-    assert texts(found) == ("Linux", "", "6.12.117+deb12-amd64", "", "x86_64", "")
+    assert texts(found) == ("Linux", "", "6.12.117+deb12-amd64", "unknown", "x86_64", "")
     assert len(found.raw) == 390
 
 
 @pytest.mark.parametrize("address", ["0", "1000", f"{DIRECT_MAP + BASE + PAGE - 100:x}", f"{U64:x}"])
 def test_where_memory_cannot_be_read_the_release_comes_from_vmcoreinfo(address: str) -> None:
     found = names_in(new_utsname(*NAMES), {**KEYS, "SYMBOL(init_uts_ns)": address})
-    assert texts(found) == ("Linux", "", "6.12.117+deb12-amd64", "", "x86_64", "")
+    assert texts(found) == ("Linux", "", "6.12.117+deb12-amd64", "unknown", "x86_64", "")
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_memory_that_does_not_say_linux_is_not_believed(structure: bytes) -> Non
     assert names_in(structure).text("nodename") == ""
 
 
-def test_with_nothing_known_at_all_the_names_are_empty() -> None:
-    assert texts(names_in(b"", {})) == ("Linux", "", "", "", "x86_64", "")
+def test_with_nothing_known_at_all_nothing_that_drgn_insists_on_is_empty() -> None:
+    assert texts(names_in(b"", {})) == ("Linux", "", "unknown", "unknown", "x86_64", "")
 
 
 def test_the_machine_of_an_arm_vmcore_is_aarch64() -> None:
@@ -108,7 +108,7 @@ def test_bytes_that_are_no_text_are_replaced() -> None:
 def test_any_osrelease_fits_the_structure(release: str) -> None:
     found = names_in(b"", {"OSRELEASE": release})
     assert len(found.raw) == 390
-    assert found.text("version") == ""
+    assert found.text("version") == "unknown"
     assert found.text("machine") == "x86_64"
 
 
