@@ -256,7 +256,10 @@ def _verify(args: argparse.Namespace) -> int:
         else:
             with open_vmcore(args.against) as vmcore:
                 report = verify(dump, vmcore.image, progress=progress_wanted(args))
-    print(json.dumps(report.values(), indent=1) if args.json else f"{args.dump}: {report.text()}")
+    if args.json:
+        print(json.dumps(report.values(), indent=1))
+    elif not (args.quiet and report.good):
+        print(f"{args.dump}: {report.text()}")
     return report.exit_status
 
 

@@ -138,7 +138,7 @@ class _SourcePages:
             self._absent(np.setdiff1d(pfns[here], batch.pfns, assume_unique=True), report)
             _, ours, theirs = np.intersect1d(pfns, batch.pfns, assume_unique=True, return_indices=True)
             seen[theirs] = True
-            wrong = (data[ours] != batch.data[theirs]).any(axis=1) & good[theirs]
+            wrong = (data.view("<u8")[ours] != batch.data.view("<u8")[theirs]).any(axis=1) & good[theirs]
             for pfn in batch.pfns[theirs[wrong]]:
                 report.different += 1
                 report.name(f"PFN {int(pfn):#x}: differs from {self._image.source.name}")

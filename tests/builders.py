@@ -7,9 +7,17 @@ Byte layouts are written with ``struct`` and plain offsets, so that a wrong decl
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
+from capture.memory import elfcore
+from capture.memory.image import MemoryImage
+from capture.memory.source import Source
 from capture.selftest import elf_core, note
 
 PAGE = 4096
@@ -46,6 +54,32 @@ def patched(data: bytes, offset: int, layout: str, *values: int) -> bytes:
 def program_header(number: int, field_offset: int) -> int:
     """Return where a field of program header ``number`` lies in a file of ``elf_core``."""
     return EHDR + number * PHDR + field_offset
+
+
+@contextmanager
+def as_file(data: bytes) -> Iterator[str]:
+    """The name of a file that holds ``data``, and goes."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        yield file.name
+
+
+@contextmanager
+def image_of(loads: Iterable[tuple[int, bytes]], page_size: int = PAGE, *, skew: int = 0) -> Iterator[MemoryImage]:
+    """The image of segments (physical address, bytes), in this order; data begin ``skew`` bytes further into a file."""
+    notes = [bytes(skew)] if skew else []
+    core = elf_core(notes, [(0, physical, data) for physical, data in loads])
+    with as_file(core) as name, Source(name) as source:
+        yield MemoryImage(source, elfcore.parse(source).loads, page_size)
+
+
+def load_table(*rows: tuple[int, int, int]) -> NDArray[np.void]:
+    """Return segments (physical address, offset in the source, bytes) without a file that says so."""
+    table = np.zeros(len(rows), dtype=elfcore.PROGRAM_HEADER)
+    for row, (physical, offset, length) in zip(table, rows, strict=True):
+        row["p_type"], row["p_paddr"], row["p_offset"], row["p_filesz"] = PT_LOAD, physical, offset, length
+    return table
 
 
 # --- VMCOREINFO and notes -------------------------------------------------------------------------------------------
@@ -342,3 +376,49 @@ class PrintkRing:
         memory = self.memory(base)
         memory += bytes(-len(memory) % PAGE)
         return elf_core([b"".join(notes) + vmcoreinfo_note(keys)], [(DIRECT_MAP + base, base, memory)])
+
+
+# --- a crashed machine ----------------------------------------------------------------------------------------------
+
+RING_AT, NAMES_AT, MEMORY_AT = 0x20_0000, 0x40_0000, 0x100_0000
+"""Where ``crashed_core`` has its segments: the log, the names, the pages."""
+PANIC = b"Kernel panic - not syncing: sysrq triggered crash"
+
+
+def new_utsname(*names: str | bytes) -> bytes:
+    """Return a struct new_utsname, include/uapi/linux/utsname.h: six fields of 65 bytes."""
+    return b"".join((name.encode() if isinstance(name, str) else name)[:65].ljust(65, b"\0") for name in names)
+
+
+def crashed_core(
+    host: bytes = b"db7",
+    *,
+    pages: bytes = b"",
+    log: PrintkRing | None = None,
+    keys: Mapping[str, str | int] = {},
+    drop: Sequence[str] = (),
+    notes: bool = True,
+) -> bytes:
+    """Return the vmcore of a machine with two CPUs, a name, a log that ends in a panic on CPU 1, and ``pages``."""
+    log = log or PrintkRing().add(b"Linux version 6.1.0-test").add(b"sysrq: crash", caller=CPU | 1).add(
+        PANIC, caller=CPU | 1
+    )
+    ring, names = log.memory(RING_AT), new_utsname("Linux", host, "6.1.0-test", "#1 SMP", "x86_64", "(none)")
+    said = {
+        **READABLE_BY_DRGN,
+        **RING_LAYOUT,
+        "SYMBOL(prb)": f"{DIRECT_MAP + RING_AT:x}",
+        "SYMBOL(init_uts_ns)": f"{DIRECT_MAP + NAMES_AT:x}",
+        "OFFSET(uts_namespace.name)": 0,
+        **keys,
+    }
+    said = {key: value for key, value in said.items() if key not in drop}
+    blob = prstatus_note(7, 1000) + prstatus_note(0, 2000) + vmcoreinfo_note(said)
+    return elf_core(
+        [blob] if notes else [],
+        [
+            (DIRECT_MAP + RING_AT, RING_AT, ring + bytes(-len(ring) % PAGE)),
+            (DIRECT_MAP + NAMES_AT, NAMES_AT, names + bytes(-len(names) % PAGE)),
+            (DIRECT_MAP + MEMORY_AT, MEMORY_AT, pages or filled("a", ".", "b")),
+        ],
+    )

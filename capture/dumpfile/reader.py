@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from capture.dumpfile import kdump
 from capture.errors import SourceError
 
-BATCH_PAGES = 1024
+BATCH_PAGES, BATCH_BYTES = 1024, 4 << 20
+"""What is decoded together at most."""
 NOT_WRITTEN = "not written"
 """Why a page of an incomplete dump has no data."""
 _WINDOW_BYTES = 1 << 16
@@ -35,7 +36,7 @@ _MAX_ZSTD_WINDOW = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class ReadPages:
-    """Up to BATCH_PAGES pages: ``data`` is (pages, page size) bytes; ``bad`` says for each index why it has none."""
+    """A batch of pages: ``data`` is (pages, page size) bytes; ``bad`` says for each index why it has none."""
 
     pfns: NDArray[np.int64]
     data: NDArray[np.uint8]
@@ -103,9 +104,10 @@ class KdumpFile:
     def pages(self) -> Iterator[ReadPages]:
         """Yield every page of bitmap 2 in PFN order, decompressed; one that cannot be had is in ``bad``."""
         done = 0
+        limit = min(BATCH_PAGES, BATCH_BYTES // self.page_size)
         for pfns in self._pfns():
-            for first in range(0, len(pfns), BATCH_PAGES):
-                batch = pfns[first : first + BATCH_PAGES]
+            for first in range(0, len(pfns), limit):
+                batch = pfns[first : first + limit]
                 yield self._read_batch(batch, done)
                 done += len(batch)
 

@@ -21,8 +21,8 @@ from capture.memory.source import Source
 EXTENT = np.dtype([("pfn", "<i8"), ("pages", "<i8"), ("offset", "<u8")])
 """Whole pages that are contiguous both as PFNs and in the source; ``offset`` of the first in the source, in bytes."""
 
-CHUNK_PAGES = 1024
-"""Pages a chunk: 4 MiB of 4 KiB pages, enough to make the cost of a call vanish, few enough to hold several."""
+CHUNK_PAGES, CHUNK_BYTES = 1024, 4 << 20
+"""What a chunk holds at most: enough to make the cost of a call vanish, little enough to have several."""
 _SPAN_FACTOR = 4
 """A chunk of scattered pages maps at most this many times its pages' own bytes."""
 
@@ -42,7 +42,7 @@ class LinearMap:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Up to CHUNK_PAGES pages to be read together.
+    """Pages to be read together.
 
     ``offsets`` are source offsets in bytes, one for each of ``pfns``; None for a single page that is put together
     from pieces.
@@ -125,34 +125,37 @@ class MemoryImage:
             yield chunk_first, pages
 
     def chunks(self, first_pfn: int = 0, end_pfn: int | None = None) -> Iterator[Chunk]:
-        """Yield every page in [first_pfn, end_pfn) once, in PFN order, in chunks of up to CHUNK_PAGES."""
+        """Yield every page in [first_pfn, end_pfn) once, in PFN order, in chunks (CHUNK_PAGES, CHUNK_BYTES)."""
         end_pfn = self.max_pfn if end_pfn is None else end_pfn
-        span = CHUNK_PAGES * self.page_size * _SPAN_FACTOR
+        limit = min(CHUNK_PAGES, CHUNK_BYTES // self.page_size)
+        reach = (_SPAN_FACTOR - 1) * limit * self.page_size
         pending: list[tuple[int, int, int]] = []
-        room = CHUNK_PAGES
+        room = limit
+
+        def flush() -> Iterator[Chunk]:
+            nonlocal pending, room
+            if pending:
+                yield self._chunk(pending)
+            pending, room = [], limit
+
         for run_pfn, run_pages, run_offset in self._ordered():
             first, end = max(run_pfn, first_pfn), min(run_pfn + run_pages, end_pfn)
             if run_offset is None:
                 if first < end:
-                    if pending:
-                        yield self._chunk(pending)
-                        pending, room = [], CHUNK_PAGES
+                    yield from flush()
                     yield Chunk(np.array([run_pfn], dtype=np.int64), None)
                 continue
             while first < end:
                 offset = run_offset + (first - run_pfn) * self.page_size
-                if pending and not 0 <= offset - pending[0][2] <= span - CHUNK_PAGES * self.page_size:
-                    yield self._chunk(pending)
-                    pending, room = [], CHUNK_PAGES
+                if pending and not 0 <= offset - pending[0][2] <= reach:
+                    yield from flush()
                 pages = min(room, end - first)
                 pending.append((first, pages, offset))
                 first += pages
                 room -= pages
                 if not room:
-                    yield self._chunk(pending)
-                    pending, room = [], CHUNK_PAGES
-        if pending:
-            yield self._chunk(pending)
+                    yield from flush()
+        yield from flush()
 
     def fetch(self, chunk: Chunk) -> PageBlock:
         """Return the bytes of a chunk: mapped where possible, else read; unreadable pages become zeros. Never raises

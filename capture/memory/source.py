@@ -162,8 +162,8 @@ def open_old_memory(command_line: str | None = None) -> Source:
     return Source(
         "/dev/mem",
         header_offset=header,
-        remedy="the kernel lets old memory be read only with iomem=relaxed on its command line, some kernels only "
-        "after kexec -c (vmcapture load -c does both); use /proc/vmcore",
+        remedy="the kernel lets old memory be read only with iomem=relaxed on its command line, where vmcapture load "
+        "puts it; use /proc/vmcore",
     )
 
 

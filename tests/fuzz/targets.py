@@ -39,8 +39,18 @@ from capture.notes.elfnote import read_notes
 from capture.notes.vmcoreinfo import PAGE_SIZES
 from capture.selftest import elf_core, note
 from capture.vmcore import open_vmcore
-from tests import builders
-from tests.builders import DIRECT_MAP, PAGE, PrintkRing, filled, prstatus_note, raw_notes, simple_core, vmcoreinfo_note
+from tests import builders, dumps
+from tests.builders import (
+    DIRECT_MAP,
+    PAGE,
+    PrintkRing,
+    as_file,
+    filled,
+    prstatus_note,
+    raw_notes,
+    simple_core,
+    vmcoreinfo_note,
+)
 
 MAX_SECONDS = 2.0
 """Processor time for one input, with the memory of every allocation being traced."""
@@ -347,9 +357,18 @@ def printk_seeds() -> list[Seed]:
     return seeds
 
 
-_KDUMP_HEADER_FIELDS = tuple((at, 4) for at in (8, 424, 428, 432, 436, 440))
-"""header_version, status, block_size, sub_hdr_size, bitmap_blocks, max_mapnr of struct disk_dump_header."""
-_DESCRIPTOR_BYTES = 24
+_HEADER_VERSION = 8
+_KDUMP_HEADER_FIELDS = tuple(
+    (at, 4)
+    for at in (
+        _HEADER_VERSION,
+        dumps.STATUS,
+        dumps.BLOCK_SIZE,
+        dumps.SUB_HDR_SIZE,
+        dumps.BITMAP_BLOCKS,
+        dumps.MAX_MAPNR,
+    )
+)
 
 
 @cache
@@ -366,7 +385,7 @@ def kdump_seeds() -> list[Seed]:
                     write_dump(vmcore, target, options)
                 table = KdumpFile(target).descriptor_table
                 fields = tuple(
-                    (table + number * _DESCRIPTOR_BYTES + at, width)
+                    (table + number * dumps.DESCRIPTOR_BYTES + at, width)
                     for number in range(4)
                     for at, width in ((0, 8), (8, 4), (12, 4))
                 )
@@ -381,7 +400,7 @@ def _with_content_size(seed: Seed, table: int) -> Seed:
     plain = zstandard.ZstdCompressor(write_content_size=False).compress(b"x" * PAGE)
     window = plain[5:6]
     frame = plain[:4] + bytes([0xC0]) + window + struct.pack("<Q", PAGE) + plain[6:]
-    data = builders.patched(seed.data, table, "qII", len(seed.data), len(frame), 0x20) + frame
+    data = builders.patched(seed.data, table, "qII", len(seed.data), len(frame), dumps.ZSTD) + frame
     return Seed(data, (*seed.fields, *[(len(seed.data) + 6, 8)] * 4))
 
 
@@ -425,13 +444,10 @@ def run_vmcoreinfo(path: Path) -> list[str]:
     if info.page_size not in PAGE_SIZES:
         raise FindingError(f"page size {info.page_size}")
     # The same text in a note of a whole vmcore: everything that steers by it.
-    with tempfile.NamedTemporaryFile() as file:
-        memory = PrintkRing().add(b"x").memory(0x20_0000)
-        text = path.read_bytes()
-        core = elf_core([note(b"VMCOREINFO", 0, text)], [(DIRECT_MAP + 0x20_0000, 0x20_0000, memory)])
-        file.write(core)
-        file.flush()
-        return run_printk(Path(file.name))
+    memory = PrintkRing().add(b"x").memory(0x20_0000)
+    note_of_it = note(b"VMCOREINFO", 0, path.read_bytes())
+    with as_file(elf_core([note_of_it], [(DIRECT_MAP + 0x20_0000, 0x20_0000, memory)])) as name:
+        return run_printk(Path(name))
 
 
 def run_printk(path: Path) -> list[str]:

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from capture.errors import SourceError
 from tests.builders import patched
+from tests.dumps import SUB_HDR_SIZE
+from tests.faults import raising
 from tests.fuzz import run
 from tests.fuzz.targets import MAX_BYTES, TARGETS, FindingError, Seed, Target, check, inputs, kdump_seeds, mutated
 
@@ -66,9 +68,6 @@ def test_the_seeds_are_sound(target: Target, tmp_path: Path) -> None:
 
 # --- What fuzzing found ---------------------------------------------------------------------------------------------
 
-SUB_HDR_SIZE = 432
-"""Of struct disk_dump_header; an int."""
-
 
 @pytest.mark.parametrize("blocks", [-1, -2, -3, -100, -(1 << 31)])
 def test_a_dump_whose_sub_header_is_of_negative_size_is_refused(blocks: int, tmp_path: Path) -> None:
@@ -97,13 +96,6 @@ def target_that(run_it: Callable[[Path], Sequence[str]]) -> Target:
     return Target("pretended", run_it, lambda: [Seed(b"seed")])
 
 
-def _raises(error: BaseException) -> Callable[[Path], Sequence[str]]:
-    def raise_it(_path: Path) -> Sequence[str]:
-        raise error
-
-    return raise_it
-
-
 def _hungry(_path: Path) -> Sequence[str]:
     return [str(len(bytearray(MAX_BYTES + 1)))]
 
@@ -125,13 +117,13 @@ def _endless(_path: Path) -> Sequence[str]:
 @pytest.mark.parametrize(
     "run_it",
     [
-        pytest.param(_raises(ValueError("not ours")), id="an exception"),
-        pytest.param(_raises(OSError(22, "Invalid argument")), id="an OSError"),
-        pytest.param(_raises(MemoryError()), id="no memory"),
-        pytest.param(_raises(RecursionError()), id="no stack"),
-        pytest.param(_raises(SystemExit(2)), id="the end of the process"),
-        pytest.param(_raises(SourceError("two\nlines")), id="a message of two lines"),
-        pytest.param(_raises(SourceError("\x1b[2J")), id="a message that clears the screen"),
+        pytest.param(raising(ValueError("not ours")), id="an exception"),
+        pytest.param(raising(OSError(22, "Invalid argument")), id="an OSError"),
+        pytest.param(raising(MemoryError()), id="no memory"),
+        pytest.param(raising(RecursionError()), id="no stack"),
+        pytest.param(raising(SystemExit(2)), id="the end of the process"),
+        pytest.param(raising(SourceError("two\nlines")), id="a message of two lines"),
+        pytest.param(raising(SourceError("\x1b[2J")), id="a message that clears the screen"),
         pytest.param(lambda _: ["fine", "not\rfine"], id="a line with a control character"),
         pytest.param(_hungry, id="much memory"),
         pytest.param(_hungry_with_numpy, id="much memory of NumPy"),
@@ -146,7 +138,7 @@ def test_the_fuzzer_notices(run_it: Callable[[Path], Sequence[str]], tmp_path: P
 
 
 def test_a_refusal_in_one_line_is_no_finding(tmp_path: Path) -> None:
-    check(target_that(_raises(SourceError("refused"))), b"input", tmp_path / "input")
+    check(target_that(raising(SourceError("refused"))), b"input", tmp_path / "input")
     check(target_that(lambda path: [path.read_bytes().decode()]), b"input", tmp_path / "input")
 
 
@@ -176,7 +168,7 @@ def test_a_run_counts_its_inputs_and_ends_well(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_run_keeps_what_breaks_and_says_how_to_repeat_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    broken = target_that(_raises(ValueError("not ours")))
+    broken = target_that(raising(ValueError("not ours")))
     assert run.fuzz([broken, TARGETS["vmcoreinfo"]], 0.3, "s", tmp_path) == 1
     out = capsys.readouterr().out
     (kept,) = tmp_path.iterdir()

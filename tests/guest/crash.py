@@ -84,7 +84,7 @@ class Crashed(Saved):
 
     elf: Path  # /proc/vmcore of the same capture boot, copied as it was
     verified: str  # what `vmcapture verify VMCORE --against /proc/vmcore` said in the capture kernel
-    old_memory: tuple[int, str]  # status and output of what ``old_memory_command`` asked there
+    old_memory: tuple[tuple[int, str], ...]  # status and output of each of ``old_memory_commands``
 
 
 class ImageStore:
@@ -227,7 +227,7 @@ def crash_with_evidence(
             verify = f"vmcapture verify /run/target{TARGET_FOLDER}/*/vmcore --against /proc/vmcore"
             verified = demand(machine, verify, timeout=SAVE_TIMEOUT).strip()
         with steps.step("oldmem:"):
-            old_memory = machine.run(old_memory_command(case), timeout=2 * SAVE_TIMEOUT)
+            old_memory = tuple(machine.run(command, SAVE_TIMEOUT) for command in old_memory_commands(case))
             demand(machine, "umount /run/target")
         machine.send("poweroff -f")
         machine.wait_exit(BOOT_TIMEOUT)
@@ -237,12 +237,19 @@ def crash_with_evidence(
     return Crashed(**values, elf=elf, verified=verified, old_memory=old_memory)
 
 
-def old_memory_command(case: Case) -> str:
-    """What to do with old memory itself in the capture kernel: save it and compare, where kexec makes that possible."""
-    if case.syscall == "file":
-        return "vmcapture info oldmem:"
+def old_memory_commands(case: Case) -> tuple[str, ...]:
+    """What to do with old memory itself in the capture kernel."""
     dump = "/run/target/oldmem.kdump"
-    return f"vmcapture dump -q oldmem: {dump} && vmcapture verify {dump} --against /proc/vmcore"
+    match case.old_memory:
+        case "same":
+            return (
+                f"vmcapture dump --no-progress oldmem: {dump}",
+                f"vmcapture verify --no-progress {dump} --against /proc/vmcore",
+            )
+        case "refused":
+            return ("vmcapture info oldmem:",)
+        case _:
+            return ()
 
 
 def _collect(case: Case, workdir: Path, machine: Machine, steps: Steps) -> Saved:

@@ -1,33 +1,15 @@
-"""Other people's readers, as the reference: pyelftools and plain reads for the ELF vmcore, drgn for dumps."""
+"""A dump against the vmcore it was made from: drgn reads the one, plain reads the other."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import drgn
-from elftools.elf.elffile import ELFFile
-from elftools.elf.segments import NoteSegment
+from tests.builders import PAGE, PT_LOAD
+from tests.readers import drgn_reader, mapped, program_headers, prstatus_descriptors
 
-PAGE = 4096
 BLOCK = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """One PT_LOAD: physical address, offset in the file, size, all in bytes."""
-
-    physical: int
-    offset: int
-    size: int
-
-
-def loads(vmcore: Path) -> list[Load]:
-    with vmcore.open("rb") as file:
-        segments = ELFFile(file).iter_segments("PT_LOAD")
-        return [Load(s["p_paddr"], s["p_offset"], s["p_filesz"]) for s in segments if s["p_filesz"]]
 
 
 def different_pages(dump: Path, vmcore: Path) -> tuple[int, int]:
@@ -35,18 +17,15 @@ def different_pages(dump: Path, vmcore: Path) -> tuple[int, int]:
 
     Returns (pages compared, pages that differ). drgn raises for a page that the dump does not have.
     """
-    program = drgn.Program()
-    program.set_core_dump(dump)
+    read, core = drgn_reader(dump), mapped(vmcore)
     pages = wrong = 0
-    with vmcore.open("rb") as file:
-        for load in loads(vmcore):
-            for start, length in _blocks(load.physical, load.size):
-                file.seek(load.offset + start - load.physical)
-                expected = file.read(length)
-                found = program.read(start, length, physical=True)
-                pages += -(-length // PAGE)
-                if expected != found:
-                    wrong += sum(expected[at : at + PAGE] != found[at : at + PAGE] for at in range(0, length, PAGE))
+    for load in program_headers(core):
+        for start, length in _blocks(load.paddr, load.filesz if load.type == PT_LOAD else 0):
+            at = load.offset + start - load.paddr
+            expected, found = core[at : at + length], read(start, length)
+            pages += -(-length // PAGE)
+            if expected != found:
+                wrong += sum(expected[at : at + PAGE] != found[at : at + PAGE] for at in range(0, length, PAGE))
     return pages, wrong
 
 
@@ -61,11 +40,4 @@ def _blocks(start: int, size: int) -> Iterator[tuple[int, int]]:
 def prstatus_instruction_pointers(vmcore: Path) -> list[int]:
     """RIP of every NT_PRSTATUS note of an x86_64 vmcore: pr_reg is at 112 of struct elf_prstatus, rip its 17th word."""
     rip_offset = 112 + 16 * 8
-    with vmcore.open("rb") as file:
-        return [
-            struct.unpack_from("<Q", note["n_descdata"], rip_offset)[0]
-            for segment in ELFFile(file).iter_segments("PT_NOTE")
-            if isinstance(segment, NoteSegment)
-            for note in segment.iter_notes()
-            if note["n_name"] == "CORE" and note["n_type"] in (1, "NT_PRSTATUS")
-        ]
+    return [struct.unpack_from("<Q", cpu, rip_offset)[0] for cpu in prstatus_descriptors(mapped(vmcore))]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import zstandard
 
 from capture.cli import main
+from tests.outcome import Ran, Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CORPUS_VARIABLE = "VMCAPTURE_CORPUS"
@@ -52,17 +52,8 @@ def vmcore_file(tmp_path: Path) -> Callable[[bytes], str]:
     return write
 
 
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """What a command came to."""
-
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run(capfdbinary: pytest.CaptureFixture[bytes]) -> Callable[..., Ran]:
+def run(capfdbinary: pytest.CaptureFixture[bytes]) -> Run:
     """Run the command line in this process: ``run("dump", source, target)``."""
 
     def command(*arguments: str | Path) -> Ran:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import struct
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from tests.builders import (
     PAGE,
     U64,
     PrintkRing,
+    crashed_core,
     filled,
     patched,
     program_header,
@@ -40,10 +40,9 @@ from tests.builders import (
     simple_core,
     vmcoreinfo_note,
 )
-from tests.unit.capture.boot.test_job import crashed_core
-from tests.unit.conftest import Ran
+from tests.faults import address_space_limit, raising
+from tests.outcome import Ran, Run
 
-Run = Callable[..., Ran]
 WriteFile = Callable[[bytes], str]
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -522,10 +521,7 @@ def test_nothing_of_a_dead_kernel_drives_the_terminal(run: Run, vmcore_file: Wri
 def test_an_internal_error_is_one_line_and_only_verbose_shows_where(
     run: Run, crashed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def bug(*_arguments: Any) -> Any:
-        raise ZeroDivisionError("a bug")
-
-    monkeypatch.setattr(report, "describe", bug)
+    monkeypatch.setattr(report, "describe", raising(ZeroDivisionError("a bug")))
     line = one_line(run("info", crashed), 1)
     assert line.startswith("internal error: ZeroDivisionError: a bug")
     assert "-v" in line
@@ -551,10 +547,7 @@ def test_verbose_shows_no_traceback_for_what_the_person_can_mend(run: Run, tmp_p
 def test_what_the_system_does_to_us_is_one_line(
     error: BaseException, said: str, run: Run, crashed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*_arguments: Any) -> Any:
-        raise error
-
-    monkeypatch.setattr(report, "describe", failing)
+    monkeypatch.setattr(report, "describe", raising(error))
     assert said in one_line(run("info", crashed), 130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
@@ -647,10 +640,6 @@ def test_a_file_name_that_is_not_utf_8_is_no_internal_error(run: Run, vmcore_fil
     assert (answer.returncode, answer.stderr) == (0, "")
 
 
-def limited_to(size: int) -> Callable[[], None]:
-    return lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size))
-
-
 def test_absurd_headers_are_refused_in_bounded_memory(tmp_path: Path) -> None:
     """The counts below ask for up to 240 TB; 1.5 GiB of address space is allowed."""
     room = 20 * GIB
@@ -675,7 +664,7 @@ def test_absurd_headers_are_refused_in_bounded_memory(tmp_path: Path) -> None:
     )
     answer = subprocess.run(
         [sys.executable, "-c", program, *names], cwd=REPOSITORY, capture_output=True, text=True, check=False,
-        preexec_fn=limited_to(3 * GIB // 2), timeout=60,
+        preexec_fn=address_space_limit(3 * GIB // 2), timeout=60,
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr
     statuses = [line.split() for line in answer.stdout.splitlines()]
@@ -693,6 +682,6 @@ def test_a_note_segment_of_all_memory_is_described_in_bounded_memory(tmp_path: P
     with source.open("wb") as file:
         file.write(patched(CORE, program_header(0, P_FILESZ), "Q", 1 << 62))
         file.truncate(20 * GIB)
-    answer = process("info", "--json", source, preexec_fn=limited_to(3 * GIB // 2))
+    answer = process("info", "--json", source, preexec_fn=address_space_limit(3 * GIB // 2))
     assert (answer.returncode, answer.stderr) == (0, "")
     assert json.loads(answer.stdout)["pages"] == 3

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import random
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,24 +31,11 @@ from capture.memory.source import Source
 from capture.notes.elfnote import Notes
 from capture.progress import Progress
 from capture.selftest import elf_core
-from tests.builders import PAGE, filled, numbered, vmcoreinfo_note
-from tests.unit.capture.dumpfile.test_kdump import HandRead, by_hand
-from tests.unit.capture.memory.test_image import model
-from tests.unit.conftest import Ran
+from tests.builders import PAGE, filled, image_of, load_table, numbered, vmcoreinfo_note
+from tests.faults import memory_with_holes
+from tests.readers import HandRead, by_hand, model
 
-Run = Callable[..., Ran]
 WriteFile = Callable[..., str]
-
-
-@contextmanager
-def image_of(loads: Sequence[tuple[int, bytes]], *, skew: int = 0, page_size: int = PAGE) -> Iterator[MemoryImage]:
-    """The image of segments (physical address, bytes), whose data begin ``skew`` bytes into the file."""
-    notes = [b"\0" * skew] if skew else []
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(elf_core(notes, [(0, physical, data) for physical, data in loads]))
-        file.flush()
-        with Source(file.name) as source:
-            yield MemoryImage(source, elfcore.parse(source).loads, page_size)
 
 
 def copied(
@@ -258,33 +241,12 @@ def test_an_error_in_a_thread_ends_the_copy_and_all_threads(tmp_path: Path, monk
 # --- what cannot be read
 
 
-def _loads(*rows: tuple[int, int, int]) -> NDArray[np.void]:
-    """Segments (physical, offset in the source, bytes) without a file header."""
-    table = np.zeros(len(rows), dtype=elfcore.PROGRAM_HEADER)
-    for row, (physical, offset, length) in zip(table, rows, strict=True):
-        row["p_type"], row["p_paddr"], row["p_offset"], row["p_filesz"] = 1, physical, offset, length
-    return table
-
-
 @pytest.mark.parametrize("level", [0, 1])
 def test_pages_that_fail_with_eio_are_zeros_counted_and_listed(level: int, tmp_path: Path) -> None:
-    """Our own memory through /proc/self/mem: a page that is not mapped there fails with EIO, as a poisoned one does."""
-    window = mmap.mmap(-1, 6 * PAGE)
-    window[:] = filled("a", "b", "c", "d", "e", "f")
-    address = ctypes.addressof(ctypes.c_char.from_buffer(window))
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.mmap.restype = ctypes.c_void_p
-    for number in (1, 3, 4):
-        assert libc.munmap(address + number * PAGE, PAGE) == 0
-    try:
-        with Source("/proc/self/mem", size=1 << 47) as source:
-            image = MemoryImage(source, _loads((0x100 * PAGE, address, 6 * PAGE)), PAGE)
-            dump, statistics = copied(image, tmp_path / "dump", codec("zstd"), level=level)
-    finally:
-        for number in (1, 3, 4):  # put pages back before the mapping is taken down
-            libc.mmap(address + number * PAGE, PAGE, 3, 0x10 | 2 | 0x20, -1, 0)
+    data = filled("a", "b", "c", "d", "e", "f")
+    with memory_with_holes(data, (1, 3, 4)) as address, Source("/proc/self/mem", size=1 << 47) as source:
+        image = MemoryImage(source, load_table((0x100 * PAGE, address, 6 * PAGE)), PAGE)
+        dump, statistics = copied(image, tmp_path / "dump", codec("zstd"), level=level)
     assert [dump.pages[pfn] for pfn in range(0x100, 0x106)] == [
         filled("a"), bytes(PAGE), filled("c"), bytes(PAGE), bytes(PAGE), filled("f"),
     ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import random
@@ -21,26 +20,23 @@ import drgn
 import numpy as np
 import pytest
 import zstandard
-from numpy.typing import NDArray
 
 from capture import dump as module
 from capture.dump import DumpOptions, DumpReport, write_dump
 from capture.dumpfile import codec as codec_module
 from capture.dumpfile import output as output_module
 from capture.dumpfile import writer as writer_module
-from capture.dumpfile.codec import Codec
 from capture.dumpfile.output import OutputFile
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile
 from capture.memory import image as image_module
 from capture.selftest import elf_core
 from capture.vmcore import open_vmcore
 from tests.builders import DIRECT_MAP, PAGE, filled, numbered, prstatus_note, simple_core, vmcoreinfo_note
-from tests.unit.capture.dumpfile.test_kdump import ZLIB, ZSTD, ElfPages, by_hand, makedumpfile
-from tests.unit.capture.dumpfile.test_output import file_size_limit, sha256_blocks, tmpfs
-from tests.unit.capture.memory.test_image import model
-from tests.unit.conftest import Ran
+from tests.dumps import ZLIB, ZSTD
+from tests.faults import PowerCut, failing, failing_codec, file_size_limit, interrupted_after, tmpfs, umask
+from tests.outcome import Run, read_back, sha256_blocks
+from tests.readers import ElfPages, by_hand, drgn_reader, makedumpfile, mapped, model, read_by_drgn
 
-Run = Callable[..., Ran]
 WriteFile = Callable[..., str]
 
 MIXED = [
@@ -69,34 +65,11 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "SYNC_PAGES", 5)
 
 
-def drgn_reader(path: Path) -> Callable[[int, int], bytes]:
-    """Open a dump with drgn; return a function that reads (address, bytes) of physical memory."""
-    program = drgn.Program()
-    program.set_core_dump(str(path))
-
-    def read(address: int, length: int) -> bytes:
-        found: bytes = program.read(address, length, physical=True)
-        return found
-
-    return read
-
-
-def read_by_drgn(path: Path, pages: dict[int, bytes]) -> dict[int, bytes]:
-    read = drgn_reader(path)
-    return {pfn: read(pfn * PAGE, PAGE) for pfn in pages}
-
-
 def written_pages(path: Path) -> dict[int, bytes]:
     """The pages of an unfinished dump that have data; the others must say that they were not written."""
-    dump = KdumpFile(path)
-    found: dict[int, bytes] = {}
-    for batch in dump.pages():
-        assert set(batch.bad.values()) <= {NOT_WRITTEN}
-        for index, pfn in enumerate(batch.pfns.tolist()):
-            if index not in batch.bad:
-                found[pfn] = batch.data[index].tobytes()
-    dump.close()
-    return found
+    good, bad = read_back(path)
+    assert set(bad.values()) <= {NOT_WRITTEN}
+    return good
 
 
 def dumped(source: str, target: Path, **options: Any) -> DumpReport:
@@ -196,11 +169,8 @@ def test_the_report_and_the_line_say_what_is_in_the_file(source: str, tmp_path: 
 
 def test_a_dump_is_for_its_owner_only(source: str, tmp_path: Path) -> None:
     """It holds keys and passwords of everyone who was on the machine."""
-    before = os.umask(0)
-    try:
+    with umask(0):
         dumped(source, tmp_path / "dump")
-    finally:
-        os.umask(before)
     assert (tmp_path / "dump").stat().st_mode & 0o7777 == 0o600
 
 
@@ -314,35 +284,6 @@ def test_a_source_that_is_no_vmcore_leaves_no_file(vmcore_file: WriteFile, tmp_p
 
 
 # --- cut short
-
-
-class PowerCut(BaseException):
-    """The process is gone: nothing after this may count on anything."""
-
-
-@functools.cache
-def failing(kind: type[BaseException], after: int, torn: bool) -> type[OutputFile]:
-    """An output that raises ``kind`` after its ``after``-th write, or in the midst of it (``torn``): a write that is
-    killed ends at a page of the page cache, or has not begun."""
-
-    class Failing(OutputFile):
-        left = after
-
-        def write(self, pieces: Sequence[bytes | memoryview], offset: int) -> int:
-            self.left -= 1
-            if self.left:
-                return super().write(pieces, offset)
-            self.left = -1
-            data = b"".join(pieces)
-            to_boundary = -offset % PAGE
-            super().write([data[: to_boundary if to_boundary < len(data) else 0] if torn else data], offset)
-            raise kind
-
-    return Failing
-
-
-def interrupted_after(writes: int) -> type[OutputFile]:
-    return failing(KeyboardInterrupt, writes, False)
 
 
 class Counting(OutputFile):
@@ -480,25 +421,11 @@ def test_a_real_signal_leaves_a_readable_dump_with_status_3(name: str, tmp_path:
     assert process.returncode == 3, err
     assert "interrupted" in err
     assert err.count("\n") == 1
-    expect = ElfPages(source)
+    expect = ElfPages(mapped(source))
     dump = by_hand(left)
     assert dump.incomplete
     assert 0 < len(dump.pages) < len(dump.descriptors) == 6000
     assert all(expect.page(pfn) == page for pfn, page in dump.pages.items())
-
-
-def failing_codec(error: Exception) -> Callable[[str], Codec]:
-    """A codec that works twice."""
-    plain = codec_module.codec("zstd")
-    turns = iter(range(1000))
-
-    def pack(buffer: memoryview, offsets: NDArray[np.uint64], size: int) -> tuple[bytes, NDArray[np.int64]]:
-        if next(turns) >= 2:
-            raise error
-        assert plain.pack is not None
-        return plain.pack(buffer, offsets, size)
-
-    return lambda _spelling: Codec("failing", plain.flag, pack)
 
 
 @pytest.mark.usefixtures("small_steps")
@@ -620,7 +547,7 @@ def test_a_truncated_vmcore_is_saved_marked_and_has_status_3(vmcore_file: WriteF
     assert "bytes missing in the source" in ran.err
     dump = by_hand(tmp_path / "dump")
     assert dump.incomplete
-    source = ElfPages(Path(name))
+    source = ElfPages(mapped(Path(name)))
     assert dump.pages.keys() <= set(source.pfns())
     whole = {pfn: page for pfn, page in PAGES.items() if pfn < 0x407}
     assert dump.pages.items() >= whole.items()
@@ -657,7 +584,7 @@ def test_a_dump_opens_though_the_names_of_the_kernel_could_not_be_read(vmcore_fi
     fields = [raw[12 + 65 * number : 12 + 65 * (number + 1)].split(b"\0")[0] for number in range(6)]
     assert (fields[0], fields[2], fields[4]) == (b"Linux", b"6.1.0-test", b"x86_64")
     assert fields[3]
-    assert read_by_drgn(tmp_path / "dump", {0x100: b""}) == {0x100: filled("a")}
+    assert read_by_drgn(tmp_path / "dump", [0x100]) == {0x100: filled("a")}
 
 
 def test_what_the_header_says_comes_from_the_notes(vmcore_file: WriteFile, tmp_path: Path) -> None:
@@ -684,7 +611,7 @@ def real(corpus_vmcore: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """A real vmcore and its dump as it is made by default."""
     target = tmp_path_factory.mktemp("real") / "dump"
     assert dumped(str(corpus_vmcore), target).whole
-    yield Real(corpus_vmcore, target, ElfPages(corpus_vmcore))
+    yield Real(corpus_vmcore, target, ElfPages(mapped(corpus_vmcore)))
     target.unlink()
 
 
@@ -717,7 +644,7 @@ def test_other_levels_and_codecs_are_read_by_drgn(
     vmcore = corpus_file(name)
     report = dumped(str(vmcore), tmp_path / "dump", compression=compression, level=level)
     assert report.whole
-    read, pages = drgn_reader(tmp_path / "dump"), ElfPages(vmcore)
+    read, pages = drgn_reader(tmp_path / "dump"), ElfPages(mapped(vmcore))
     pfns = pages.pfns()
     assert report.pages == len(pfns)
     assert all(read(pfn * PAGE, PAGE) == pages.page(pfn) for pfn in [*pfns[::61], pfns[-1]])
@@ -726,10 +653,9 @@ def test_other_levels_and_codecs_are_read_by_drgn(
 @pytest.fixture(scope="module")
 def twins(corpus_file: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """A vmcore, our zlib dump of it and makedumpfile's."""
-    program = makedumpfile()
     vmcore, folder = corpus_file("linux-6.1-la57"), tmp_path_factory.mktemp("twins")
+    makedumpfile("-c", "-d", "1", vmcore, folder / "theirs")
     dumped(str(vmcore), folder / "ours", compression="zlib")
-    subprocess.run([program, "-c", "-d", "1", str(vmcore), str(folder / "theirs")], check=True, capture_output=True)
     return vmcore, folder / "ours", folder / "theirs"
 
 
@@ -756,10 +682,8 @@ def test_the_bitmaps_are_those_that_makedumpfile_writes_but_for_the_partial_page
 
 def test_makedumpfile_filters_our_zlib_dump_again(twins: tuple[Path, Path, Path], tmp_path: Path) -> None:
     vmcore, ours, _ = twins
-    subprocess.run(
-        [makedumpfile(), "-c", "-d", "1", str(ours), str(tmp_path / "again")], check=True, capture_output=True
-    )
-    pages = ElfPages(vmcore)
+    makedumpfile("-c", "-d", "1", ours, tmp_path / "again")
+    pages = ElfPages(mapped(vmcore))
     for dump in (ours, tmp_path / "again"):
         read = drgn_reader(dump)
         assert all(read(pfn * PAGE, PAGE) == pages.page(pfn) for pfn in pages.pfns()[::61])
@@ -768,8 +692,6 @@ def test_makedumpfile_filters_our_zlib_dump_again(twins: tuple[Path, Path, Path]
 def test_makedumpfile_takes_the_log_from_our_zlib_dump(twins: tuple[Path, Path, Path], tmp_path: Path) -> None:
     vmcore, ours, _ = twins
     for name, source in (("ours", ours), ("theirs", vmcore)):
-        subprocess.run(
-            [makedumpfile(), "--dump-dmesg", str(source), str(tmp_path / name)], check=True, capture_output=True
-        )
+        makedumpfile("--dump-dmesg", source, tmp_path / name)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     assert b"Linux version 6.1" in (tmp_path / "ours").read_bytes()

@@ -18,6 +18,7 @@ from tests.builders import (
     CPU,
     DIRECT_MAP,
     PAGE,
+    PANIC,
     READABLE_BY_DRGN,
     PrintkRing,
     filled,
@@ -28,7 +29,6 @@ from tests.builders import (
 
 WriteFile = Callable[[bytes], str]
 
-PANIC_LINE = b"Kernel panic - not syncing: sysrq triggered crash"
 CRASHED = b"CPU: 1 PID: 4711 Comm: bash Not tainted 6.1.0-test #1"
 
 
@@ -36,7 +36,7 @@ def crashed_ring() -> PrintkRing:
     """The log of a machine whose PID 4711 panicked on CPU 1."""
     ring = PrintkRing().add(b"Linux version 6.1.0-test", caller=0, timestamp=0)
     ring.add(b"up for a day", caller=1, timestamp=86_400_000_000_000)
-    ring.add(PANIC_LINE, caller=4711, timestamp=86_401_000_000_000, level=0)
+    ring.add(PANIC, caller=4711, timestamp=86_401_000_000_000, level=0)
     return ring.add(CRASHED, caller=4711, timestamp=86_401_000_001_000)
 
 
@@ -57,11 +57,11 @@ def test_the_log_comes_as_lines_each_with_its_newline(vmcore_file: WriteFile) ->
         assert b"".join(report.log_lines(report.open_log(vmcore).records())) == (
             b"[    0.000000] Linux version 6.1.0-test\n"
             b"[86400.000000] up for a day\n"
-            b"[86401.000000] " + PANIC_LINE + b"\n"
+            b"[86401.000000] " + PANIC + b"\n"
             b"[86401.000001] " + CRASHED + b"\n"
         )
         with_callers = list(report.log_lines(report.open_log(vmcore).records(), caller=True))
-    assert with_callers[2] == b"[86401.000000] [ T4711] " + PANIC_LINE + b"\n"
+    assert with_callers[2] == b"[86401.000000] [ T4711] " + PANIC + b"\n"
 
 
 def test_a_record_for_json_says_all_and_is_json() -> None:
@@ -81,7 +81,7 @@ def test_a_record_for_json_says_all_and_is_json() -> None:
 
 def test_the_panic_is_found_in_the_log(vmcore_file: WriteFile) -> None:
     with opened(crashed_ring().core(), vmcore_file) as vmcore:
-        assert report.find_panic(vmcore) == Panic(PANIC_LINE.decode(), 1, 4711, 4711)
+        assert report.find_panic(vmcore) == Panic(PANIC.decode(), 1, 4711, 4711)
 
 
 def test_without_a_log_there_is_no_panic_and_no_complaint(vmcore_file: WriteFile) -> None:
@@ -160,11 +160,11 @@ def test_a_description_says_what_is_known(vmcore_file: WriteFile) -> None:
     assert values == {
         "source": name,
         "release": "6.1.0-test",
-        "version": "",
+        "version": "unknown",
         "machine": "x86_64",
         "host": "",
         "crash_time": "2023-11-14T22:13:20+00:00",  # date -u -d @1700000000
-        "panic": PANIC_LINE.decode(),
+        "panic": PANIC.decode(),
         "panicked_cpu": 1,
         "cpus": 2,
         "page_size": 4096,
@@ -181,7 +181,7 @@ def test_a_description_for_a_person_has_a_line_for_each_thing(vmcore_file: Write
     with opened(crashed_ring().core(notes=CPUS), vmcore_file) as vmcore:
         lines = report.description_text(report.describe(vmcore, report.find_panic(vmcore))).splitlines()
     assert lines[:5] == [
-        "kernel:  6.1.0-test x86_64",
+        "kernel:  6.1.0-test x86_64, unknown",
         "host:    unknown",
         "crashed: 2023-11-14T22:13:20+00:00",
         "panic:   Kernel panic - not syncing: sysrq triggered crash",
@@ -195,7 +195,12 @@ def test_a_vmcore_that_tells_next_to_nothing_is_described_all_the_same(vmcore_fi
     with opened(elf_core([], [(0, 0x1000, filled("a", "b"))]), vmcore_file) as vmcore:
         values = report.describe(vmcore, report.find_panic(vmcore))
         text = report.description_text(values)
-    assert (values["release"], values["crash_time"], values["panic"], values["panicked_cpu"]) == ("", None, None, None)
+    assert (values["release"], values["crash_time"], values["panic"], values["panicked_cpu"]) == (
+        "unknown",
+        None,
+        None,
+        None,
+    )
     assert (values["cpus"], values["pages"], values["notes"]) == (0, 2, 0)
     assert len(values["problems"]) == 1
     assert "no VMCOREINFO" in values["problems"][0]

@@ -23,11 +23,9 @@ from capture.selftest import elf_core
 from capture.verify import MAX_NAMED, VerifyReport, verify
 from capture.vmcore import open_vmcore
 from tests.builders import PAGE, filled, numbered, patched, prstatus_note, vmcoreinfo_note
-from tests.unit.capture.dumpfile.test_kdump import INCOMPLETE, STATUS
-from tests.unit.capture.dumpfile.test_reader import dump_of
-from tests.unit.conftest import Ran
+from tests.dumps import BLOCK_SIZE, INCOMPLETE, STATUS, dump_of
+from tests.outcome import Run
 
-Run = Callable[..., Ran]
 WriteFile = Callable[..., str]
 
 FIRST = 0x100
@@ -55,7 +53,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 def place(dump: Path, number: int) -> tuple[int, int, int]:
     """Where descriptor ``number`` of a dump lies, and the offset and size that it holds."""
     raw = dump.read_bytes()
-    block, sub, bitmaps = struct.unpack_from("<iiI", raw, STATUS + 4)
+    block, sub, bitmaps = struct.unpack_from("<iiI", raw, BLOCK_SIZE)
     at = (1 + sub + bitmaps) * block + 24 * number
     return (at, *struct.unpack_from("<qI", raw, at))
 

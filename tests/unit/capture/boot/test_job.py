@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -14,14 +13,13 @@ import struct
 import subprocess
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-import zstandard
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -29,142 +27,44 @@ from capture import report
 from capture.boot import job
 from capture.console import Console
 from capture.dump import DumpOptions
-from capture.memory import elfcore
-from capture.memory.image import MemoryImage
-from capture.memory.source import Source
-from capture.notes import vmcoreinfo
-from capture.notes.elfnote import read_notes
-from capture.selftest import elf_core
-from capture.vmcore import Vmcore, open_vmcore
+from capture.vmcore import open_vmcore
 from tests.builders import (
-    CPU,
-    DIRECT_MAP,
+    MEMORY_AT,
+    P_FILESZ,
     PAGE,
-    READABLE_BY_DRGN,
-    RING_LAYOUT,
+    PANIC,
+    RING_AT,
     PrintkRing,
+    crashed_core,
     filled,
     numbered,
-    prstatus_note,
+    patched,
+    program_header,
     simple_core,
-    vmcoreinfo_note,
 )
+from tests.dumps import INCOMPLETE, STATUS
+from tests.faults import open_poisoned, raising, tmpfs, umask
+from tests.outcome import FILES, WHEN, Run, check_manifest, listing, manifest_of, the_directory
+from tests.readers import ElfPages, by_hand
 
-Run = Callable[..., Any]
 WriteFile = Callable[[bytes], str]
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 MIB = 1 << 20
-WHEN = "2023-11-14-22:13:20"
-"""1700000000 seconds after 1970, UTC (``date -u -d @1700000000``)."""
-FILES = ("vmcore-dmesg.txt", "registers.txt", "registers.json", "vmcore", "capture-log.txt", "manifest.json")
-"""In the order in which they are made."""
-RING_AT, NAMES_AT, MEMORY_AT = 0x20_0000, 0x40_0000, 0x100_0000
-PANIC = b"Kernel panic - not syncing: sysrq triggered crash"
-
-
-def utsname(host: bytes, release: bytes = b"6.1.0-test") -> bytes:
-    """struct new_utsname: six fields of 65 bytes."""
-    fields = (b"Linux", host, release, b"#1 SMP", b"x86_64", b"(none)")
-    return b"".join(field[:65].ljust(65, b"\0") for field in fields)
-
-
-def crashed_core(
-    host: bytes = b"db7",
-    *,
-    pages: bytes = b"",
-    log: PrintkRing | None = None,
-    keys: Mapping[str, str | int] = {},
-    drop: tuple[str, ...] = (),
-    notes: bool = True,
-) -> bytes:
-    """Return the vmcore of a machine with two CPUs, a name, a log that ends in a panic on CPU 1, and ``pages``."""
-    log = log or PrintkRing().add(b"Linux version 6.1.0-test").add(b"sysrq: crash", caller=CPU | 1).add(
-        PANIC, caller=CPU | 1
-    )
-    names = utsname(host)
-    said = {
-        **READABLE_BY_DRGN,
-        **RING_LAYOUT,
-        "SYMBOL(prb)": f"{DIRECT_MAP + RING_AT:x}",
-        "SYMBOL(init_uts_ns)": f"{DIRECT_MAP + NAMES_AT:x}",
-        "OFFSET(uts_namespace.name)": 0,
-        **keys,
-    }
-    said = {key: value for key, value in said.items() if key not in drop}
-    blob = prstatus_note(7, 1000) + prstatus_note(0, 2000) + vmcoreinfo_note(said)
-    ring = log.memory(RING_AT)
-    return elf_core(
-        [blob] if notes else [],
-        [
-            (DIRECT_MAP + RING_AT, RING_AT, ring + bytes(-len(ring) % PAGE)),
-            (DIRECT_MAP + NAMES_AT, NAMES_AT, names + bytes(-len(names) % PAGE)),
-            (DIRECT_MAP + MEMORY_AT, MEMORY_AT, pages or filled("a", ".", "b")),
-        ],
-    )
-
-
-def pages_in_core(core: bytes) -> dict[int, bytes]:
-    """Every page of a vmcore of whole pages, by PFN."""
-    offset, count = struct.unpack_from("<Q", core, 32)[0], struct.unpack_from("<H", core, 56)[0]
-    pages = {}
-    for number in range(count):
-        kind, _, start, _, physical, size = struct.unpack_from("<IIQQQQ", core, offset + number * 56)
-        for at in range(0, size if kind == 1 else 0, PAGE):
-            pages[(physical + at) // PAGE] = core[start + at : start + at + PAGE]
-    return pages
 
 
 def read_dump(path: Path) -> tuple[bool, dict[int, bytes], int]:
-    """Read a kdump-compressed dump by hand: (marked incomplete, pages with data by PFN, pages without)."""
-    data = path.read_bytes()
-    assert data[:8] == b"KDUMP   "
-    assert struct.unpack_from("<i", data, 8) == (6,)
-    status, block, sub_blocks, bitmap_blocks = struct.unpack_from("<IiiI", data, 424)
-    bitmap2 = (1 + sub_blocks + bitmap_blocks // 2) * block
-    table = (1 + sub_blocks + bitmap_blocks) * block
-    bits = data[bitmap2:table]
-    pfns = [at * 8 + bit for at, byte in enumerate(bits) if byte for bit in range(8) if byte >> bit & 1]
-    pages: dict[int, bytes] = {}
-    for number, pfn in enumerate(pfns):
-        offset, size, flags = struct.unpack_from("<qII", data, table + number * 24)
-        if not offset:
-            continue
-        stored = data[offset : offset + size]
-        if flags == 0x20:
-            stored = zstandard.ZstdDecompressor().decompress(stored, max_output_size=block)
-        elif flags == 0x1:
-            stored = zlib.decompress(stored)
-        assert len(stored) == block
-        pages[pfn] = stored
-    return bool(status & 8), pages, len(pfns) - len(pages)
+    """Read a dump by hand: (marked incomplete, pages with data by PFN, pages without)."""
+    dump = by_hand(path)
+    return dump.incomplete, dump.pages, dump.missing
 
 
-def listing(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def manifest_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
-    return found
-
-
-def the_directory(parent: Path) -> Path:
-    (found,) = parent.iterdir()
-    return found
-
-
-def check_manifest(folder: Path) -> dict[str, Any]:
-    """Hold sizes and SHA-256 of the manifest against the files; return it."""
-    manifest = manifest_of(folder)
-    assert set(manifest["files"]) == listing(folder) - {"manifest.json"}
-    block = manifest["hash_block"]
-    for name, said in manifest["files"].items():
-        data = (folder / name).read_bytes()
-        assert said["size"] == len(data)
-        blocks = [hashlib.sha256(data[at : at + block]).hexdigest() for at in range(0, len(data), block)]
-        assert said == {"size": len(data), **({"sha256": blocks[0]} if len(blocks) == 1 else {"sha256_blocks": blocks})}
-    return manifest
+def sparse(path: Path, size: int) -> Path:
+    """A crashed machine whose memory is ``size`` bytes; all but the first page of it is a hole in the file."""
+    core = crashed_core(pages=b"x" * PAGE)
+    path.write_bytes(patched(core, program_header(3, P_FILESZ), "Q", size))
+    os.truncate(path, len(core) + size - PAGE)
+    return path
 
 
 @pytest.fixture
@@ -190,7 +90,7 @@ def test_a_crash_is_saved_as_six_files_in_a_directory_of_its_host_and_time(
     assert (ran.status, ran.out) == (0, "")
     assert folder.name == f"db7-{WHEN}"
     assert listing(folder) == set(FILES)
-    assert read_dump(folder / "vmcore") == (False, pages_in_core(core), 0)
+    assert read_dump(folder / "vmcore") == (False, ElfPages(core).pages(), 0)
     assert str(folder) in ran.err.splitlines()[-1]
     assert all(line.startswith("vmcapture: ") for line in ran.err.splitlines())
 
@@ -235,21 +135,14 @@ def test_the_manifest_says_what_is_there_and_hashlib_agrees(vmcore_file: WriteFi
 def test_the_manifest_counts_pages(vmcore_file: WriteFile, parent: Path) -> None:
     core = crashed_core(pages=filled("a", ".", ".", "b") + os.urandom(2 * PAGE))
     dump = check_manifest(save(vmcore_file(core), parent).directory)["dump"]
-    pages = pages_in_core(core)
+    pages = ElfPages(core).pages()
     assert dump["pages"] == dump["pages_written"] == len(pages)
     assert dump["zero_pages"] == sum(not any(page) for page in pages.values())
     assert dump["raw_pages"] == 2  # what os.urandom gives does not shrink
 
 
 def test_a_big_dump_has_a_digest_for_every_64_mib(tmp_path: Path, parent: Path) -> None:
-    core = crashed_core(pages=PAGE * b"x")
-    source = tmp_path / "big.elf"
-    source.write_bytes(core)
-    offset = struct.unpack_from("<Q", core, 32)[0] + 3 * 56
-    with source.open("r+b") as file:
-        file.seek(offset + 32)
-        file.write(struct.pack("<Q", 70 * MIB))  # p_filesz of the last segment; the rest of it is a hole
-        file.truncate(len(core) + 70 * MIB - PAGE)
+    source = sparse(tmp_path / "big.elf", 70 * MIB)
     folder = save(str(source), parent, compression="none", level=0).directory
     manifest = check_manifest(folder)
     assert manifest["hash_block"] == 64 * MIB
@@ -339,11 +232,8 @@ def test_nobody_else_can_read_what_was_saved_whatever_the_umask(
 ) -> None:
     source = vmcore_file(crashed_core())
     parent.mkdir(parents=True)
-    before = os.umask(mask)
-    try:
+    with umask(mask):
         folder = save(source, parent).directory
-    finally:
-        os.umask(before)
     assert oct(stat.S_IMODE(folder.stat().st_mode)) == "0o700"
     assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in folder.iterdir()} == {"0o600"}
 
@@ -433,7 +323,7 @@ def test_without_printk_keys_everything_but_the_log_is_saved(vmcore_file: WriteF
     (failure,) = manifest["failures"]
     assert failure.startswith("vmcore-dmesg.txt: ")
     assert failure in (folder / "capture-log.txt").read_text()
-    assert read_dump(folder / "vmcore") == (False, pages_in_core(core), 0)
+    assert read_dump(folder / "vmcore") == (False, ElfPages(core).pages(), 0)
     assert len(json.loads((folder / "registers.json").read_bytes())["cpus"]) == 2
 
 
@@ -445,7 +335,7 @@ def test_without_any_notes_the_memory_is_saved_and_what_is_missing_is_said(
     assert ran.status == 3
     folder = the_directory(parent)
     assert folder.name.startswith("localhost-2")
-    assert read_dump(folder / "vmcore") == (False, pages_in_core(core), 0)
+    assert read_dump(folder / "vmcore") == (False, ElfPages(core).pages(), 0)
     manifest = check_manifest(folder)
     assert any("VMCOREINFO" in problem for problem in manifest["problems"])
     assert manifest["kernel"]["cpus"] == 0
@@ -463,41 +353,12 @@ def test_of_a_truncated_vmcore_everything_that_is_left_is_saved(vmcore_file: Wri
     (dump,) = [name for name in listing(folder) if name.startswith("vmcore") and not name.endswith(".txt")]
     incomplete, pages, _ = read_dump(folder / dump)
     assert incomplete
-    expected = pages_in_core(core)
+    expected = ElfPages(core).pages()
     first = MEMORY_AT // PAGE
     assert {pfn: page for pfn, page in pages.items() if pfn <= first} == {
         pfn: page for pfn, page in expected.items() if pfn <= first
     }
     assert "vmcore-dmesg.txt" in listing(folder)
-
-
-class _Poisoned(Source):
-    """A source that gives EIO for one range of bytes, as poisoned memory does."""
-
-    bad = range(0)
-
-    def map(self, offset: int, length: int) -> memoryview | None:
-        if self._hit(offset, length):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return super().map(offset, length)
-
-    def read(self, offset: int, length: int) -> bytes:
-        if self._hit(offset, length):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return super().read(offset, length)
-
-    def _hit(self, offset: int, length: int) -> bool:
-        return offset < self.bad.stop and self.bad.start < offset + length
-
-
-def open_poisoned(name: str, bad: range) -> Vmcore:
-    source = _Poisoned(name)
-    core = elfcore.parse(source)
-    notes = read_notes(source, core.notes)
-    note = notes.vmcoreinfo()
-    info = vmcoreinfo.parse(note.descriptor if note else b"")
-    source.bad = bad
-    return Vmcore(source, core, notes, info, MemoryImage(source, core.loads, info.page_size))
 
 
 def test_pages_that_cannot_be_read_are_zeros_and_named(vmcore_file: WriteFile, parent: Path) -> None:
@@ -517,7 +378,7 @@ def test_pages_that_cannot_be_read_are_zeros_and_named(vmcore_file: WriteFile, p
     incomplete, pages, missing = read_dump(saved.directory / manifest["dump"]["file"])
     assert incomplete
     assert missing == 0
-    assert pages == {**pages_in_core(core), **dict.fromkeys(bad, bytes(PAGE))}
+    assert pages == {**ElfPages(core).pages(), **dict.fromkeys(bad, bytes(PAGE))}
 
 
 def test_a_log_that_lies_in_unreadable_memory_costs_the_log_only(vmcore_file: WriteFile, parent: Path) -> None:
@@ -541,10 +402,7 @@ def test_a_bug_in_one_step_does_not_cost_the_others(
         "describe": "manifest.json",
     }[broken]
 
-    def bug(*_arguments: Any, **_options: Any) -> Any:
-        raise ZeroDivisionError("a bug")
-
-    monkeypatch.setattr(report, broken, bug)
+    monkeypatch.setattr(report, broken, raising(ZeroDivisionError("a bug")))
     saved = save(vmcore_file(crashed_core()), parent)
     assert job.exit_status(saved) == 3
     assert set(FILES) - listing(saved.directory) == {lost}
@@ -558,20 +416,8 @@ def test_a_bug_in_one_step_does_not_cost_the_others(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     """``small_disk(bytes)``: an empty file system of that size."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(size: int) -> Path:
-        answer = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, check=False
-        )
-        if answer.returncode:
-            pytest.skip("a small file system (tmpfs) cannot be mounted here: root is needed")
-        return folder
-
-    yield mount
-    if os.path.ismount(folder):
-        subprocess.run(["umount", folder], check=True)
+    with ExitStack() as stack:
+        yield lambda size: stack.enter_context(tmpfs(tmp_path / "disk", f"size={size}", lazy=False))
 
 
 @pytest.mark.parametrize("room", [1 * MIB, 5 * MIB, 9 * MIB, 14 * MIB, 22 * MIB], ids=lambda n: f"{n >> 10}k")
@@ -592,7 +438,7 @@ def test_on_a_full_disk_the_log_the_registers_and_part_of_the_dump_are_kept(
     assert PANIC.decode() in (folder / "vmcore-dmesg.txt").read_text()
     incomplete, pages, missing = read_dump(folder / "vmcore.incomplete")
     assert incomplete
-    expected = pages_in_core(core)
+    expected = ElfPages(core).pages()
     assert len(pages) + missing == len(expected)
     assert {pfn: expected[pfn] for pfn in pages} == pages
     assert manifest["dump"]["file"] == "vmcore.incomplete"
@@ -678,14 +524,7 @@ def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
 @pytest.fixture
 def endless_core(tmp_path: Path) -> Path:
     """A vmcore of 4 GiB that takes no room: a log, registers, and one sparse segment."""
-    core = crashed_core(pages=b"x" * PAGE)
-    source = tmp_path / "sparse.elf"
-    source.write_bytes(core)
-    with source.open("r+b") as file:
-        file.seek(struct.unpack_from("<Q", core, 32)[0] + 3 * 56 + 32)
-        file.write(struct.pack("<Q", 4 << 30))
-        file.truncate(len(core) + (4 << 30) - PAGE)
-    return source
+    return sparse(tmp_path / "sparse.elf", 4 << 30)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
@@ -720,7 +559,7 @@ def test_an_interrupted_save_leaves_a_readable_directory_and_says_so_in_one_line
     with (folder / "vmcore.incomplete").open("rb") as file:
         header = file.read(PAGE)
     assert header.startswith(b"KDUMP   ")
-    assert struct.unpack_from("<I", header, 424)[0] & 8
+    assert struct.unpack_from("<I", header, STATUS)[0] & INCOMPLETE
     assert 0 < manifest["dump"]["pages_written"] < manifest["dump"]["pages"]
     assert (
         hashlib.sha256((folder / "vmcore-dmesg.txt").read_bytes()).hexdigest()

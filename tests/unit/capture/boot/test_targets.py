@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,15 +14,11 @@ from capture.boot import targets
 from capture.boot.targets import find_device, mounted_target
 from capture.console import Console
 from capture.errors import TargetError
+from tests.faults import tmpfs
 
 Tools = Callable[..., Path]
 
 NOBODY_HAS_THIS = "LABEL=vmcapture-none"
-
-
-@pytest.fixture
-def console() -> Console:
-    return Console(file=io.StringIO())
 
 
 @pytest.fixture
@@ -36,24 +30,6 @@ def block_device(tmp_path: Path) -> Callable[[str], Path]:
             pytest.skip("only root makes device nodes")
         os.mknod(tmp_path / name, 0o060600, os.makedev(7, 0))
         return tmp_path / name
-
-    return make
-
-
-@pytest.fixture
-def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tools:
-    """``tools(mount="exit 0")``: scripts in place of findfs, mount and umount; calls are noted in ``calls``."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setattr(targets, "MOUNT_POINT", tmp_path / "mnt")
-    shell = Path("/bin/sh").resolve()
-
-    def make(**scripts: str) -> Path:
-        for name, script in scripts.items():
-            (folder / name).write_text(f'#!{shell}\necho {name} "$@" >> {tmp_path}/calls\n{script}\n')
-            (folder / name).chmod(0o755)
-        monkeypatch.setenv("PATH", str(folder))
-        return tmp_path / "calls"
 
     return make
 
@@ -186,14 +162,8 @@ def test_a_missing_mount_command_is_named(tools: Tools, block_device: Callable[[
 @pytest.fixture
 def mounted_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(targets, "MOUNT_POINT", tmp_path / "mnt")
-    (tmp_path / "mnt").mkdir()
-    answer = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path / "mnt"], capture_output=True, check=False
-    )
-    if answer.returncode:
-        pytest.skip("a tmpfs cannot be mounted here (root is needed)")
-    yield
-    subprocess.run(["umount", tmp_path / "mnt"], check=True)
+    with tmpfs(tmp_path / "mnt", "size=64k", lazy=False):
+        yield
 
 
 @pytest.mark.usefixtures("mounted_already")
@@ -203,23 +173,6 @@ def test_a_second_save_at_the_same_time_is_refused(block_device: Callable[[], Pa
     assert "mounted already" in refusal(refused)
     assert "umount" in refusal(refused)
     assert os.path.ismount(targets.MOUNT_POINT)
-
-
-@pytest.fixture
-def loop_disk(tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """A small ext4 disk on a loop device: (device, label)."""
-    image, label = tmp_path / "disk.img", f"vmc{os.getpid()}"
-    with image.open("wb") as file:
-        file.truncate(8 << 20)
-    try:
-        subprocess.run(["mkfs.ext4", "-q", "-F", "-L", label, image], check=True, capture_output=True)
-        device = subprocess.run(
-            ["losetup", "-f", "--show", image], check=True, capture_output=True, text=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no loop devices or no mkfs.ext4 here: {error}")
-    yield device, label
-    subprocess.run(["losetup", "-d", device], check=True)
 
 
 def test_a_real_file_system_is_found_by_its_label_mounted_and_left_clean(

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from capture.dumpfile.codec import Codec, codec
 from capture.errors import UsageError
 from tests.builders import PAGE, filled, numbered
-from tests.unit.capture.dumpfile.test_kdump import DECOMPRESS, ZLIB, ZSTD
+from tests.dumps import ZLIB, ZSTD
+from tests.readers import DECOMPRESS
 
 SPELLINGS = ["zstd", "zstd:3", "zstd:22", "zstd:-5", "zstd:-100", "zlib", "zlib:1", "zlib:9"]
 

@@ -1,129 +1,19 @@
-"""The kdump-compressed structures against hand-written offsets, and dumps of makedumpfile read with them.
-
-``by_hand`` and ``ElfPages`` are the models that the tests of this folder hold our writer and reader against: plain
-``struct`` and loops, from makedumpfile's diskdump_mod.h and elf(5).
-"""
+"""The kdump-compressed structures against hand-written offsets, and dumps of makedumpfile read with them."""
 
 from __future__ import annotations
 
 import ctypes
-import mmap
-import shutil
-import struct
-import subprocess
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from capture.dumpfile import kdump
 from capture.dumpfile.reader import KdumpFile
-from tests.builders import PAGE
-
-ZLIB, INCOMPLETE, ZSTD = 0x1, 0x8, 0x20
-"""DUMP_DH_COMPRESSED_ZLIB, DUMP_DH_COMPRESSED_INCOMPLETE, DUMP_DH_COMPRESSED_ZSTD of diskdump_mod.h."""
-STATUS, BLOCK_SIZE, SUB_HDR_SIZE, BITMAP_BLOCKS, MAX_MAPNR = 424, 428, 432, 436, 440
-"""Offsets in struct disk_dump_header."""
-
-
-# --- models
-
-
-@dataclass(frozen=True)
-class HandRead:
-    """A dump read naively. ``descriptors`` are (offset, size, flags, page_flags) by PFN; ``pages`` those with data."""
-
-    status: int
-    level: int
-    max_mapnr: int
-    data_start: int
-    descriptors: dict[int, tuple[int, int, int, int]]
-    pages: dict[int, bytes]
-
-    @property
-    def incomplete(self) -> bool:
-        return bool(self.status & INCOMPLETE)
-
-
-def zstd_decompress(frame: bytes) -> bytes:
-    decompressor = zstandard.ZstdDecompressor().decompressobj()
-    data = decompressor.decompress(frame)
-    assert decompressor.eof
-    assert not decompressor.unused_data
-    return data
-
-
-DECOMPRESS: dict[int, Callable[[bytes], bytes]] = {0: bytes, ZLIB: zlib.decompress, ZSTD: zstd_decompress}
-
-
-def by_hand(path: Path) -> HandRead:
-    raw = path.read_bytes()
-    assert raw[:8] == b"KDUMP   "
-    assert struct.unpack_from("<i", raw, 8) == (6,)
-    status, block, sub_blocks, bitmap_blocks = struct.unpack_from("<IiiI", raw, STATUS)
-    bitmap1 = (1 + sub_blocks) * block
-    bitmap2, table = bitmap1 + bitmap_blocks // 2 * block, bitmap1 + bitmap_blocks * block
-    assert raw[bitmap1:bitmap2] == raw[bitmap2:table]  # every page that exists is in the dump
-    pfns = [at * 8 + bit for at, byte in enumerate(raw[bitmap2:table]) if byte for bit in range(8) if byte >> bit & 1]
-    descriptors = {pfn: struct.unpack_from("<qIIQ", raw, table + 24 * index) for index, pfn in enumerate(pfns)}
-    pages = {
-        pfn: DECOMPRESS[flags](raw[offset : offset + size])
-        for pfn, (offset, size, flags, _) in descriptors.items()
-        if offset
-    }
-    assert all(len(page) == block for page in pages.values())
-    (level,), (max_mapnr,) = struct.unpack_from("<i", raw, block + 8), struct.unpack_from("<Q", raw, block + 96)
-    return HandRead(status, level, max_mapnr, table + 24 * len(pfns), descriptors, pages)
-
-
-class ElfPages:
-    """The pages of an ELF core, naively: page by page through every PT_LOAD, those that start lower last."""
-
-    def __init__(self, path: Path, page_size: int = PAGE) -> None:
-        self.size = page_size
-        with path.open("rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        phoff, phnum = struct.unpack("<Q", self._at(32, 8))[0], struct.unpack("<H", self._at(56, 2))[0]
-        rows = [struct.unpack("<IIQQQQQQ", self._at(phoff + 56 * number, 56)) for number in range(phnum)]
-        self._loads = sorted(((row[4], row[5], row[2]) for row in rows if row[0] == 1 and row[5]), reverse=True)
-
-    def _at(self, offset: int, length: int) -> bytes:
-        return self._bytes[offset : offset + length]
-
-    def pfns(self) -> list[int]:
-        found: set[int] = set()
-        for start, length, _ in self._loads:
-            found.update(range(start // self.size, -(-(start + length) // self.size)))
-        return sorted(found)
-
-    def whole_pfns(self) -> list[int]:
-        found: set[int] = set()
-        for start, length, _ in self._loads:
-            found.update(range(-(-start // self.size), (start + length) // self.size))
-        return sorted(found)
-
-    def page(self, pfn: int) -> bytes:
-        page = bytearray(self.size)
-        for start, length, offset in self._loads:
-            low, high = max(start, pfn * self.size), min(start + length, (pfn + 1) * self.size)
-            if low < high:
-                page[low - pfn * self.size : high - pfn * self.size] = self._at(offset + low - start, high - low)
-        return bytes(page)
-
-
-def makedumpfile() -> str:
-    """The path of makedumpfile; skips where there is none."""
-    found = shutil.which("makedumpfile") or shutil.which("makedumpfile", path="/usr/sbin:/sbin")
-    if found is None:
-        pytest.skip("makedumpfile is not installed (Debian package makedumpfile)")
-    return found
-
+from tests.readers import ElfPages, makedumpfile, mapped
 
 # --- structures
 
@@ -228,15 +118,14 @@ def foreign(
     """A vmcore, makedumpfile's dump of it, and its dump level."""
     vmcore = corpus_file("linux-6.1-la57")
     target = tmp_path_factory.mktemp("makedumpfile") / "dump"
-    command = [makedumpfile(), "-c", "-d", str(request.param), str(vmcore), str(target)]
-    subprocess.run(command, check=True, capture_output=True)
+    makedumpfile("-c", "-d", str(request.param), vmcore, target)
     yield vmcore, target, request.param
     target.unlink()
 
 
 def test_every_page_of_a_dump_by_makedumpfile_equals_the_source(foreign: tuple[Path, Path, int]) -> None:
     vmcore, target, level = foreign
-    source, dump = ElfPages(vmcore), KdumpFile(target)
+    source, dump = ElfPages(mapped(vmcore)), KdumpFile(target)
     assert not dump.incomplete
     assert dump.level == level
     pfns: list[int] = []

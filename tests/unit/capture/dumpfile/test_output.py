@@ -5,11 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import resource
-import signal
-import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,63 +16,21 @@ from hypothesis import strategies as st
 from capture.dumpfile import output as module
 from capture.dumpfile.output import HASH_BLOCK, OutputFile, TargetFullError, sync_directory
 from capture.errors import TargetError
+from tests.faults import file_size_limit, raising, refused_to_others, tmpfs, umask
+from tests.outcome import sha256_blocks
 
 
-@contextmanager
-def written(path: Path) -> Iterator[OutputFile]:
-    file = OutputFile(path)
-    try:
-        yield file
-    finally:
-        file.close()
-
-
-@contextmanager
-def tmpfs(folder: Path, options: str) -> Iterator[Path]:
-    """A small file system at ``folder``; skips where we may not mount."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    folder.mkdir(exist_ok=True)
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"mounting is not allowed here: {done.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)  # a failed test may still hold a file open
-
-
-@contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    """No file of this process grows beyond ``limit`` bytes: a write is cut there, the next one fails with EFBIG."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
-
-
-def sha256_blocks(data: bytes, block: int) -> list[str]:
-    """The model: SHA-256 of each block of a whole file."""
-    return [hashlib.sha256(data[at : at + block]).hexdigest() for at in range(0, len(data), block)]
+def written(path: Path) -> closing[OutputFile]:
+    return closing(OutputFile(path))
 
 
 # --- creating
 
 
-@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
-def test_a_new_file_is_for_its_owner_only_whatever_the_umask(umask: int, tmp_path: Path) -> None:
-    before = os.umask(umask)
-    try:
-        with written(tmp_path / "dump"):
-            assert (tmp_path / "dump").stat().st_mode & 0o7777 == 0o600
-    finally:
-        os.umask(before)
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+def test_a_new_file_is_for_its_owner_only_whatever_the_umask(mask: int, tmp_path: Path) -> None:
+    with umask(mask), written(tmp_path / "dump"):
+        assert (tmp_path / "dump").stat().st_mode & 0o7777 == 0o600
 
 
 def test_an_existing_file_is_refused_and_stays_as_it_was(tmp_path: Path) -> None:
@@ -110,19 +65,7 @@ def test_a_read_only_file_system_is_named_with_the_remedy(tmp_path: Path) -> Non
 
 def test_a_directory_that_may_not_be_written_is_named_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    if os.geteuid() == 0:
-        child = os.fork()
-        if not child:
-            os.setuid(65534)
-            try:
-                OutputFile(tmp_path / "locked" / "dump")
-            except TargetError as error:
-                os._exit(0 if "check its permissions" in str(error) else 2)
-            os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    else:
-        with pytest.raises(TargetError, match="check its permissions"):
-            OutputFile(tmp_path / "locked" / "dump")
+    refused_to_others(lambda: OutputFile(tmp_path / "locked" / "dump"), TargetError, "check its permissions")
 
 
 # --- writing
@@ -241,11 +184,7 @@ def test_a_file_written_in_order_is_not_read_again(tmp_path: Path, monkeypatch: 
     with written(tmp_path / "dump") as file:
         for at in range(0, 1000, 10):
             file.write([data[at : at + 10]], at)
-
-        def refuse(*_: object) -> bytes:
-            raise AssertionError("the file was read back")
-
-        monkeypatch.setattr(os, "pread", refuse)
+        monkeypatch.setattr(os, "pread", raising(AssertionError("the file was read back")))
         assert file.digests() == sha256_blocks(data, 64)
 
 
@@ -277,11 +216,8 @@ def test_a_file_that_may_not_grow_is_an_error_and_keeps_what_fitted(tmp_path: Pa
 
 
 def test_a_sync_that_fails_is_an_error_with_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_fd: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     with written(tmp_path / "dump") as file:
-        monkeypatch.setattr(os, "fdatasync", broken)
+        monkeypatch.setattr(os, "fdatasync", raising(OSError(errno.EIO, os.strerror(errno.EIO))))
         with pytest.raises(TargetError, match="Input/output error") as failed:
             file.sync()
         assert str(tmp_path / "dump") in str(failed.value)

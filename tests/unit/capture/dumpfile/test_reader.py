@@ -18,64 +18,14 @@ from hypothesis import strategies as st
 from capture.dumpfile.reader import BATCH_PAGES, NOT_WRITTEN, KdumpFile
 from capture.errors import SourceError
 from tests.builders import PAGE, filled, numbered, patched
-from tests.unit.capture.dumpfile.test_kdump import (
-    BITMAP_BLOCKS,
-    BLOCK_SIZE,
-    INCOMPLETE,
-    SUB_HDR_SIZE,
-    ZLIB,
-    ZSTD,
-)
+from tests.dumps import BITMAP_BLOCKS, BLOCK_SIZE, INCOMPLETE, SUB_HDR_SIZE, ZLIB, ZSTD, dump_of
+from tests.outcome import read_back
 
-Read = tuple[dict[int, bytes], dict[int, str]]
 WriteFile = Callable[..., str]
 
 
 def zstd(page: bytes, *, checksum: bool = True, size: bool = False) -> bytes:
     return zstandard.ZstdCompressor(write_checksum=checksum, write_content_size=size).compress(page)
-
-
-def dump_of(
-    stored: dict[int, tuple[int, bytes]],
-    *,
-    block: int = PAGE,
-    status: int = ZSTD,
-    max_mapnr: int = 300,
-    gap: bytes = b"",
-) -> bytes:
-    """A dump written by hand: flags and bytes of each page by PFN, with ``gap`` before each page's data."""
-    header = b"KDUMP   " + struct.pack("<i", 6).ljust(416, b"\0")
-    header += struct.pack("<IiiIIIIIIi", status, block, 1, 2, max_mapnr, 0, 0, 0, 0, 1)
-    sub = struct.pack("<QiiQQQQQQQQQQQ", 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, max_mapnr, max_mapnr)
-    bitmap = bytearray(block)
-    for pfn in stored:
-        bitmap[pfn // 8] |= 1 << pfn % 8
-    table, data = b"", b""
-    start = 4 * block + 24 * len(stored)
-    for pfn in sorted(stored):
-        flags, content = stored[pfn]
-        data += gap
-        table += struct.pack("<qIIQ", start + len(data), len(content), flags, 0)
-        data += content
-    return header.ljust(block, b"\0") + sub.ljust(block, b"\0") + bytes(bitmap) * 2 + table + data
-
-
-def read(path: str | Path) -> Read:
-    """All pages of a dump, and why the others cannot be had, by PFN."""
-    dump = KdumpFile(Path(path))
-    try:
-        good: dict[int, bytes] = {}
-        bad: dict[int, str] = {}
-        for batch in dump.pages():
-            assert 0 < len(batch.pfns) <= BATCH_PAGES
-            for index, pfn in enumerate(batch.pfns.tolist()):
-                if index in batch.bad:
-                    bad[pfn] = batch.bad[index]
-                else:
-                    good[pfn] = batch.data[index].tobytes()
-        return good, bad
-    finally:
-        dump.close()
 
 
 RANDOM = random.Random(5).randbytes(PAGE)
@@ -91,15 +41,15 @@ TABLE, DATA = 4 * PAGE, 4 * PAGE + 24 * len(STORED)
 
 
 def test_pages_of_all_codecs_come_back(vmcore_file: WriteFile) -> None:
-    assert read(vmcore_file(dump_of(STORED))) == (PAGES, {})
-    assert read(vmcore_file(dump_of(STORED, gap=b"erase info, or whatever"))) == (PAGES, {})
+    assert read_back(vmcore_file(dump_of(STORED))) == (PAGES, {})
+    assert read_back(vmcore_file(dump_of(STORED, gap=b"erase info, or whatever"))) == (PAGES, {})
 
 
 @pytest.mark.parametrize("block", [16384, 65536])
 def test_pages_of_other_sizes_come_back(block: int, vmcore_file: WriteFile) -> None:
     pages = {1: filled("q") * (block // PAGE), 2: random.Random(1).randbytes(block)}
     stored = {1: (ZSTD, zstd(pages[1])), 2: (0, pages[2])}
-    assert read(vmcore_file(dump_of(stored, block=block))) == (pages, {})
+    assert read_back(vmcore_file(dump_of(stored, block=block))) == (pages, {})
 
 
 def test_data_may_lie_in_any_order_and_be_shared(vmcore_file: WriteFile) -> None:
@@ -108,13 +58,13 @@ def test_data_may_lie_in_any_order_and_be_shared(vmcore_file: WriteFile) -> None
     order = [4, 1, 3, 1, 0]
     raw = raw[:TABLE] + b"".join(descriptors[index] for index in order) + raw[DATA:]
     contents = list(PAGES.values())
-    assert read(vmcore_file(raw)) == ({pfn: contents[index] for pfn, index in zip(PAGES, order, strict=True)}, {})
+    assert read_back(vmcore_file(raw)) == ({pfn: contents[index] for pfn, index in zip(PAGES, order, strict=True)}, {})
 
 
 def test_many_pages_come_in_batches_and_in_order(vmcore_file: WriteFile) -> None:
     count = 2 * BATCH_PAGES + 7
     stored = {3 * number: (ZSTD, zstd(numbered(number, 1))) for number in range(count)}
-    good, bad = read(vmcore_file(dump_of(stored, max_mapnr=3 * count)))
+    good, bad = read_back(vmcore_file(dump_of(stored, max_mapnr=3 * count)))
     assert bad == {}
     assert good == {3 * number: numbered(number, 1) for number in range(count)}
     assert list(good) == sorted(good)
@@ -139,7 +89,7 @@ def test_no_flipped_byte_of_a_zstd_or_zlib_page_gives_another_page(vmcore_file: 
     for at in range(start, len(raw)):
         damaged = bytearray(raw)
         damaged[at] ^= 0xFF
-        good, bad = read(vmcore_file(bytes(damaged)))
+        good, bad = read_back(vmcore_file(bytes(damaged)))
         assert good.items() <= pages.items()
         assert len(bad) <= 1
         noticed += len(bad)
@@ -150,7 +100,7 @@ def test_one_damaged_page_costs_only_itself_and_is_told_why(vmcore_file: WriteFi
     raw = bytearray(dump_of({pfn: (ZSTD, zstd(numbered(pfn, 1))) for pfn in range(200)}))
     offset, size = struct.unpack_from("<qI", raw, TABLE + 24 * 77)
     raw[offset + size - 1] ^= 1  # its checksum
-    good, bad = read(vmcore_file(bytes(raw)))
+    good, bad = read_back(vmcore_file(bytes(raw)))
     assert list(bad) == [77]
     assert bad[77].startswith("zstd")
     assert good == {pfn: numbered(pfn, 1) for pfn in range(200) if pfn != 77}
@@ -180,7 +130,7 @@ def test_a_descriptor_that_makes_no_sense_costs_only_its_page(
 ) -> None:
     raw = bytearray(dump_of(STORED))
     struct.pack_into("<qIIQ", raw, TABLE + 24 * 3, *descriptor)
-    good, bad = read(vmcore_file(bytes(raw)))
+    good, bad = read_back(vmcore_file(bytes(raw)))
     assert list(bad) == [7]
     assert reason in bad[7]
     assert good == {pfn: page for pfn, page in PAGES.items() if pfn != 7}
@@ -190,7 +140,7 @@ def test_a_descriptor_that_makes_no_sense_costs_only_its_page(
 @pytest.mark.parametrize("flag", [ZLIB, ZSTD])
 def test_a_page_that_decompresses_to_another_size_is_bad(flag: int, length: int, vmcore_file: WriteFile) -> None:
     content = (zlib.compress if flag == ZLIB else zstd)(b"x" * length)
-    good, bad = read(vmcore_file(dump_of({**STORED, 8: (flag, content)})))
+    good, bad = read_back(vmcore_file(dump_of({**STORED, 8: (flag, content)})))
     assert list(bad) == [8]
     assert good == PAGES
 
@@ -203,7 +153,7 @@ def test_a_dump_that_was_cut_off_gives_what_is_left(vmcore_file: WriteFile) -> N
             with pytest.raises(SourceError, match="truncated"):
                 KdumpFile(Path(name))
             continue
-        good, bad = read(name)
+        good, bad = read_back(name)
         assert good.keys() | bad.keys() == set(range(100))
         assert all(page == numbered(pfn, 1) for pfn, page in good.items())
 
@@ -245,14 +195,14 @@ def test_a_page_size_that_no_kernel_has_is_refused(block: int, vmcore_file: Writ
 @pytest.mark.parametrize("blocks", [-1, -2, -3, -1000, -(1 << 31), 0, 1 << 20, (1 << 31) - 1])
 def test_a_sub_header_that_ends_nowhere_is_refused(blocks: int, vmcore_file: WriteFile) -> None:
     with pytest.raises(SourceError):
-        read(vmcore_file(patched(dump_of(STORED), SUB_HDR_SIZE, "i", blocks)))
+        read_back(vmcore_file(patched(dump_of(STORED), SUB_HDR_SIZE, "i", blocks)))
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 1 << 20, (1 << 32) - 1])
 def test_bitmaps_that_cannot_hold_the_pfns_or_the_file_are_refused(blocks: int, vmcore_file: WriteFile) -> None:
     """A verify that reads no page at all must not come out as good."""
     with pytest.raises(SourceError):
-        read(vmcore_file(patched(dump_of(STORED), BITMAP_BLOCKS, "I", blocks)))
+        read_back(vmcore_file(patched(dump_of(STORED), BITMAP_BLOCKS, "I", blocks)))
 
 
 # --- hostile
@@ -273,7 +223,7 @@ def test_a_page_that_would_fill_all_memory_does_not(flag: int, vmcore_file: Writ
     name = vmcore_file(dump_of({**STORED, 8: (flag, content)}))
     tracemalloc.reset_peak()
     before = peak()
-    good, bad = read(name)
+    good, bad = read_back(name)
     assert list(bad) == [8]
     assert good == PAGES
     assert peak() - before < 32 << 20
@@ -285,7 +235,7 @@ def test_a_zstd_page_that_claims_another_size_is_bad(
 ) -> None:
     """RFC 8878: magic, a descriptor that announces eight bytes of content size, then one block of a repeated byte."""
     frame = struct.pack("<IBQ", 0xFD2F_B528, 0xE0, claimed) + struct.pack("<I", 4096 << 3 | 1 << 1 | 1)[:3] + b"x"
-    good, bad = read(vmcore_file(dump_of({**STORED, 8: (ZSTD, frame)})))
+    good, bad = read_back(vmcore_file(dump_of({**STORED, 8: (ZSTD, frame)})))
     assert list(bad) == [8]
     assert good == PAGES
     assert peak() < 32 << 20
@@ -303,7 +253,7 @@ def test_a_large_sparse_bitmap_takes_little_memory_and_time(vmcore_file: WriteFi
         file.seek(table)
         file.write(b"".join(struct.pack("<qIIQ", table + 96, PAGE, 0, 0) for _ in range(4)) + filled("s"))
     started = time.monotonic()
-    good, bad = read(path)
+    good, bad = read_back(path)
     last = (table - bitmap2) * 8
     assert (good, bad) == ({pfn: filled("s") for pfn in range(last - 8, last - 4)}, {})
     assert time.monotonic() - started < 5
@@ -335,7 +285,7 @@ def test_no_damage_is_anything_but_a_bad_page_or_a_refusal(
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(raw[: max(length, 2 * PAGE)])
     try:
-        good, bad = read(path)
+        good, bad = read_back(path)
     except SourceError as error:
         said = [str(error)]
     else:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,10 @@ from capture.dumpfile.output import OutputFile
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile
 from capture.dumpfile.writer import DumpPlan, KdumpWriter, PackedPages
 from capture.notes.elfnote import Note, Notes
-from tests.builders import PAGE, filled, numbered, prstatus_note, vmcoreinfo_note, vmcoreinfo_text
-from tests.unit.capture.dumpfile.test_kdump import INCOMPLETE, STATUS, ZLIB, by_hand
+from tests.builders import PAGE, filled, new_utsname, numbered, prstatus_note, vmcoreinfo_note, vmcoreinfo_text
+from tests.dumps import INCOMPLETE, MAX_MAPNR, STATUS, SUB_HDR_SIZE, ZLIB
+from tests.faults import Step, after_power_cut, recorded
+from tests.readers import by_hand
 
 CPU, INFO, TEXT = prstatus_note(7, 1000), vmcoreinfo_note(), vmcoreinfo_text()
 TEXT_AT = len(CPU) + 12 + 12  # behind struct elf_note and "VMCOREINFO\0", padded to 4
@@ -30,7 +32,7 @@ NOTES = Notes(
     (Note(b"CORE", 1, CPU[20:], 20, 0), Note(b"VMCOREINFO", 0, TEXT, TEXT_AT, 0)),
     (),
 )
-UTSNAME = b"".join(name.ljust(65, b"\0") for name in (b"Linux", b"host", b"6.1.0", b"#1 SMP", b"x86_64", b"(none)"))
+UTSNAME = new_utsname("Linux", "host", "6.1.0", "#1 SMP", "x86_64", "(none)")
 PLAN = DumpPlan(
     page_size=PAGE, max_mapnr=0x200, pages=0, level=1, compression=ZLIB, utsname=UTSNAME, crash_time=1_700_000_000,
     phys_base=0x1_2345_6000, cpus=1, notes=NOTES,
@@ -64,14 +66,9 @@ def runs_of(pfns: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-@contextmanager
-def created(path: Path) -> Iterator[OutputFile]:
+def created(path: Path) -> closing[OutputFile]:
     path.unlink(missing_ok=True)
-    file = OutputFile(path)
-    try:
-        yield file
-    finally:
-        file.close()
+    return closing(OutputFile(path))
 
 
 def write_pages(file: OutputFile, pages: dict[int, bytes], plan: DumpPlan = PLAN, *, at_once: int = 3) -> KdumpWriter:
@@ -141,7 +138,7 @@ def test_notes_of_many_cpus_take_as_many_blocks_as_they_need(tmp_path: Path) -> 
     with created(tmp_path / "dump") as file:
         write_pages(file, PAGES, replace(PLAN, notes=Notes(blob, (), ())))
     raw = (tmp_path / "dump").read_bytes()
-    assert struct.unpack_from("<i", raw, 432)[0] == -(-(104 + len(blob)) // PAGE) > 1
+    assert struct.unpack_from("<i", raw, SUB_HDR_SIZE)[0] == -(-(104 + len(blob)) // PAGE) > 1
     assert raw[PAGE + 104 : PAGE + 104 + len(blob)] == blob
     assert by_hand(tmp_path / "dump").pages == PAGES
 
@@ -153,7 +150,7 @@ def test_a_pfn_beyond_32_bits_is_told_by_the_64_bit_field(tmp_path: Path) -> Non
         write_pages(file, pages)
     with (tmp_path / "dump").open("rb") as dump:
         header = dump.read(2 * PAGE)
-    assert struct.unpack_from("<I", header, 440) == (0xFFFF_FFFF,)
+    assert struct.unpack_from("<I", header, MAX_MAPNR) == (0xFFFF_FFFF,)
     assert struct.unpack_from("<Q", header, PAGE + 96) == (0x1_0000_0003,)
     assert (tmp_path / "dump").stat().st_blocks * 512 < 2 << 20  # the bitmaps, 1 GiB, are holes
 
@@ -250,43 +247,6 @@ def test_bitmaps_have_a_bit_for_each_page_of_the_runs(
 # --- the order of things
 
 
-@dataclass(frozen=True)
-class Step:
-    what: str
-    offset: int = 0
-    data: bytes = b""
-
-
-class Recorded(OutputFile):
-    """An output that remembers what was asked of it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.steps: list[Step] = []
-
-    def write(self, pieces: Sequence[bytes | memoryview], offset: int) -> int:
-        self.steps.append(Step("write", offset, b"".join(pieces)))
-        return super().write(pieces, offset)
-
-    def reserve(self, offset: int, length: int) -> None:
-        self.steps.append(Step("write", offset, bytes(length)))
-        super().reserve(offset, length)
-
-    def sync(self) -> None:
-        self.steps.append(Step("sync"))
-        super().sync()
-
-
-@contextmanager
-def recorded(path: Path) -> Iterator[Recorded]:
-    path.unlink(missing_ok=True)
-    file = Recorded(path)
-    try:
-        yield file
-    finally:
-        file.close()
-
-
 def recorded_steps(path: Path, pages: dict[int, bytes], *, sync_pages: int = 4) -> tuple[list[Step], kdump.Layout]:
     with pytest.MonkeyPatch.context() as patch, recorded(path) as file:
         patch.setattr(writer, "SYNC_PAGES", sync_pages)
@@ -360,28 +320,6 @@ def test_what_is_held_back_is_bounded(unit: str, tmp_path: Path, monkeypatch: py
 
 
 # --- power cuts
-
-
-def blocks(steps: Sequence[Step]) -> Iterator[Step]:
-    """The writes as the page cache has them: a block of 4 KiB at a time."""
-    for step in steps:
-        at = 0
-        while at < len(step.data):
-            take = min(len(step.data) - at, PAGE - (step.offset + at) % PAGE)
-            yield Step("write", step.offset + at, step.data[at : at + take])
-            at += take
-
-
-def after_power_cut(steps: Sequence[Step], chance: random.Random) -> bytes:
-    """What the disk has: everything before the last sync, and of the blocks since then any that it pleases."""
-    last = max((index for index, step in enumerate(steps) if step.what == "sync"), default=-1)
-    kept = list(blocks(steps[: last + 1])) + [block for block in blocks(steps[last + 1 :]) if chance.random() < 0.5]
-    disk = bytearray()
-    for block in kept:
-        end = block.offset + len(block.data)
-        disk.extend(bytes(max(0, end - len(disk))))
-        disk[block.offset : end] = block.data
-    return bytes(disk)
 
 
 def begun_at(steps: Sequence[Step]) -> int:

@@ -6,7 +6,6 @@ import os
 import shutil
 import struct
 import subprocess
-import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ from tests.builders import (
     SHUFFLED_LAYOUT,
     U64,
     PrintkRing,
+    as_file,
     patched,
     vmcoreinfo_note,
 )
@@ -60,11 +60,8 @@ both_wrap_rules = pytest.mark.parametrize(
 @contextmanager
 def log_of(core: bytes) -> Iterator[PrintkLog]:
     """The log of a vmcore given as bytes."""
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(core)
-        file.flush()
-        with open_vmcore(file.name) as vmcore:
-            yield open_log(vmcore)
+    with as_file(core) as name, open_vmcore(name) as vmcore:
+        yield open_log(vmcore)
 
 
 def decoded(core: bytes) -> list[tuple[int, bytes]]:

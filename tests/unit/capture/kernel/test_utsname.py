@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from capture.kernel.address import KernelMemory
 from capture.kernel.utsname import FIELDS, Utsname, read_utsname
 from capture.selftest import elf_core
 from capture.vmcore import open_vmcore
-from tests.builders import DIRECT_MAP, PAGE, U64, vmcoreinfo_note
+from tests.builders import DIRECT_MAP, PAGE, U64, as_file, new_utsname, vmcoreinfo_note
 
 BASE = 0x30_0000
 UTS_AT = 0x100
@@ -29,22 +28,15 @@ KEYS: dict[str, str | int] = {
 }
 
 
-def new_utsname(*names: str | bytes) -> bytes:
-    """struct new_utsname, include/uapi/linux/utsname.h: six fields of 65 bytes."""
-    return b"".join((name.encode() if isinstance(name, str) else name).ljust(65, b"\0") for name in names)
-
-
 def names_in(
     structure: bytes, keys: Mapping[str, str | int] = KEYS, *, machine: int = 62, page: int = UTS_AT + 8
 ) -> Utsname:
     """What is read from a vmcore with ``structure`` in its memory."""
     memory = (bytes(page) + structure).ljust(PAGE, b"\0")[:PAGE]
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(elf_core([vmcoreinfo_note(keys)], [(DIRECT_MAP + BASE, BASE, memory)], machine=machine))
-        file.flush()
-        with open_vmcore(file.name) as vmcore:
-            image = KernelMemory(vmcore.image, vmcore.info, vmcore.core.machine)
-            return read_utsname(image, vmcore.info, vmcore.core.machine)
+    core = elf_core([vmcoreinfo_note(keys)], [(DIRECT_MAP + BASE, BASE, memory)], machine=machine)
+    with as_file(core) as name, open_vmcore(name) as vmcore:
+        image = KernelMemory(vmcore.image, vmcore.info, vmcore.core.machine)
+        return read_utsname(image, vmcore.info, vmcore.core.machine)
 
 
 def texts(names: Utsname) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from capture.memory import elfcore
 from capture.memory.source import Source
 from capture.selftest import elf_core, note
 from tests import builders
-from tests.builders import PAGE, filled, patched, program_header, simple_core
+from tests.builders import PAGE, PT_LOAD, PT_NOTE, filled, patched, program_header, simple_core
+from tests.readers import mapped, program_headers
 
 WriteFile = Callable[[bytes], str]
 
@@ -32,14 +32,10 @@ def refusal(name: str) -> str:
 
 
 def test_segments_are_what_struct_finds_in_a_real_vmcore(corpus_vmcore: Path) -> None:
-    with corpus_vmcore.open("rb") as file:
-        header = file.read(64)
-        phoff, phnum = struct.unpack_from("<Q", header, 32)[0], struct.unpack_from("<H", header, 56)[0]
-        file.seek(phoff)
-        table = [struct.unpack("<IIQQQQQQ", file.read(56)) for _ in range(phnum)]
+    table = program_headers(mapped(corpus_vmcore))
     core = parse(str(corpus_vmcore))
-    assert [tuple(load) for load in core.loads.tolist()] == [row for row in table if row[0] == 1 and row[5]]
-    assert [tuple(row) for row in core.notes.tolist()] == [row for row in table if row[0] == 4]
+    assert [tuple(load) for load in core.loads.tolist()] == [row for row in table if row.type == PT_LOAD and row.filesz]
+    assert [tuple(row) for row in core.notes.tolist()] == [row for row in table if row.type == PT_NOTE]
     assert core.machine == "x86_64"
     assert core.missing_bytes == 0
 

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from capture.memory import elfcore
 from capture.memory.image import CHUNK_PAGES, MemoryImage, PfnRanges, UnreadableMemory
 from capture.memory.source import Source
 from capture.selftest import elf_core
 from tests import builders
-from tests.builders import PAGE, filled
+from tests.builders import PAGE, as_file, filled, image_of, load_table
+from tests.faults import memory_with_holes
+from tests.readers import model
 
 Loads = Sequence[tuple[int, bytes]]
 WriteFile = Callable[[bytes], str]
-
-
-@contextmanager
-def image_of(loads: Loads, page_size: int = PAGE) -> Iterator[MemoryImage]:
-    """The image of segments (physical address, bytes), in this order."""
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(elf_core([], [(0, physical, data) for physical, data in loads]))
-        file.flush()
-        with Source(file.name) as source:
-            yield MemoryImage(source, elfcore.parse(source).loads, page_size)
 
 
 def pages_of(image: MemoryImage) -> dict[int, bytes]:
@@ -51,20 +38,6 @@ def pages_of(image: MemoryImage) -> dict[int, bytes]:
             last = pfn
             pages[pfn] = bytes(block.buffer[offset : offset + image.page_size])
     return pages
-
-
-def model(loads: Loads, page_size: int = PAGE) -> dict[int, bytes]:
-    """The same, naively: write each segment into pages byte by byte, the last ones first so that the first wins."""
-    pages: dict[int, bytearray] = {}
-    for physical, data in sorted(loads, key=lambda load: load[0])[::-1]:
-        position = 0
-        while position < len(data):
-            pfn, within = divmod(physical + position, page_size)
-            take = min(page_size - within, len(data) - position)
-            page = pages.setdefault(pfn, bytearray(page_size))
-            page[within : within + take] = data[position : position + take]
-            position += take
-    return {pfn: bytes(pages[pfn]) for pfn in sorted(pages)}
 
 
 def page(*parts: tuple[str, int]) -> bytes:
@@ -190,13 +163,10 @@ def test_a_truncated_file_gives_the_bytes_that_are_left(layout: list[tuple[int, 
     for physical, data in loads:
         left.append((physical, data[: max(0, size - offset)]))
         offset += len(data)
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(whole[:size])
-        file.flush()
-        with Source(file.name) as source:
-            core = elfcore.parse(source)
-            assert core.missing_bytes == len(whole) - size
-            assert pages_of(MemoryImage(source, core.loads, SMALL)) == model(left, SMALL)
+    with as_file(whole[:size]) as name, Source(name) as source:
+        core = elfcore.parse(source)
+        assert core.missing_bytes == len(whole) - size
+        assert pages_of(MemoryImage(source, core.loads, SMALL)) == model(left, SMALL)
 
 
 def test_seventy_thousand_single_pages_come_out_in_order(vmcore_file: WriteFile) -> None:
@@ -222,44 +192,21 @@ def test_a_page_that_a_truncation_took_is_zeros_and_counted_and_the_rest_goes_on
             image.read(0x3000, 8)
 
 
-def _loads(*rows: tuple[int, int, int]) -> NDArray[np.void]:
-    """Segments (physical, offset in the source, bytes) without a file header."""
-    table = np.zeros(len(rows), dtype=elfcore.PROGRAM_HEADER)
-    for row, (physical, offset, length) in zip(table, rows, strict=True):
-        row["p_type"], row["p_paddr"], row["p_offset"], row["p_filesz"] = 1, physical, offset, length
-    return table
-
-
 def test_pages_that_fail_with_eio_are_zeros_and_listed() -> None:
-    """Our own memory through /proc/self/mem: a page that is not mapped there fails with EIO, as a poisoned one does."""
-    window = mmap.mmap(-1, 5 * PAGE)
-    window[:] = filled("a", "b", "c", "d", "e")
-    address = ctypes.addressof(ctypes.c_char.from_buffer(window))
-    libc = ctypes.CDLL(None, use_errno=True)
-    # Pages of PROT_NONE would still be read (FOLL_FORCE): take them away.
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    for page_number in (1, 3):
-        assert libc.munmap(address + page_number * PAGE, PAGE) == 0
-    try:
-        with Source("/proc/self/mem", size=1 << 47) as source:
-            image = MemoryImage(source, _loads((0x10_0000, address, 5 * PAGE)), PAGE)
-            (chunk,) = image.chunks()
-            block = image.fetch(chunk)
-            data = [bytes(block.buffer[offset : offset + PAGE]) for offset in block.offsets.tolist()]
-        assert block.unreadable == (0x101, 0x103)
-        assert data == [filled("a"), bytes(PAGE), filled("c"), bytes(PAGE), filled("e")]
-    finally:
-        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-        libc.mmap.restype = ctypes.c_void_p
-        map_fixed, map_private, map_anonymous = 0x10, 2, 0x20
-        for page_number in (1, 3):
-            libc.mmap(address + page_number * PAGE, PAGE, 3, map_fixed | map_private | map_anonymous, -1, 0)
+    data = filled("a", "b", "c", "d", "e")
+    with memory_with_holes(data, (1, 3)) as address, Source("/proc/self/mem", size=1 << 47) as source:
+        image = MemoryImage(source, load_table((0x10_0000, address, 5 * PAGE)), PAGE)
+        (chunk,) = image.chunks()
+        block = image.fetch(chunk)
+        found = [bytes(block.buffer[offset : offset + PAGE]) for offset in block.offsets.tolist()]
+    assert block.unreadable == (0x101, 0x103)
+    assert found == [filled("a"), bytes(PAGE), filled("c"), bytes(PAGE), filled("e")]
 
 
 def test_a_partial_page_with_an_unreadable_piece_is_unreadable() -> None:
     buffer = ctypes.create_string_buffer(b"q" * 64, 64)
     with Source("/proc/self/mem", size=1 << 47) as source:
-        image = MemoryImage(source, _loads((0x1000, ctypes.addressof(buffer), 64), (0x1800, PAGE, 64)), PAGE)
+        image = MemoryImage(source, load_table((0x1000, ctypes.addressof(buffer), 64), (0x1800, PAGE, 64)), PAGE)
         (chunk,) = image.chunks()
         block = image.fetch(chunk)
         assert block.unreadable == (1,)
@@ -276,7 +223,7 @@ def test_scattered_pages_do_not_map_what_lies_between(vmcore_file: WriteFile) ->
         file.seek(1 << 30)
         file.write(filled("b"))
     with Source(name) as source:
-        image = MemoryImage(source, _loads((0x1000, 0, PAGE), (0x2000, 1 << 30, PAGE)), PAGE)
+        image = MemoryImage(source, load_table((0x1000, 0, PAGE), (0x2000, 1 << 30, PAGE)), PAGE)
         assert pages_of(image) == {1: filled("a"), 2: filled("b")}
         assert [chunk.pfns.tolist() for chunk in image.chunks()] == [[1], [2]]
 

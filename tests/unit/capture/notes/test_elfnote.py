@@ -17,6 +17,7 @@ from capture.notes.elfnote import MAX_NOTES, Notes, read_notes
 from capture.selftest import elf_core, note
 from tests import builders
 from tests.builders import PAGE, filled, patched, program_header, prstatus_note, raw_notes, vmcoreinfo_note
+from tests.readers import mapped, note_segment
 
 WriteFile = Callable[[bytes], str]
 
@@ -70,14 +71,7 @@ def test_each_descriptor_lies_where_its_offset_says(vmcore_file: WriteFile) -> N
 
 
 def test_a_blob_of_a_real_vmcore_is_its_note_segment(corpus_vmcore: Path) -> None:
-    with corpus_vmcore.open("rb") as file:
-        header = file.read(64)
-        phoff, phnum = struct.unpack_from("<Q", header, 32)[0], struct.unpack_from("<H", header, 56)[0]
-        file.seek(phoff)
-        rows = [struct.unpack("<IIQQQQQQ", file.read(56)) for _ in range(phnum)]
-        ((offset, size),) = [(row[2], row[5]) for row in rows if row[0] == 4]
-        file.seek(offset)
-        segment = file.read(size)
+    segment = note_segment(mapped(corpus_vmcore))
     found = notes_of(str(corpus_vmcore))
     assert segment.startswith(found.blob)
     assert not any(segment[len(found.blob) :])

@@ -6,13 +6,13 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-import drgn
 import pytest
 
 from capture.notes import prstatus
 from capture.notes.elfnote import Note
 from capture.vmcore import open_vmcore
 from tests.builders import prstatus_note
+from tests.readers import mapped, prstatus_descriptors
 
 HEADER = 12 + 8
 """An Nhdr, and the name CORE padded to 4 bytes."""
@@ -48,34 +48,12 @@ def test_a_short_note_costs_its_own_cpu_only() -> None:
     assert len(problems) == 2
 
 
-def _corpus_descriptors(path: Path) -> list[bytes]:
-    """The NT_PRSTATUS descriptors of a merged vmcore, by hand."""
-    with path.open("rb") as file:
-        header = file.read(64)
-        phoff, phnum = struct.unpack_from("<Q", header, 32)[0], struct.unpack_from("<H", header, 56)[0]
-        file.seek(phoff)
-        rows = [struct.unpack("<IIQQQQQQ", file.read(56)) for _ in range(phnum)]
-        ((offset, size),) = [(row[2], row[5]) for row in rows if row[0] == 4]
-        file.seek(offset)
-        notes = file.read(size)
-    found, at = [], 0
-    while at + 12 <= len(notes):
-        name, length, kind = struct.unpack_from("<III", notes, at)
-        if not name:
-            break
-        start = at + 12 + (name + 3) // 4 * 4
-        if kind == 1:
-            found.append(notes[start : start + length])
-        at = start + (length + 3) // 4 * 4
-    return found
-
-
 @pytest.mark.parametrize(("name", "cpus"), [("linux-6.1-la57", 4), ("linux-6.12", 2)])
 def test_registers_of_a_real_crash_are_the_bytes_of_its_notes(
     name: str, cpus: int, corpus_file: Callable[[str], Path]
 ) -> None:
     path = corpus_file(name)
-    descriptors = _corpus_descriptors(path)
+    descriptors = prstatus_descriptors(mapped(path))
     assert len(descriptors) == cpus
     with open_vmcore(str(path)) as vmcore:
         found, problems = prstatus.parse(vmcore.notes.prstatus(), vmcore.core.machine)
@@ -89,19 +67,3 @@ def test_registers_of_a_real_crash_are_the_bytes_of_its_notes(
         assert cpu.pid == struct.unpack_from("<i", descriptor, 32)[0]
         assert cs == 0x10  # __KERNEL_CS: the right place in the structure
         assert rip >= 0xFFFF_FFFF_8000_0000
-
-
-def test_registers_of_a_real_crash_are_what_drgn_reports(corpus_vmcore: Path) -> None:
-    program = drgn.Program()
-    program.set_core_dump(str(corpus_vmcore))
-    try:
-        thread = program.crashed_thread()
-        reported = thread.stack_trace()[0].registers()
-    except Exception as error:
-        pytest.skip(f"drgn needs debug symbols for threads of this vmcore: {error}")
-    with open_vmcore(str(corpus_vmcore)) as vmcore:
-        cpus, _ = prstatus.parse(vmcore.notes.prstatus(), vmcore.core.machine)
-    ours = next(cpu.registers for cpu in cpus if cpu.pid == thread.tid)
-    assert {name: ours[name] for name in reported if name in ours} == {
-        name: value for name, value in reported.items() if name in ours
-    }

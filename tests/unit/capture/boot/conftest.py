@@ -1,0 +1,54 @@
+"""Fixtures of the boot side: a console, the mount commands as scripts, a real disk."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from capture.boot import targets
+from capture.console import Console
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO())
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """``tools(mount="exit 0")``: scripts in place of findfs, mount and umount; calls are noted in ``calls``."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setattr(targets, "MOUNT_POINT", tmp_path / "mnt")
+    shell = Path("/bin/sh").resolve()
+
+    def make(**scripts: str) -> Path:
+        for name, script in scripts.items():
+            (folder / name).write_text(f'#!{shell}\necho {name} "$@" >> {tmp_path}/calls\n{script}\n')
+            (folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder))
+        return tmp_path / "calls"
+
+    return make
+
+
+@pytest.fixture
+def loop_disk(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """A small ext4 disk on a loop device: (device, label)."""
+    image, label = tmp_path / "disk.img", f"vmc{os.getpid()}"
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    try:
+        subprocess.run(["mkfs.ext4", "-q", "-F", "-L", label, image], check=True, capture_output=True)
+        device = subprocess.run(
+            ["losetup", "-f", "--show", image], check=True, capture_output=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no loop devices or no mkfs.ext4 here: {error}")
+    yield device, label
+    subprocess.run(["losetup", "-d", device], check=True)
