@@ -266,10 +266,11 @@ def _verify(args: argparse.Namespace) -> int:
 def _save(args: argparse.Namespace) -> int:
     from capture.boot import config, job
     from capture.boot.save import save_to_target
+    from capture.memory.source import COMMAND_LINE
     from capture.vmcore import open_vmcore
 
     console = Console(quiet=args.quiet)
-    boot = config.parse(Path("/proc/cmdline").read_text(errors="replace"))
+    boot = config.parse(COMMAND_LINE.read_text(errors="replace"))
     options = _dump_options(args, boot.level, boot.compression, replace=False)
     if args.directory is None:
         saved = save_to_target(boot, console, options, args.source)

@@ -1,8 +1,8 @@
 """The fast chunked copier: bounded memory, ordered output, all CPUs.
 
 A chunk is read (mapped), its zero pages are set aside, the rest goes to the codec in one call, on as many threads as
-there are CPUs; results are written in PFN order while later chunks are being worked on. No Python step a page, but for
-pages that do not shrink.
+there are CPUs; results are written in PFN order while later chunks are being worked on. No Python code runs for each
+page, but for runs of pages that do not shrink.
 """
 
 from __future__ import annotations
@@ -39,17 +39,24 @@ class CopyStatistics:
 
 
 @dataclass(frozen=True, slots=True)
-class _Worked:
-    packed: PackedPages
+class _Counts:
+    pages: int
     zero_pages: int
     raw_pages: int
+    data_bytes: int
     unreadable: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Worked:
+    packed: PackedPages
+    counts: _Counts
 
 
 class Copier:
     """Copies pages of ``image`` through ``codec``; with ``share_zero_pages`` those of zeros take no data.
 
-    ``statistics`` describes what the writer has kept, once ``run`` has ended, also by an exception.
+    ``statistics`` counts a page once its descriptor is in the dump; ask again after ``writer.finish``.
     """
 
     def __init__(self, image: MemoryImage, codec: Codec, *, share_zero_pages: bool, threads: int) -> None:
@@ -57,9 +64,9 @@ class Copier:
         self._codec = codec
         self._share_zero_pages = share_zero_pages
         self._threads = threads
-        self.statistics = CopyStatistics()
-        self._newest: _Worked | None = None
-        """The last block written, not counted yet: on a full disk the writer may drop it again."""
+        self._writer: KdumpWriter | None = None
+        self._statistics = CopyStatistics()
+        self._uncounted: deque[_Counts] = deque()
 
     def run(self, chunks: Iterable[Chunk], writer: KdumpWriter, progress: Progress) -> None:
         """Copy ``chunks`` to ``writer`` in their order.
@@ -67,6 +74,7 @@ class Copier:
         Raises:
             TargetError: the writer could not write; all chunks before are written.
         """
+        self._writer = writer
         waiting: deque[Future[_Worked]] = deque()
         with ThreadPoolExecutor(self._threads, thread_name_prefix="copier") as pool:
             try:
@@ -79,26 +87,27 @@ class Copier:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-            finally:
-                if not writer.gave_back:
-                    self._count(self._newest)
+
+    @property
+    def statistics(self) -> CopyStatistics:
+        """What is in the dump by now. The writer may have dropped its newest pages: a full disk, a failed sync."""
+        statistics = self._statistics
+        kept = self._writer.pages_written if self._writer is not None else 0
+        while self._uncounted and statistics.pages + self._uncounted[0].pages <= kept:
+            counts = self._uncounted.popleft()
+            statistics.pages += counts.pages
+            statistics.zero_pages += counts.zero_pages
+            statistics.raw_pages += counts.raw_pages
+            statistics.data_bytes += counts.data_bytes
+            for pfn in counts.unreadable:
+                statistics.unreadable.add(pfn)
+        return statistics
 
     def _write(self, worked: _Worked, writer: KdumpWriter, progress: Progress) -> None:
         writer.append(worked.packed)
-        self._count(self._newest)
-        self._newest = worked
-        progress.advance(len(worked.packed.sizes) * self._image.page_size)
-
-    def _count(self, worked: _Worked | None) -> None:
-        if worked is None:
-            return
-        statistics = self.statistics
-        statistics.pages += len(worked.packed.sizes)
-        statistics.zero_pages += worked.zero_pages
-        statistics.raw_pages += worked.raw_pages
-        statistics.data_bytes += int(worked.packed.sizes.sum())
-        for pfn in worked.unreadable:
-            statistics.unreadable.add(pfn)
+        self._uncounted.append(worked.counts)
+        progress.advance(worked.counts.pages * self._image.page_size)
+        _ = self.statistics  # what has its descriptors need not wait to be counted
 
     def _work(self, chunk: Chunk) -> _Worked:
         block = self._image.fetch(chunk)
@@ -118,7 +127,8 @@ class Copier:
             raw_pages = int(raw.sum())
             sizes[~zero] = np.where(raw, size, packed)
             flags[~zero] = np.where(raw, 0, self._codec.flag)
-        return _Worked(PackedPages(sizes, flags, pieces), int(zero.sum()), raw_pages, block.unreadable)
+        counts = _Counts(len(sizes), int(zero.sum()), raw_pages, int(sizes.sum()), block.unreadable)
+        return _Worked(PackedPages(sizes, flags, pieces), counts)
 
 
 def find_zero_pages(block: PageBlock, page_size: int) -> NDArray[np.bool_]:

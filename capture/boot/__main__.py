@@ -7,12 +7,12 @@ as an accident.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from capture.boot import actions, config
 from capture.boot.save import save_to_target
 from capture.console import Console, open_standard_streams
 from capture.errors import CaptureError
+from capture.memory.source import COMMAND_LINE, is_crash_boot
 
 SHELL = 64
 
@@ -21,13 +21,12 @@ def main() -> int:
     """Run the whole crash boot; returns only where the answer is a shell."""
     open_standard_streams()
     console = Console()
-    boot = config.parse(Path("/proc/cmdline").read_text(errors="replace"))
+    boot = config.parse(COMMAND_LINE.read_text(errors="replace"))
     for line in boot.problems:
         console.say(line)
-    if not boot.crash_boot:
+    if not is_crash_boot():
         console.say("this kernel was not booted by a crash (no elfcorehdr= on its command line): nothing to save")
         return SHELL
-    _shield_from_oom()
     try:
         saved = save_to_target(boot, console)
         if saved.complete:
@@ -47,14 +46,6 @@ def main() -> int:
     except CaptureError as error:
         console.say(str(error))
     return SHELL
-
-
-def _shield_from_oom() -> None:
-    """Let the OOM killer look elsewhere first: this process is why the kernel runs."""
-    try:
-        Path("/proc/self/oom_score_adj").write_text("-1000")
-    except OSError:
-        return
 
 
 if __name__ == "__main__":

@@ -29,9 +29,8 @@ MAX_WAIT = 3600
 
 @dataclass(frozen=True, slots=True)
 class BootConfig:
-    """``crash_boot`` is whether this kernel was booted by a crash; ``problems`` are words that were not understood."""
+    """``problems`` are words that were not understood."""
 
-    crash_boot: bool = False
     target: str | None = None
     path: str = "/var/crash"
     final: str = "reboot"
@@ -45,11 +44,9 @@ class BootConfig:
 def parse(command_line: str) -> BootConfig:
     """Parse a kernel command line. Never raises; the last of two equal words counts."""
     words: dict[str, str] = {}
-    crash_boot = False
     problems: list[str] = []
     for word in command_line.split():
         key, separator, value = word.partition("=")
-        crash_boot |= key == "elfcorehdr"
         if key.startswith(_PREFIX):
             if separator:
                 words[key.removeprefix(_PREFIX)] = value
@@ -86,7 +83,6 @@ def parse(command_line: str) -> BootConfig:
         problems.append(f"vmcapture.path={path}: not an absolute path; taking {default.path}")
         path = default.path
     config = BootConfig(
-        crash_boot=crash_boot,
         target=target or None,
         path=path,
         final=action("final", default.final),

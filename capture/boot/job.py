@@ -25,7 +25,7 @@ from capture.errors import CaptureError, IncompleteError, TargetError
 from capture.kernel.address import KernelMemory
 from capture.kernel.panic import Panic, PanicFinder, panicked_cpu
 from capture.kernel.utsname import read_utsname
-from capture.memory.source import OLDMEM, PROC_VMCORE
+from capture.memory.source import OLDMEM, PROC_VMCORE, is_crash_boot
 from capture.vmcore import Vmcore
 
 DIRECTORY_MODE = 0o700
@@ -214,9 +214,7 @@ def exit_status(saved: SaveReport) -> int:
 
 def default_source() -> str:
     """Return /proc/vmcore, or the raw hand-over on a crash boot whose kernel has no /proc/vmcore."""
-    if not Path(PROC_VMCORE).exists() and "elfcorehdr=" in Path("/proc/cmdline").read_text(errors="replace"):
-        return OLDMEM
-    return PROC_VMCORE
+    return OLDMEM if is_crash_boot() and not Path(PROC_VMCORE).exists() else PROC_VMCORE
 
 
 def _make_directory(vmcore: Vmcore, parent: Path) -> Path:

@@ -9,8 +9,19 @@ from capture.boot.job import SaveReport, default_source, save
 from capture.boot.targets import mounted_target
 from capture.console import Console
 from capture.dump import DumpOptions
-from capture.errors import UsageError
+from capture.errors import TargetError, UsageError
 from capture.vmcore import open_vmcore
+
+
+def _inside(root: Path, boot: BootConfig) -> Path:
+    """Return the directory on the mounted target; a symbolic link must not lead out of it, into our own memory."""
+    place = root / boot.path.lstrip("/")
+    if not place.resolve().is_relative_to(root.resolve()):
+        raise TargetError(
+            f"{boot.target}: {boot.path} on it is a symbolic link to {place.resolve()}: "
+            "name the directory itself with vmcapture.path="
+        )
+    return place
 
 
 def save_to_target(
@@ -31,6 +42,6 @@ def save_to_target(
         )
     options = options or DumpOptions(level=boot.level, compression=boot.compression)
     with open_vmcore(source or default_source()) as vmcore, mounted_target(boot.target, boot.wait, console) as root:
-        saved = save(vmcore, root / boot.path.lstrip("/"), options, console)
+        saved = save(vmcore, _inside(root, boot), options, console)
     saved.directory = Path("/") / saved.directory.relative_to(root)
     return saved

@@ -29,8 +29,8 @@ def mounted_target(target: str, wait: int, console: Console) -> Iterator[Path]:
     """
     device = find_device(target, wait, console)
     MOUNT_POINT.mkdir(parents=True, exist_ok=True)
-    if os.path.ismount(MOUNT_POINT):
-        raise TargetError(f"{MOUNT_POINT} is mounted already: another save is running, or umount it first")
+    if os.path.ismount(MOUNT_POINT):  # a save that was killed left it behind; one that runs keeps it busy
+        _run(["umount", str(MOUNT_POINT)], f"{MOUNT_POINT} is in use: is another save running?")
     _run(["mount", "-o", "rw", device, str(MOUNT_POINT)], f"{target} ({device}) cannot be mounted")
     try:
         yield MOUNT_POINT

@@ -77,8 +77,9 @@ class KdumpWriter:
         self._pending_pages = 0
         self._unsynced = 0
         self.pages_written = 0
-        self.gave_back = False
-        """Whether the newest block of pages was dropped again to leave some room on a full disk."""
+        """Pages whose descriptors are in the file, behind data that is on the disk."""
+        self._kept_to = self.layout.data
+        """The end of their data."""
 
     def begin(self, runs: Iterable[tuple[int, int]]) -> None:
         """Write everything but page data and descriptors, and sync it. ``runs`` are the pages of the dump.
@@ -90,6 +91,7 @@ class KdumpWriter:
         self._output.reserve(self.layout.descriptor_table, self.layout.data - self.layout.descriptor_table)
         if self._plan.level & 1:
             self._position += self._output.write([bytes(self._plan.page_size)], self._zero_page)
+            self._kept_to = self._position
         self._output.sync()
         self._write_header(incomplete=True)
         self._output.sync()
@@ -112,11 +114,28 @@ class KdumpWriter:
         self._pending.append(descriptors)
         self._pending_pages += len(descriptors)
         if self._unsynced >= SYNC_BYTES or self._pending_pages >= SYNC_PAGES:
-            self._checkpoint()
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Sync page data, then write its descriptors: never a descriptor of bytes that may be lost."""
+        if self._unsynced:
+            try:
+                self._output.sync()
+            except TargetError as error:
+                self._forget_pending(cut=isinstance(error, TargetFullError))
+                raise
+            self._unsynced = 0
+        if self._pending:
+            table = np.concatenate(self._pending)
+            start = self.layout.descriptor_table + self.pages_written * kdump.PAGE_DESCRIPTOR.itemsize
+            self._output.write([table.tobytes()], start)
+            self.pages_written += len(table)
+            self._pending, self._pending_pages = [], 0
+            self._kept_to = self._position
 
     def finish(self, *, complete: bool) -> None:
         """Write what is held back; when ``complete``, take the incomplete mark off as the very last write."""
-        self._checkpoint()
+        self.checkpoint()
         self._output.sync()
         if complete:
             self._write_header(incomplete=False)
@@ -130,24 +149,21 @@ class KdumpWriter:
     def _give_back(self) -> None:
         """On a full disk, drop the newest pages that have no descriptor yet: the manifest needs some room as well."""
         if self._pending:
-            self.gave_back = True
             dropped = self._pending.pop()
             self._pending_pages -= len(dropped)
             own = dropped["offset"] != self._zero_page
             self._position -= int(dropped["size"][own].sum())
         self._output.truncate(self._position)
 
-    def _checkpoint(self) -> None:
-        """Sync page data, then write its descriptors: never a descriptor of bytes that may be lost."""
-        if self._unsynced:
-            self._output.sync()
-            self._unsynced = 0
-        if self._pending:
-            table = np.concatenate(self._pending)
-            start = self.layout.descriptor_table + self.pages_written * kdump.PAGE_DESCRIPTOR.itemsize
-            self._output.write([table.tobytes()], start)
-            self.pages_written += len(table)
-            self._pending, self._pending_pages = [], 0
+    def _forget_pending(self, *, cut: bool) -> None:
+        """Drop pages whose data may not have reached the disk.
+
+        Linux tells of a failed write once: the next sync would say nothing, and descriptors would point at lost bytes.
+        """
+        self._pending, self._pending_pages, self._unsynced = [], 0, 0
+        self._position = self._kept_to
+        if cut:
+            self._output.truncate(self._position)
 
     def _write_header(self, *, incomplete: bool) -> None:
         plan, layout = self._plan, self.layout

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from capture.kernel.arch import aarch64, x86_64
-from capture.memory.image import MemoryImage, UnreadableMemory
+from capture.memory.image import LinearMap, MemoryImage, UnreadableMemory
 from capture.notes.vmcoreinfo import VmcoreInfo
 
 _IMAGE_RULES: dict[str, Callable[[int, VmcoreInfo], int | None]] = {
@@ -25,16 +25,18 @@ class KernelMemory:
         self._image = image
         self._info = info
         self._rule = _IMAGE_RULES[machine]
+        self._last: LinearMap | None = None
+        """Where the last address lay: the next one is near it, and there may be thousands of maps."""
 
     def physical(self, address: int) -> int | None:
         """Return the physical address, or None: not mapped as far as we can tell."""
         found = self._rule(address, self._info)
         if found is not None:
             return found
-        for linear in self._image.linear_maps:
-            if 0 <= address - linear.virtual < linear.size:
-                return linear.physical + address - linear.virtual
-        return None
+        if self._last is None or not 0 <= address - self._last.virtual < self._last.size:
+            maps = (linear for linear in self._image.linear_maps if 0 <= address - linear.virtual < linear.size)
+            self._last = next(maps, None)
+        return None if self._last is None else self._last.physical + address - self._last.virtual
 
     def read(self, address: int, length: int) -> bytes:
         """Return ``length`` bytes at a virtual address.

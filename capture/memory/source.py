@@ -26,6 +26,10 @@ from capture.errors import SourceError
 
 OLDMEM = "oldmem:"
 PROC_VMCORE = "/proc/vmcore"
+COMMAND_LINE = Path("/proc/cmdline")
+DEVICE_TREE_HEADER = Path("/proc/device-tree/chosen/linux,elfcorehdr")
+"""Where arm64's kexec hands the ELF core header over: address and size, big endian, 64 bits each
+(Documentation/devicetree/bindings/chosen.txt)."""
 
 MADV_POPULATE_READ = 22
 """include/uapi/asm-generic/mman-common.h, since 5.14."""
@@ -141,17 +145,27 @@ def open_source(name: str) -> Source:
     return open_old_memory() if name == OLDMEM else Source(name)
 
 
-def open_old_memory(command_line: str | None = None) -> Source:
-    """Open old memory through ``/dev/oldmem`` (up to 5.17) or ``/dev/mem``, headers at ``elfcorehdr=``.
+def is_crash_boot() -> bool:
+    """Whether this kernel was booted by a crash, and has a dead one to save."""
+    return Path(PROC_VMCORE).exists() or core_header_address() is not None
 
-    ``command_line`` is the capture kernel's, /proc/cmdline when left out.
+
+def core_header_address() -> int | None:
+    """Return the physical address of the ELF core header that this kernel was handed, None outside of a crash boot."""
+    found = elfcorehdr(COMMAND_LINE.read_text(errors="replace"))
+    if found is None:
+        with contextlib.suppress(OSError):
+            found = int.from_bytes(DEVICE_TREE_HEADER.read_bytes()[:8], "big") or None
+    return found
+
+
+def open_old_memory() -> Source:
+    """Open old memory through ``/dev/oldmem`` (up to 5.17) or ``/dev/mem``, headers where they were handed over.
 
     Raises:
         SourceError: this is not a crash boot, or neither device is there.
     """
-    if command_line is None:
-        command_line = Path("/proc/cmdline").read_text(errors="replace")
-    header = elfcorehdr(command_line)
+    header = core_header_address()
     if header is None:
         raise SourceError(
             "oldmem: no elfcorehdr= on this kernel's command line: only a kernel that was booted by a crash has old "

@@ -16,7 +16,6 @@ from capture.dumpfile.codec import codec
 REPOSITORY = Path(__file__).resolve().parents[4]
 
 DEFAULTS = BootConfig(
-    crash_boot=False,
     target=None,
     path="/var/crash",
     final="reboot",
@@ -67,8 +66,7 @@ def test_nothing_said_means_the_defaults_of_the_readme() -> None:
         ("vmcapture.compress=zlib", {"compression": "zlib"}),
         ("vmcapture.compress=zlib:9", {"compression": "zlib:9"}),
         ("vmcapture.compress=zstd:-5", {"compression": "zstd:-5"}),
-        ("elfcorehdr=0x2ff60000", {"crash_boot": True}),
-        ("elfcorehdr=64K@785M", {"crash_boot": True}),
+        ("elfcorehdr=0x2ff60000", {}),
     ],
 )
 def test_each_word_changes_one_thing(word: str, changed: dict[str, object]) -> None:
@@ -146,7 +144,7 @@ def test_each_nonsense_is_said_once_and_good_words_still_count() -> None:
     found = parse(
         "vmcapture.final=x vmcapture.wait=x vmcapture.level=x vmcapture.typo=x vmcapture.path=/srv elfcorehdr=1M"
     )
-    assert replace(found, problems=()) == replace(DEFAULTS, path="/srv", crash_boot=True)
+    assert replace(found, problems=()) == replace(DEFAULTS, path="/srv")
     assert sorted(problem.split("=")[0] for problem in found.problems) == [
         "vmcapture.final", "vmcapture.level", "vmcapture.typo", "vmcapture.wait",
     ]  # fmt: skip

@@ -74,6 +74,22 @@ def test_the_crash_lies_below_the_path_and_is_named_as_on_the_target_itself(
     assert [call.split()[0] for call in calls] == ["findfs", "mount", "umount"]
 
 
+def test_a_link_on_the_target_that_leads_out_of_it_is_refused(
+    vmcore_file: WriteFile, disk: Callable[..., Path], tmp_path: Path, console: Console
+) -> None:
+    """On the crashed system /var/crash was a link to another place of its own: here it would be our own memory."""
+    root = disk()
+    (root / "var").mkdir(parents=True)
+    (root / "var/crash").symlink_to(tmp_path)
+    with pytest.raises(TargetError, match="symbolic link"):
+        save_to_target(BootConfig(target="LABEL=x"), console, QUIET, vmcore_file(crashed_core()))
+    (root / "var/crash").unlink()
+    (root / "srv").mkdir()
+    (root / "var/crash").symlink_to("../srv")
+    saved = save_to_target(BootConfig(target="LABEL=x"), console, QUIET, vmcore_file(crashed_core()))
+    assert listing(root / "srv" / saved.directory.name) == set(FILES)
+
+
 def test_level_and_compression_come_from_the_command_line_of_the_kernel(
     vmcore_file: WriteFile, disk: Callable[..., Path], console: Console
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -160,19 +162,36 @@ def test_a_missing_mount_command_is_named(tools: Tools, block_device: Callable[[
 
 
 @pytest.fixture
-def mounted_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def mounted_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(targets, "MOUNT_POINT", tmp_path / "mnt")
-    with tmpfs(tmp_path / "mnt", "size=64k", lazy=False):
-        yield
+    mount = shutil.which("mount") or "mount"  # a test may put another one first in the PATH
+    with tmpfs(tmp_path / "mnt", "size=64k"):
+        yield tmp_path / "mnt"
+        if not os.path.ismount(tmp_path / "mnt"):
+            subprocess.run([mount, "-t", "tmpfs", "tmpfs", tmp_path / "mnt"], check=True)
 
 
-@pytest.mark.usefixtures("mounted_already")
-def test_a_second_save_at_the_same_time_is_refused(block_device: Callable[[], Path], console: Console) -> None:
-    with pytest.raises(TargetError) as refused, mounted_target(str(block_device()), 0, console):
+def test_a_second_save_at_the_same_time_is_refused(
+    mounted_already: Path, block_device: Callable[[], Path], console: Console
+) -> None:
+    with (
+        (mounted_already / "vmcore.incomplete").open("w"),
+        pytest.raises(TargetError) as refused,
+        mounted_target(str(block_device()), 0, console),
+    ):
         pytest.fail("mounted over")
-    assert "mounted already" in refusal(refused)
-    assert "umount" in refusal(refused)
-    assert os.path.ismount(targets.MOUNT_POINT)
+    assert "is another save running?" in refusal(refused)
+    assert os.path.ismount(mounted_already)
+
+
+def test_a_mount_that_a_killed_save_left_behind_is_taken_away(
+    mounted_already: Path, block_device: Callable[[], Path], tools: Tools, console: Console
+) -> None:
+    umount = shutil.which("umount")
+    calls = tools(mount="exit 0", umount=f'exec {umount} "$@"')
+    with mounted_target(str(block_device()), 0, console):
+        assert not os.path.ismount(mounted_already)
+        assert [line.split()[0] for line in calls.read_text().splitlines()] == ["umount", "mount"]
 
 
 def test_a_real_file_system_is_found_by_its_label_mounted_and_left_clean(

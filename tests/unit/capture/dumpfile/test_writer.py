@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import struct
 import zlib
@@ -19,10 +21,11 @@ from capture.dumpfile import kdump, writer
 from capture.dumpfile.output import OutputFile
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile
 from capture.dumpfile.writer import DumpPlan, KdumpWriter, PackedPages
+from capture.errors import TargetError
 from capture.notes.elfnote import Note, Notes
 from tests.builders import PAGE, filled, new_utsname, numbered, prstatus_note, vmcoreinfo_note, vmcoreinfo_text
 from tests.dumps import INCOMPLETE, MAX_MAPNR, STATUS, SUB_HDR_SIZE, ZLIB
-from tests.faults import Step, after_power_cut, recorded
+from tests.faults import Step, after_power_cut, raising, recorded
 from tests.readers import by_hand
 
 CPU, INFO, TEXT = prstatus_note(7, 1000), vmcoreinfo_note(), vmcoreinfo_text()
@@ -270,6 +273,29 @@ def test_descriptors_are_written_only_when_their_data_is_on_the_disk(tmp_path: P
                 assert offset + size <= synced_to
                 seen += 1
     assert seen == len(MANY)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_pages_whose_sync_failed_never_get_a_descriptor(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux tells of a failed write once: the sync after that succeeds, and the bytes are lost all the same."""
+    data = [MANY[pfn] for pfn in sorted(MANY)]
+    with created(tmp_path / "dump") as file:
+        made = KdumpWriter(file, replace(PLAN, pages=len(MANY)))
+        made.begin(runs_of(sorted(MANY)))
+        made.append(packed(data[:4]))
+        made.finish(complete=False)
+        monkeypatch.setattr(writer, "SYNC_BYTES", 1)
+        with monkeypatch.context() as once:
+            once.setattr(os, "fdatasync", raising(OSError(number, os.strerror(number))))
+            with pytest.raises(TargetError):
+                made.append(packed(data[4:8]))
+        made.finish(complete=False)
+        assert made.pages_written == 4
+    dump = by_hand(tmp_path / "dump")
+    assert dump.incomplete
+    assert dump.pages == {pfn: MANY[pfn] for pfn in sorted(MANY)[:4]}
 
 
 def test_the_mark_is_taken_off_last_when_all_is_on_the_disk(tmp_path: Path) -> None:

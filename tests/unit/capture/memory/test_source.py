@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capture.errors import SourceError
+from capture.memory import source as source_module
 from capture.memory.source import Source, elfcorehdr, memparse, open_old_memory, open_source
 from tests.builders import PAGE, filled
 from tests.faults import refused_to_others
@@ -137,9 +138,32 @@ def test_no_command_line_is_too_strange(line: str) -> None:
         assert found is None or found >= 0
 
 
-def test_old_memory_outside_a_crash_boot_is_refused() -> None:
+@pytest.fixture
+def handed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int | None]:
+    """``handed("quiet", device_tree=b"...")``: where the header is for a kernel that was given these."""
+
+    def address(line: str, *, device_tree: bytes | None = None) -> int | None:
+        (tmp_path / "cmdline").write_text(line)
+        monkeypatch.setattr(source_module, "COMMAND_LINE", tmp_path / "cmdline")
+        monkeypatch.setattr(source_module, "DEVICE_TREE_HEADER", tmp_path / "linux,elfcorehdr")
+        if device_tree is not None:
+            (tmp_path / "linux,elfcorehdr").write_bytes(device_tree)
+        return source_module.core_header_address()
+
+    return address
+
+
+def test_old_memory_outside_a_crash_boot_is_refused(handed: Callable[..., int | None]) -> None:
+    assert handed("quiet ro") is None
     with pytest.raises(SourceError, match="elfcorehdr"):
-        open_old_memory("quiet ro")
+        open_old_memory()
+
+
+def test_arm64_hands_the_header_over_in_the_device_tree(handed: Callable[..., int | None]) -> None:
+    """Documentation/devicetree/bindings/chosen.txt: linux,elfcorehdr = <address size>, 64 bits each, big endian."""
+    assert handed("quiet ro", device_tree=bytes.fromhex("000000009fe00000 0000000000000400")) == 0x9FE0_0000
+    assert source_module.is_crash_boot()
+    assert handed("elfcorehdr=1M") == 1 << 20
 
 
 def test_proc_vmcore_outside_a_crash_boot_says_why() -> None:
