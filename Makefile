@@ -2,57 +2,64 @@
 # is missing and we are root (else they say what to install), and a virtual environment in .venv.
 
 PYTHON ?= python3
+export PYTHON
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup host demo test test-unit test-guest test-debuginfo fuzz check format clean
+.PHONY: help venv guest-host readers-host demo test test-unit test-guest test-debuginfo fuzz check format clean
 
 help:
 	@echo 'make demo            crash a real kernel in QEMU, save it, show what was saved'
 	@echo 'make test            all tests but those that need debug symbols'
+	@echo 'make test-unit       those that need no QEMU'
+	@echo 'make test-guest      those that crash real kernels'
 	@echo 'make test-debuginfo  crash and drgn on real dumps; downloads about 600 MB of debug symbols once'
 	@echo 'make check           ruff, mypy --strict'
 	@echo 'make fuzz            fuzz the parsers for FUZZ_SECONDS (default 60)'
 	@echo 'make clean           remove what the above made here (the cache of downloads stays)'
 
-setup: host $(VENV)/.installed
+venv: $(VENV)/.installed
 
-host:
-	@bash tests/host-packages.sh
-
-$(VENV)/.installed: pyproject.toml | host
+$(VENV)/.installed: pyproject.toml
+	@bash tests/host-packages.sh python
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
 	@echo 'setting up Python packages in $(VENV)'
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,check]'
 	@touch $@
 
-demo: setup
+guest-host:
+	@bash tests/host-packages.sh guest
+
+readers-host:
+	@bash tests/host-packages.sh readers
+
+demo: guest-host venv
 	@$(BIN)/python -m tests.guest.demo
 
-test: setup
+test: guest-host readers-host venv
 	$(PYTEST) -m 'not debuginfo'
 
-test-unit: setup
+test-unit: venv
 	$(PYTEST) tests/unit tests/fuzz
 
-test-guest: setup
+test-guest: guest-host readers-host venv
 	$(PYTEST) -m 'not debuginfo' tests/guest
 
-test-debuginfo: setup
+test-debuginfo: guest-host readers-host venv
 	$(PYTEST) -m debuginfo
 
 FUZZ_SECONDS ?= 60
-fuzz: setup
+fuzz: venv
 	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS)
 
-check: setup
+check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check capture initramfs tests
 	$(BIN)/mypy
 
-format: setup
+format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format capture initramfs tests
 

@@ -1,43 +1,66 @@
 #!/usr/bin/env bash
-# Programs of the host that the demo and the tests need: installs the Debian packages that bring missing ones when we
-# are root, else says which to install. Prints nothing when all are there.
+# Programs of the host, by what they are for: installs the Debian packages that bring missing ones when we are root, else
+# says which to install. Prints nothing when all are there.
+#
+# usage: host-packages.sh [python] [guest] [readers]
 set -euo pipefail
 
-# program or file : package
-needs=(
+# program:package
+guest=(
     qemu-system-x86_64:qemu-system-x86
     kexec:kexec-tools
     busybox:busybox-static
     mksquashfs:squashfs-tools
     mke2fs:e2fsprogs
     debugfs:e2fsprogs
+    e2fsck:e2fsprogs
     depmod:kmod
-    cpio:cpio
-    mount:mount
     findfs:util-linux
+    mount:mount
+    tar:tar
+    dpkg:dpkg
+    apt-get:apt
+)
+readers=(
     makedumpfile:makedumpfile
     crash:crash
-    xz:xz-utils
 )
 
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 missing=()
-for need in "${needs[@]}"; do
-    command -v "${need%%:*}" > /dev/null || missing+=("${need##*:}")
+
+look_for() {
+    local need
+    for need in "$@"; do
+        command -v "${need%%:*}" > /dev/null || missing+=("${need##*:}")
+    done
+}
+
+for purpose in "$@"; do
+    case $purpose in
+        python) "${PYTHON:-python3}" -c 'import ensurepip, venv' 2> /dev/null || missing+=(python3-venv) ;;
+        guest)
+            look_for "${guest[@]}"
+            # A dynamically linked busybox cannot be stage one's shell.
+            ! ldd "$(command -v busybox)" > /dev/null 2>&1 || missing+=(busybox-static)
+            ;;
+        readers) look_for "${readers[@]}" ;;
+        *)
+            echo "host-packages.sh: no such purpose: $purpose" >&2
+            exit 2
+            ;;
+    esac
 done
-# A dynamically linked busybox cannot be stage one's shell.
-if command -v busybox > /dev/null && ldd "$(command -v busybox)" > /dev/null 2>&1; then missing+=(busybox-static); fi
-"${PYTHON:-python3}" -c 'import ensurepip, venv' 2> /dev/null || missing+=(python3-venv)
 
 [ ${#missing[@]} -eq 0 ] && exit 0
 mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
 
-if [ "$(id -u)" -ne 0 ]; then
-    echo "missing on this machine; install as root: apt-get install --no-install-recommends ${missing[*]}" >&2
-    exit 1
-fi
 if ! command -v apt-get > /dev/null; then
     echo "missing on this machine, and no apt-get to install it with; Debian calls it: ${missing[*]}" >&2
+    exit 1
+fi
+if [ "$(id -u)" -ne 0 ]; then
+    echo "missing on this machine; install as root: apt-get install --no-install-recommends ${missing[*]}" >&2
     exit 1
 fi
 echo "installing ${missing[*]}"

@@ -131,19 +131,16 @@ class ImageStore:
 
 
 @contextmanager
-def panicked(
+def healthy(
     case: Case,
     store: ImageStore,
     workdir: Path,
     *,
-    final: str = "poweroff",
-    target: str = f"LABEL={TARGET_LABEL}",
     target_attached: bool = True,
     more_disks: tuple[Disk, ...] = (),
-    append: str = "",
     steps: Steps | None = None,
 ) -> Iterator[Machine]:
-    """A machine that has just panicked, its capture kernel about to start.
+    """A machine that runs well: at a shell, with kernel and capture image below /run/healthy.
 
     Without ``target_attached`` the target disk is missing;
     ``machine.attach(Disk(target_image(workdir)))`` plugs it in. ``more_disks`` come after it.
@@ -171,8 +168,28 @@ def panicked(
     with Machine(hardware, workdir / "console.log") as machine:
         with steps.step(f"booting {kernel.release}: CPUs {case.cpus} ({case.cpu_model}), memory {case.memory}"):
             machine.shell(BOOT_TIMEOUT)
-        with steps.step("giving it something to remember"):
             demand(machine, "mkdir -p /run/healthy && mount -t ext4 -o ro LABEL=healthy /run/healthy")
+        yield machine
+
+
+@contextmanager
+def panicked(
+    case: Case,
+    store: ImageStore,
+    workdir: Path,
+    *,
+    final: str = "poweroff",
+    target: str = f"LABEL={TARGET_LABEL}",
+    target_attached: bool = True,
+    more_disks: tuple[Disk, ...] = (),
+    append: str = "",
+    steps: Steps | None = None,
+) -> Iterator[Machine]:
+    """A machine that has just panicked, its capture kernel about to start; the disks are those of ``healthy``."""
+    steps = steps or Steps()
+    started = healthy(case, store, workdir, target_attached=target_attached, more_disks=more_disks, steps=steps)
+    with started as machine:
+        with steps.step("giving it something to remember"):
             for command in WORKLOAD:
                 demand(machine, command)
         with steps.step("vmcapture load"):

@@ -9,6 +9,7 @@ import pytest
 
 from capture.boot import config
 from initramfs.cli import main
+from tests.guest import host
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = (
@@ -55,3 +56,10 @@ def test_no_word_of_the_kernel_command_line_is_missing_or_made_up() -> None:
     assert len(documented) >= 7
     for text in (manual(), readme()):
         assert documented <= set(re.findall(r"vmcapture\.([a-z]+)=", text))
+
+
+def test_both_lists_of_the_hosts_programs_agree() -> None:
+    """tests/host-packages.sh runs before there is any Python environment; tests/guest/host.py says what is missing."""
+    script = (REPOSITORY / "tests/host-packages.sh").read_text()
+    listed = dict(re.findall(r"^    ([\w.-]+):([\w.-]+)$", script, re.MULTILINE))
+    assert dict(host.PACKAGES).items() <= listed.items()

@@ -1,0 +1,88 @@
+"""The set-up side on a real kernel: armed, disarmed, and what sysfs says of a real disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.guest.cache import Kernel
+from tests.guest.cases import RESCUE
+from tests.guest.crash import TARGET_LABEL, ImageStore, demand, healthy
+from tests.guest.qemu import Machine
+
+LOAD = f"vmcapture load --kernel-image /run/healthy/vmlinuz --target LABEL={TARGET_LABEL} --append console=ttyS0"
+IMAGE = "/run/healthy/capture.img"
+
+
+@pytest.fixture(scope="module")
+def machine(
+    kernels: Callable[[str], Kernel], image_store: ImageStore, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Machine]:
+    """One machine for all tests here; each of them leaves it disarmed."""
+    kernels(RESCUE.kernel)  # skips here, where it can say why
+    with healthy(RESCUE, image_store, tmp_path_factory.mktemp("setup")) as running:
+        yield running
+
+
+def crash_loaded(machine: Machine) -> str:
+    return demand(machine, "cat /sys/kernel/kexec_crash_loaded").strip()
+
+
+def test_a_machine_with_memory_reserved_but_nothing_loaded_is_not_armed(machine: Machine) -> None:
+    status, said = machine.run("vmcapture status")
+    assert status == 1
+    assert said.startswith("not armed: no capture kernel is loaded; run vmcapture load")
+    assert "256 MiB" in said
+
+
+@pytest.mark.parametrize(("option", "syscall"), [("-s", "file"), ("-c", "load"), ("", "file")])
+def test_load_arms_and_unload_disarms(option: str, syscall: str, machine: Machine) -> None:
+    status, said = machine.run(f"{LOAD} --image {IMAGE} {option}")
+    assert status == 0, said
+    assert crash_loaded(machine) == "1"
+    found = json.loads(demand(machine, "vmcapture status --json"))
+    assert found["armed"]
+    assert found["reservation"] == 256 << 20
+    assert found["loaded"]["syscall"] == syscall
+    words = found["loaded"]["command_line"].split()
+    assert f"vmcapture.target=LABEL={TARGET_LABEL}" in words
+    assert not [word for word in words if word.startswith("crashkernel=")]
+    demand(machine, "vmcapture unload")
+    assert crash_loaded(machine) == "0"
+    assert machine.run("vmcapture status")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        (f"{LOAD} --image /run/none.img", "no such image"),
+        (f"{LOAD} --image {IMAGE} --kernel-image /run/none", "no such kernel"),
+        (f"{LOAD} --image {IMAGE} --kernel-image /proc/version -s", "kexec"),
+        (f"{LOAD} --image {IMAGE} --append $(head -c 2000 /dev/zero | tr '\\0' x)", "characters"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_line_and_leaves_the_machine_disarmed(
+    command: str, reason: str, machine: Machine
+) -> None:
+    status, said = machine.run(command)
+    assert status in (1, 2)
+    (line,) = said.strip().splitlines()
+    assert line.startswith("vmcapture: ")
+    assert reason in line
+    assert crash_loaded(machine) == "0"
+
+
+def test_the_modules_behind_a_real_disk_are_those_that_the_kernel_loaded_for_it(machine: Machine) -> None:
+    # The launcher's environment and interpreter, with a question of our own.
+    demand(machine, "grep ^export /usr/bin/vmcapture > /run/environment")
+    python = demand(machine, "sed -n \"s/^exec '\\([^']*\\)'.*/\\1/p\" /usr/bin/vmcapture").strip()
+    asked = (
+        "from pathlib import Path; from initramfs import devices; print(devices.modules_for_device(Path('/dev/vdb')))"
+    )
+    said = demand(machine, f'(. /run/environment; {python} -s -S -P -c "{asked}")')
+    loaded = demand(machine, "lsmod")
+    for module in ("virtio_pci", "virtio_blk"):
+        assert f"'{module}'" in said
+        assert module in loaded
