@@ -144,13 +144,15 @@ class KdumpFile:
             raise SourceError(f"{self.path}: page size {self.page_size}: the header is damaged")
 
     def _pfns(self) -> Iterator[NDArray[np.int64]]:
-        """Yield the PFNs of bitmap 2, window by window."""
-        for start in range(0, self.bitmap_bytes, _WINDOW_BYTES):
-            window = os.pread(self._fd, min(_WINDOW_BYTES, self.bitmap_bytes - start), self.bitmap2 + start)
+        """Yield the PFNs of bitmap 2, window by window. Bits from max_mapnr on are padding."""
+        end = -(-self.max_mapnr // 8)
+        for start in range(0, end, _WINDOW_BYTES):
+            window = os.pread(self._fd, min(_WINDOW_BYTES, end - start), self.bitmap2 + start)
             if not any(window):
                 continue
             bits = np.unpackbits(np.frombuffer(window, dtype=np.uint8), bitorder="little")
-            yield np.flatnonzero(bits).astype(np.int64) + start * 8
+            pfns = np.flatnonzero(bits).astype(np.int64) + start * 8
+            yield pfns[pfns < self.max_mapnr]
 
     def _read_batch(self, pfns: NDArray[np.int64], first: int) -> ReadPages:
         """Decode the pages of descriptors ``first`` and following; data that several share is decoded once."""
