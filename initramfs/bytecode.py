@@ -35,7 +35,7 @@ def compile_all(compilations: Sequence[Compilation]) -> None:
     parent = str(Path(__file__).resolve().parent.parent)
     program = f"import sys; sys.path.append({parent!r}); from initramfs.bytecode import serve; serve()"
     done = subprocess.run(
-        [sys.executable, "-s", "-S", "-W", "ignore", "-c", program],
+        [sys.executable, "-P", "-s", "-S", "-W", "ignore", "-c", program],  # -P: no module from the current directory
         input=request,
         capture_output=True,
         text=True,

@@ -12,7 +12,7 @@ from pathlib import Path
 import capture.cli
 from capture.cli import Subparsers, command
 from capture.console import Console
-from initramfs import devices, kexec
+from initramfs import devices, kexec, modules
 from initramfs.devices import Needed
 from initramfs.errors import KexecError
 from initramfs.image import ImageRequest, build_image
@@ -64,8 +64,20 @@ def _add_load(subparsers: Subparsers) -> None:
     parser = command(subparsers, "load", run_load, "arm the machine: load the capture kernel")
     add = parser.add_argument
     release = os.uname().release
-    add("--kernel-image", type=Path, default=Path(f"/boot/vmlinuz-{release}"), metavar="VMLINUZ")
-    add("--image", type=Path, default=default_image(release), metavar="IMG")
+    add(
+        "--kernel-image",
+        type=Path,
+        default=default_kernel(release),
+        metavar="VMLINUZ",
+        help="the kernel to load, default: /boot/vmlinuz-RELEASE, else /lib/modules/RELEASE/vmlinuz",
+    )
+    add(
+        "--image",
+        type=Path,
+        default=default_image(release),
+        metavar="IMG",
+        help="the capture image, default: /var/lib/vmcapture/initramfs-RELEASE.img",
+    )
     add("--target", metavar="DEV|UUID=|LABEL=", help="the disk for the dump, default: the one that holds /var/crash")
     add("--path", metavar="DIR", help="directory on the target, default: /var/crash")
     add("--final", choices=kexec.FINALS, default="reboot", help="what follows a save (default: %(default)s)")
@@ -74,9 +86,22 @@ def _add_load(subparsers: Subparsers) -> None:
     way.add_argument("--syscall", choices=kexec.SYSCALLS, default="auto", help="auto: the first one that works")
     way.add_argument("-s", dest="syscall", action="store_const", const="file", help="kexec_file_load")
     way.add_argument("-c", dest="syscall", action="store_const", const="load", help="kexec_load")
-    add("--cpus", type=int, default=1, metavar="N", help="CPUs in the capture kernel (default: %(default)s)")
+    add("--cpus", type=_positive, default=1, metavar="N", help="CPUs in the capture kernel (default: %(default)s)")
     add("--append", default="", metavar="STR", help="more for the capture kernel's command line")
     add("--command-line", metavar="STR", help="the capture kernel's whole command line")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a number from 1 on is needed")
+    return int(text)
+
+
+def default_kernel(release: str, root: Path = Path("/")) -> Path:
+    """Return where a kernel is kept: below /boot, or beside its modules (Fedora)."""
+    usual = root / "boot" / f"vmlinuz-{release}"
+    beside = root / "lib/modules" / release / "vmlinuz"
+    return beside if beside.exists() and not usual.exists() else usual
 
 
 def default_image(release: str) -> Path:
@@ -99,6 +124,9 @@ def run_initramfs(args: argparse.Namespace) -> int:
             modules_dir=args.modules_dir or Path("/lib/modules") / release,
             modules=(*needed.loaded, *args.module),
             optional_modules=needed.built_in,
+            # With --module the image may be for another machine.
+            welcome_modules=() if args.module else devices.keyboard_modules(),
+            module_options=modules.host_options(),
             binaries=tuple(args.bin),
             squashfs=False if args.no_squashfs else None,
         )
@@ -119,20 +147,15 @@ def run_initramfs(args: argparse.Namespace) -> int:
 
 def run_load(args: argparse.Namespace) -> int:
     """Arm the machine."""
-    target, path = args.target, args.path
-    if args.command_line is None and target is None:
-        mount = devices.mount_of(CRASH_DIRECTORY)
-        uuid = devices.uuid_of(mount.device)
-        if uuid is None:
-            raise KexecError(f"{mount.point} is on {mount.device}, which has no UUID: name the disk with --target")
-        target = f"UUID={uuid}"
-        path = path or devices.path_on_device(CRASH_DIRECTORY, mount)
+    console = Console(quiet=args.quiet)
+    kexec.ready(args.kernel_image, args.image)
     line = args.command_line
     if line is None:
+        target, path = _mounted_target() if args.target is None else _named_target(args.target, console)
         line = kexec.capture_command_line(
             kexec.RUNNING_COMMAND_LINE.read_text(encoding="utf-8"),
             target,
-            path or str(CRASH_DIRECTORY),
+            args.path or path,
             args.final,
             args.failure,
             args.append,
@@ -140,10 +163,35 @@ def run_load(args: argparse.Namespace) -> int:
             boot_cpu=kexec.boot_cpu_apic_id(),
         )
     loaded = kexec.load(CrashKernel(args.kernel_image, args.image, line, args.syscall))
-    Console(quiet=args.quiet).say(
+    console.say(
         f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}"
     )
+    if (doubt := kexec.small_reservation()) is not None:
+        console.say(doubt)
     return 0
+
+
+def _mounted_target() -> tuple[str, str]:
+    """Return the file system that holds /var/crash, and where on it that is."""
+    mount = devices.mount_of(CRASH_DIRECTORY)
+    uuid = devices.uuid_of(mount.device)
+    if uuid is None:
+        raise KexecError(f"{mount.point} is on {mount.device}, which has no UUID: name the disk with --target")
+    devices.plain_disk(Path(mount.device))
+    return f"UUID={uuid}", devices.path_on_device(CRASH_DIRECTORY, mount)
+
+
+def _named_target(target: str, console: Console) -> tuple[str, str]:
+    """Return the target and the usual directory; a disk that is not there may be attached when it is needed."""
+    device = devices.find_device(target)
+    if device is None:
+        console.say(devices.absent(target))
+    else:
+        devices.plain_disk(device)
+        if target.startswith("/dev/"):  # links of udev are not there in the capture kernel, and disks may change names
+            uuid = devices.uuid_of(str(device))
+            target = f"UUID={uuid}" if uuid else str(device.resolve())
+    return target, str(CRASH_DIRECTORY)
 
 
 def run_unload(args: argparse.Namespace) -> int:

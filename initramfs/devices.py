@@ -1,30 +1,29 @@
 """Asks the healthy system what the crash target will need: the modules behind a block device and its file system.
 
-sysfs knows the driver of every device between a disk and the root of the bus tree; device-mapper and md volumes name
-the disks they stand on.
+sysfs knows the driver of every device between a disk and the root of the bus tree. A volume that has to be put together
+first (device-mapper, md) is refused: nothing in the image can do that.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from capture.errors import UsageError
 from initramfs import tools
 from initramfs.errors import ImageError, ToolError
 
 SYS = Path("/sys")
 BY_UUID = Path("/dev/disk/by-uuid")
-BY_LABEL = Path("/dev/disk/by-label")
+TAGS = ("UUID", "LABEL")  # what findfs knows in every busybox
 
 # A file system that asks for more modules while it mounts (request_module), by the kernel's defaults in fs/fat/Kconfig.
 ASKED_FOR_AT_MOUNT = {"vfat": ("nls_cp437", "nls_ascii", "nls_iso8859_1", "nls_utf8")}
-# The module behind a device-mapper volume, from the prefix that its owner puts before the UUID.
-MAPPER_MODULES = {"CRYPT": "dm-crypt", "mpath": "dm-multipath", "VERITY": "dm-verity"}
-# drivers/md: the personality's module, by the level that sysfs shows.
-RAID_MODULES = {"raid4": "raid456", "raid5": "raid456", "raid6": "raid456"}
+KEY_ENTER = 28  # include/uapi/linux/input-event-codes.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +44,13 @@ class Needed:
     built_in: tuple[str, ...]
 
 
-def mount_of(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> Mount:
-    """Return the mount that holds the path, or its nearest existing parent."""
-    place = path.absolute()
+def mount_of(path: Path, mountinfo: Path = Path("/proc/self/mountinfo"), sys: Path = SYS) -> Mount:
+    """Return the mount that holds the path, or its nearest existing parent; links are followed."""
+    place = path.resolve()
     while not place.exists():
         place = place.parent
-    place = place.resolve()
     best: Mount | None = None
+    number = ""
     for line in mountinfo.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         left, _, right = line.partition(" - ")
         fields, kind = left.split(" "), right.split(" ")
@@ -59,30 +58,45 @@ def mount_of(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> Moun
         # A later mount on the same place hides the earlier one.
         if place.is_relative_to(point) and (best is None or len(point.parts) >= len(best.point.parts)):
             best = Mount(device=_unescape(kind[1]), point=point, root=_unescape(fields[3]), kind=kind[0])
+            number = fields[2]
     if best is None:
         raise ImageError(f"{path}: no mounted file system holds it")
-    return best
+    # The kernel calls what it mounted itself /dev/root, and no such node exists.
+    return best if Path(best.device).exists() else replace(best, device=_name_of(number, sys) or best.device)
+
+
+def _name_of(number: str, sys: Path) -> str | None:
+    """Return the node of a device number; None for an anonymous one (0:N: btrfs, tmpfs)."""
+    uevent = sys / "dev/block" / number / "uevent"
+    for line in uevent.read_text(encoding="utf-8").splitlines() if uevent.exists() else ():
+        key, _, value = line.partition("=")
+        if key == "DEVNAME":
+            return f"/dev/{value}"
+    return None
 
 
 def path_on_device(path: Path, mount: Mount) -> str:
-    """Return where a path of the running system is, counted from the root of its file system."""
-    inside = Path(mount.root) / path.absolute().relative_to(mount.point)
-    return str(inside)
+    """Return where a path of the running system is, counted from the root of its file system; links are followed."""
+    return str(Path(mount.root) / path.resolve().relative_to(mount.point))
 
 
-def device_node(target: str) -> Path:
-    """Return the device node of ``/dev/…``, ``UUID=…`` or ``LABEL=…``."""
-    tag, separator, value = target.partition("=")
-    directories = {"UUID": BY_UUID, "LABEL": BY_LABEL}
-    if not separator or tag not in directories:
-        return Path(target)
-    link = directories[tag] / value
-    if link.exists():
-        return link.resolve()
+def find_device(target: str) -> Path | None:
+    """Return the device node of ``/dev/…``, ``UUID=…`` or ``LABEL=…``; None when this machine has none now."""
+    if target.startswith("/dev/"):
+        return Path(target) if Path(target).exists() else None
+    tag, separator, _ = target.partition("=")
+    if not separator or tag not in TAGS:
+        raise UsageError(f"{target}: as a target only UUID=…, LABEL=… and paths below /dev are known")
+    findfs = tools.require("findfs", "util-linux")
     try:
-        return Path(tools.run([tools.require("blkid", "util-linux"), "-l", "-o", "device", "-t", target]).strip())
-    except ToolError as error:
-        raise ImageError(f"{target}: no block device of this machine carries it; is it attached?") from error
+        return Path(tools.run([findfs, target]).strip())
+    except ToolError:
+        return None
+
+
+def absent(target: str) -> str:
+    """Return the line for a target that is not there."""
+    return f"{target}: no block device of this machine carries it now"
 
 
 def uuid_of(device: str) -> str | None:
@@ -93,35 +107,73 @@ def uuid_of(device: str) -> str | None:
     for link in sorted(BY_UUID.iterdir()) if BY_UUID.is_dir() else ():
         if link.resolve() == node.resolve():
             return link.name
-    blkid = tools.find("blkid")
-    if blkid is None:
-        return None
-    try:
-        return tools.run([blkid, "-s", "UUID", "-o", "value", node]).strip() or None
-    except ToolError:
-        return None
+    return _tags(device).get("UUID")
 
 
 def filesystem_of(device: str) -> str | None:
     """Return the type of the file system on a device that need not be mounted."""
+    return _tags(device).get("TYPE")
+
+
+def _tags(device: str) -> dict[str, str]:
+    """Return what blkid says of a device; util-linux and busybox print it alike: ``/dev/vdb: UUID="…" TYPE="ext4"``."""
     blkid = tools.find("blkid")
     if blkid is None:
-        return None
+        return {}
     try:
-        return tools.run([blkid, "-s", "TYPE", "-o", "value", device]).strip() or None
-    except ToolError:
-        return None
+        said = tools.run([blkid, device])
+    except ToolError:  # there is nothing that it knows
+        return {}
+    return dict(re.findall(r' (\w+)="([^"]*)"', said))
 
 
 def modules_for_device(device: Path | int, sys: Path = SYS) -> Needed:
     """Return the modules that the running kernel drives a block device with: its path, or its device number."""
+    names = tuple(dict.fromkeys(_disk_modules(plain_disk(device, sys), sys)))
+    loaded = tuple(name for name in names if is_loaded(name, sys))
+    return Needed(loaded, tuple(name for name in names if name not in loaded))
+
+
+def plain_disk(device: Path | int, sys: Path = SYS) -> Path:
+    """Return the directory in sysfs of the disk that a block device is, or is a part of.
+
+    Raises:
+        ImageError: it is none, or stands on other block devices, which the capture kernel would have to assemble.
+    """
     number = device if isinstance(device, int) else _number(device)
     start = sys / "dev/block" / f"{os.major(number)}:{os.minor(number)}"
     if not start.exists():
         raise ImageError(f"{device}: the kernel shows no block device {start.name} in {start.parent}")
-    names = tuple(dict.fromkeys(_block_modules(start.resolve(), sys)))
-    loaded = tuple(name for name in names if is_loaded(name, sys))
-    return Needed(loaded, tuple(name for name in names if name not in loaded))
+    block = start.resolve()
+    disk = block.parent if (block / "partition").exists() else block
+    if (disk / "dm").exists():
+        layer = "device-mapper (LVM, LUKS, multipath)"
+    elif (disk / "md").exists():
+        layer = "md (RAID)"
+    elif below := sorted(link.name for link in (disk / "slaves").glob("*")):
+        layer = " and ".join(below)
+    else:
+        return disk
+    raise ImageError(
+        f"{device} stands on {layer}: the capture kernel cannot assemble it yet; "
+        "name a plain disk or partition with --target"
+    )
+
+
+def keyboard_modules(sys: Path = SYS) -> tuple[str, ...]:
+    """Return the modules behind the keyboards of this machine, which its rescue shell will need."""
+    names: dict[str, None] = {}
+    for link in sorted((sys / "class/input").glob("event*/device")):
+        if _is_keyboard(link):
+            names.update(dict.fromkeys(reversed(list(_driver_modules(link.resolve(), sys)))))
+    return tuple(names)
+
+
+def _is_keyboard(device: Path) -> bool:
+    """Tell a keyboard from the jacks of a sound card, power buttons and the like: those have no Enter key."""
+    bitmap = device / "capabilities/key"  # words in hexadecimal, the lowest keys in the last one
+    words = bitmap.read_text(encoding="utf-8").split() if bitmap.exists() else []
+    return bool(words) and bool(int(words[-1], 16) >> KEY_ENTER & 1)
 
 
 def modules_for_filesystem(kind: str, sys: Path = SYS) -> Needed:
@@ -135,7 +187,9 @@ def modules_for_filesystem(kind: str, sys: Path = SYS) -> Needed:
 
 def modules_for_target(target: str) -> Needed:
     """Return everything that a save on the target needs."""
-    node = device_node(target)
+    node = find_device(target)
+    if node is None:
+        raise ImageError(f"{absent(target)}; is it attached?")
     device = modules_for_device(node)
     kind = filesystem_of(str(node))
     if kind is None:
@@ -171,24 +225,12 @@ def _number(device: Path) -> int:
     return status.st_rdev
 
 
-def _block_modules(block: Path, sys: Path) -> Iterator[str]:
-    """Yield the modules of a block device, from the bus down to it; what it stands on comes first."""
-    disk = block.parent if (block / "partition").exists() else block
-    for below in sorted((disk / "slaves").glob("*")):
-        yield from _block_modules(below.resolve(), sys)
+def _disk_modules(disk: Path, sys: Path) -> Iterator[str]:
+    """Yield the modules of a disk, from the bus down to it."""
     # A disk with several paths (NVMe) hangs below no bus: its subsystem lists the controllers.
     controllers = [link.resolve() for link in sorted(disk.parent.glob("nvme*")) if link.is_symlink()]
     for device in (*controllers, (disk / "device").resolve()):
         yield from reversed(list(_driver_modules(device, sys)))
-    if (disk / "dm/uuid").exists():
-        yield "dm-mod"
-        owner = (disk / "dm/uuid").read_text(encoding="utf-8").partition("-")[0]
-        if owner in MAPPER_MODULES:
-            yield MAPPER_MODULES[owner]
-    if (disk / "md/level").exists():
-        level = (disk / "md/level").read_text(encoding="utf-8").strip()
-        yield "md-mod"
-        yield RAID_MODULES.get(level, level)
 
 
 def _driver_modules(device: Path, sys: Path) -> Iterator[str]:

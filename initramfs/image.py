@@ -5,16 +5,17 @@ from __future__ import annotations
 import gzip
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from initramfs import cpio, runtime, tools
 from initramfs.errors import ImageError, ToolError
-from initramfs.modules import LoadPlan, ModuleTree, read_module, read_tree
+from initramfs.modules import LoadPlan, ModuleTree, firmware, modinfo, read_module, read_tree
 from initramfs.tree import Device, Directory, File, Symlink, Tree, host_file
 
 SQUASHFS_MODULES = ("loop", "squashfs")
+BUSYBOX_PACKAGE = "busybox-static (Fedora calls it busybox)"
 MODULES = "/modules"
 LOAD_ORDER = f"{MODULES}/order"
 ROOT_IMAGE = "/root.squashfs"
@@ -22,6 +23,9 @@ NEW_ROOT = "/newroot"
 MOUNT_POINTS = ("/proc", "/sys", "/dev", "/run", "/tmp", "/mnt", "/root", "/var/crash")
 SQUASHFS_LEVEL = 15  # 19 takes three times as long for 1 % of the size
 GZIP_LEVEL = 9
+FIRMWARE = Path("/lib/firmware")
+# The endings that the kernel tries, if it was built so (drivers/base/firmware_loader/main.c).
+FIRMWARE_SUFFIXES = ("", ".zst", ".xz")
 # Documentation/admin-guide/devices.txt
 CONSOLE = Device(5, 1)
 NULL = Device(1, 3, mode=0o666)
@@ -35,7 +39,10 @@ class ImageRequest:
     kernel_release: str
     modules_dir: Path  # …/lib/modules/<release>
     modules: tuple[str, ...]  # wanted besides squashfs and loop
-    optional_modules: tuple[str, ...] = ()  # taken where this kernel has them
+    optional_modules: tuple[str, ...] = ()  # taken where this kernel has them, reported where not
+    welcome_modules: tuple[str, ...] = ()  # taken where this kernel has them, loaded last
+    module_options: tuple[tuple[str, str], ...] = ()  # (module, "key=value …"), several for a module add up
+    firmware_dir: Path = FIRMWARE  # where the host keeps what the modules ask for
     python_roots: tuple[str, ...] = ("capture",)
     launcher_module: str = "capture"  # what /usr/bin/vmcapture runs
     binaries: tuple[Path, ...] = ()  # extra executables, with their shared objects
@@ -61,7 +68,7 @@ def build_image(request: ImageRequest) -> ImageReport:
     kernel = read_tree(request.modules_dir)
     squashfs = _wants_squashfs(request.squashfs, kernel)
     wanted = (*(SQUASHFS_MODULES if squashfs else ()), *request.modules)
-    plan = kernel.plan(wanted, request.optional_modules)
+    plan = kernel.plan(wanted, request.optional_modules, request.welcome_modules)
     busybox = _busybox()
     try:
         with tempfile.TemporaryDirectory(prefix="vmcapture-") as name:
@@ -72,7 +79,8 @@ def build_image(request: ImageRequest) -> ImageReport:
                 stage_one.add(ROOT_IMAGE, File(_make_squashfs(root, scratch)))
             else:
                 stage_one = root
-            _add_stage_one(stage_one, busybox, plan)
+            _add_stage_one(stage_one, busybox)
+            _add_modules(stage_one, plan, request)
             size = _write(stage_one, request.output, compress=not squashfs)
             return ImageReport(
                 path=request.output,
@@ -99,9 +107,9 @@ def _wants_squashfs(choice: bool | None, kernel: ModuleTree) -> bool:
 def _busybox() -> Path:
     found = tools.find("busybox")
     if found is None:
-        raise ToolError("busybox was not found: install busybox-static")
+        raise ToolError(f"busybox was not found: install {BUSYBOX_PACKAGE}")
     if runtime.program_loader(found) is not None:
-        raise ToolError(f"{found} is linked to shared objects, stage one needs a static one: install busybox-static")
+        raise ToolError(f"{found} is linked to shared objects, stage one needs a static one: install {BUSYBOX_PACKAGE}")
     return found.resolve()
 
 
@@ -156,17 +164,36 @@ def _make_squashfs(tree: Tree, scratch: Path) -> Path:
     return image
 
 
-def _add_stage_one(tree: Tree, busybox: Path, plan: LoadPlan) -> None:
+def _add_stage_one(tree: Tree, busybox: Path) -> None:
     tree.add("/init", File(Path(__file__).with_name("init"), 0o755))
     tree.add("/bin/busybox", File(busybox, 0o755))
     for directory in ("/proc", "/sys", "/dev", NEW_ROOT):
         tree.add(directory, Directory())
     tree.add("/dev/console", CONSOLE)
     tree.add("/dev/null", NULL)
-    names = [f"{module.name}.ko" for module in plan.modules]
-    for name, module in zip(names, plan.modules, strict=True):
+
+
+def _add_modules(tree: Tree, plan: LoadPlan, request: ImageRequest) -> None:
+    """Add the modules, the order to load them in with their options, and the firmware that they may ask for then."""
+    lines = []
+    for module in plan.modules:
+        name = f"{module.name}.ko"
         tree.add(f"{MODULES}/{name}", File(read_module(module.path)))
-    tree.add(LOAD_ORDER, File(_text(names)))
+        lines.append(" ".join((name, *(options for of, options in request.module_options if of == module.name))))
+        for path in _firmware_files(module.path, request):
+            tree.add(str(FIRMWARE / path.relative_to(request.firmware_dir)), host_file(path))
+    tree.add(LOAD_ORDER, File(_text(lines)))
+
+
+def _firmware_files(module: Path, request: ImageRequest) -> Iterator[Path]:
+    """Yield what the host has of a module's firmware, in each place where the kernel looks for it."""
+    release = request.kernel_release
+    for name in firmware(modinfo(module)):
+        for place in (f"updates/{release}", "updates", release, "."):
+            for suffix in FIRMWARE_SUFFIXES:
+                path = request.firmware_dir / place / f"{name}{suffix}"
+                if path.is_file():
+                    yield path
 
 
 def _text(lines: Sequence[str]) -> bytes:

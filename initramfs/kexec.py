@@ -1,7 +1,8 @@
 """Arms the machine: ``kexec -p`` with the right kernel, image and command line; and tells whether it is armed.
 
 What the capture kernel must and must not inherit from the running kernel's command line is the table below; sources:
-Documentation/admin-guide/kdump/kdump.rst and Documentation/admin-guide/kernel-parameters.txt (Linux 6.12).
+Documentation/admin-guide/kdump/kdump.rst and Documentation/admin-guide/kernel-parameters.txt (Linux 6.12). Names are
+spelt with underscores: to the kernel a dash in a parameter's name is the same (parameq() in kernel/params.c).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ RUNNING_COMMAND_LINE = Path("/proc/cmdline")
 CPUINFO = Path("/proc/cpuinfo")
 RECORD = Path("/run/vmcapture/loaded.json")
 
+MIN_RESERVATION = 128 << 20  # a distribution's kernel of today, its drivers and our interpreter
 MAX_COMMAND_LINE = 2047  # COMMAND_LINE_SIZE of x86 without its final NUL (arch/x86/include/asm/setup.h)
 KEXEC_ADDS = 96  # " elfcorehdr=0x…" and, on EFI without runtime services, " acpi_rsdp=0x…"
 PANIC_SECONDS = 10
@@ -58,9 +60,19 @@ DROPPED = frozenset(
         "memmap",
         "panic",
         "panic_on_oops",
+        "panic_on_taint",
+        "panic_on_warn",
+        "panic_print",
         "oops",
-        "softlockup_panic",
         "hung_task_panic",
+        # The lockup detectors: a second panic would end the save, backtraces of all CPUs hide our lines.
+        "hardlockup_all_cpu_backtrace",
+        "hardlockup_panic",
+        "nmi_watchdog",
+        "softlockup_all_cpu_backtrace",
+        "softlockup_panic",
+        "unknown_nmi_panic",
+        "watchdog_thresh",
         "nr_cpus",
         "maxcpus",
         "possible_cpus",
@@ -81,13 +93,24 @@ DROPPED = frozenset(
         "cma",
         "movablecore",
         "kernelcore",
-        "swiotlb_size",
+        "swiotlb",
         "log_buf_len",
         "trace_buf_size",
         "ftrace_dump_on_oops",
+        # What looks for faults in memory: it takes more of it, or all the time.
         "page_owner",
+        "slab_debug",
         "slub_debug",
-        "kfence.pool",
+        "kfence.sample_interval",
+        "kmemleak",
+        "memtest",
+        # A debugger that nobody is connected to, and volumes that nobody needs.
+        "kgdboc",
+        "kgdbwait",
+        "dm_mod.create",
+        # Measuring or refusing files by a policy that is not in the image (Documentation/ABI/testing/ima_policy).
+        "ima_policy",
+        "ima_appraise",
         # CPUs that will not be there.
         "isolcpus",
         "nohz_full",
@@ -98,9 +121,12 @@ DROPPED = frozenset(
         # Messages must be seen.
         "quiet",
         "loglevel",
+        "vt.handoff",
     }
 )
-DROPPED_PREFIXES = ("vmcapture.", "systemd.", "rd.", "bootconfig", "cloud-init", "memory_hotplug.")
+DROPPED_PREFIXES = ("vmcapture.", "systemd.", "rd.", "bootconfig", "cloud_init", "memory_hotplug.")
+# apparmor=, selinux=, security= and lsm= stay, as kdump-tools and kdump-utils leave them: without a policy, and the
+# image has none, the kernel's security modules forbid nothing.
 
 ADDED = (
     "irqpoll",
@@ -140,7 +166,7 @@ class Status:
 
     armed: bool
     reservation: int
-    loaded: Loaded | None  # None: nothing is loaded, or not by us
+    loaded: Loaded | None  # what we loaded last, if anything; another tool may have loaded something since
 
 
 def capture_command_line(
@@ -157,7 +183,8 @@ def capture_command_line(
     """Return the capture kernel's command line, made from the running kernel's.
 
     ``boot_cpu`` is the APIC id of the CPU that the firmware started: with more than one CPU the capture kernel must not
-    wake it up, because an INIT would reset the machine (kernel-parameters.txt, disable_cpu_apicid).
+    wake it up, because an INIT would reset the machine (kernel-parameters.txt up to Linux 6.8, disable_cpu_apicid).
+    Since about 6.9 the kernel finds that CPU itself and does not know the word, which does no harm.
     """
     kept = [word for word in _words(base) if not _is_dropped(word)]
     added = [*ADDED, f"nr_cpus={cpus}"]
@@ -192,7 +219,7 @@ def _words(line: str) -> Iterator[str]:
 
 
 def _is_dropped(word: str) -> bool:
-    key = word.strip('"').partition("=")[0]
+    key = word.strip('"').partition("=")[0].replace("-", "_")
     return key in DROPPED or key.startswith(DROPPED_PREFIXES)
 
 
@@ -205,7 +232,8 @@ def boot_cpu_apic_id(cpuinfo: Path = CPUINFO) -> int | None:
 
 def load(request: CrashKernel) -> Loaded:
     """Load the capture kernel into the reserved memory, or say in one line why not and what to do."""
-    kexec = _ready(request)
+    kexec = ready(request.kernel, request.image)
+    check_length(request.command_line)
     flags = {"file": ("-s",), "load": ("-c",), "auto": ("-s", "-c")}[request.syscall]
     errors = []
     for flag in flags:
@@ -231,6 +259,8 @@ def load(request: CrashKernel) -> Loaded:
         RECORD.parent.mkdir(parents=True, exist_ok=True)
         RECORD.write_text(json.dumps(asdict(loaded), indent=2) + "\n", encoding="utf-8")
         return loaded
+    if _read_number(CRASH_LOADED) != 1:  # a load that fails has freed what was loaded before
+        errors.append("the machine is not armed now")
     raise KexecError("; ".join(errors))
 
 
@@ -258,7 +288,7 @@ def describe(state: Status) -> Sequence[str]:
         return (f"armed, but not by vmcapture ({reserved})",)
     loaded = state.loaded
     return (
-        f"armed ({reserved})",
+        f"armed ({reserved}); last loaded by vmcapture:",
         f"kernel        {loaded.kernel}",
         f"image         {loaded.image}",
         f"command line  {loaded.command_line}",
@@ -266,25 +296,35 @@ def describe(state: Status) -> Sequence[str]:
     )
 
 
-def _ready(request: CrashKernel) -> Path:
-    """Refuse what cannot work before kexec does so in more words."""
+def ready(kernel: Path, image: Path) -> Path:
+    """Refuse what cannot work before kexec does so in more words, and return the path of kexec."""
     _require_root()
     kexec = _kexec()
-    if not request.kernel.is_file():
-        raise KexecError(f"{request.kernel}: no such kernel; name one with --kernel-image")
-    if not request.image.is_file():
-        raise KexecError(f"{request.image}: no such image; build it with vmcapture initramfs -o {request.image}")
     reservation = _read_number(CRASH_SIZE)
     if not reservation:
         raise KexecError(_no_reservation())
-    needed = request.kernel.stat().st_size + request.image.stat().st_size
+    if not kernel.is_file():
+        raise KexecError(f"{kernel}: no such kernel; name one with --kernel-image")
+    if not image.is_file():
+        raise KexecError(f"{image}: no such image; build it with vmcapture initramfs -o {image}")
+    needed = kernel.stat().st_size + image.stat().st_size
     if needed > reservation:
         raise KexecError(
-            f"{request.image} and its kernel take {needed >> 20} MiB, crashkernel= reserves "
+            f"{image} and its kernel take {needed >> 20} MiB, crashkernel= reserves "
             f"{reservation >> 20} MiB: reserve more and reboot"
         )
-    check_length(request.command_line)
     return kexec
+
+
+def small_reservation() -> str | None:
+    """Return a line when the reserved memory may not be enough to boot in; None when it is."""
+    reservation = _read_number(CRASH_SIZE)
+    if reservation >= MIN_RESERVATION:
+        return None
+    return (
+        f"crashkernel= reserves {reservation >> 20} MiB, a capture kernel of today needs about "
+        f"{MIN_RESERVATION >> 20} MiB: reserve more, or test a crash before you rely on it"
+    )
 
 
 def _no_reservation() -> str:

@@ -17,7 +17,8 @@ import zstandard
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
-from initramfs.errors import ImageError, ModuleNotThereError
+from initramfs import tools
+from initramfs.errors import ImageError, ModuleNotThereError, ToolError
 
 SUFFIXES = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
 
@@ -74,8 +75,11 @@ class ModuleTree:
             return wanted
         return self.aliases.get(wanted)
 
-    def plan(self, wanted: Sequence[str], optional: Sequence[str] = ()) -> LoadPlan:
-        """Return everything that the names need, each module after what it depends on; built-in ones are left out."""
+    def plan(self, wanted: Sequence[str], optional: Sequence[str] = (), welcome: Sequence[str] = ()) -> LoadPlan:
+        """Return everything that the names need, each module after what it depends on; built-in ones are left out.
+
+        Optional names are reported when they are missing, welcome ones are not.
+        """
         order: dict[str, KernelModule] = {}
         missing: list[str] = []
         for name in wanted:
@@ -91,6 +95,9 @@ class ModuleTree:
                 missing.append(normal(name))
             else:
                 self._visit(found, order, missing, ())
+        for name in welcome:
+            if (found := self.lookup(name)) is not None:
+                self._visit(found, order, [], ())
         return LoadPlan(tuple(order.values()), tuple(dict.fromkeys(missing)))
 
     def _visit(self, name: str, order: dict[str, KernelModule], missing: list[str], above: tuple[str, ...]) -> None:
@@ -118,8 +125,9 @@ def read_tree(directory: Path) -> ModuleTree:
     built_in = frozenset(module_name(line) for line in _lines(directory / "modules.builtin"))
     aliases = _built_in_aliases(directory / "modules.builtin.modinfo")
     for words in _rows(directory / "modules.alias"):
-        if words[0] == "alias" and words[1:] and not set("*?[") & set(words[1]):
-            aliases.setdefault(normal(words[1]), normal(words[2]))
+        match words:
+            case ["alias", alias, name, *_] if not set("*?[") & set(alias):
+                aliases.setdefault(normal(alias), normal(name))
     if indexed.is_file():
         files: dict[str, Path] = {}
         depends: dict[str, tuple[str, ...]] = {}
@@ -128,11 +136,11 @@ def read_tree(directory: Path) -> ModuleTree:
             files[module_name(path)] = directory / path
             # The line lists the whole closure, the one to load first at its end.
             depends[module_name(path)] = tuple(module_name(need) for need in reversed(needs.split()))
-        softdeps = {
-            normal(words[1]): _before(words[2:])
-            for words in _rows(directory / "modules.softdep")
-            if words[0] == "softdep"
-        }
+        softdeps: dict[str, tuple[str, ...]] = {}
+        for words in _rows(directory / "modules.softdep"):
+            match words:
+                case ["softdep", name, *rest]:  # a module may have several such lines
+                    softdeps[normal(name)] = (*softdeps.get(normal(name), ()), *_before(rest))
         return ModuleTree(directory, files, built_in, depends, softdeps, aliases)
     files = {module_name(str(path)): path for path in sorted(directory.rglob("*.ko*")) if path.name.endswith(SUFFIXES)}
     if not files and not built_in:
@@ -183,6 +191,31 @@ def dependencies(pairs: Sequence[tuple[str, str]]) -> tuple[tuple[str, ...], tup
     depends = [normal(name) for key, value in pairs if key == "depends" for name in value.split(",") if name]
     softdeps = [name for key, value in pairs if key == "softdep" for name in _before(value.split())]
     return tuple(depends), tuple(softdeps)
+
+
+def firmware(pairs: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """Return the firmware files that a module may ask for, from its own information."""
+    return tuple(value for key, value in pairs if key == "firmware")
+
+
+def host_options() -> tuple[tuple[str, str], ...]:
+    """Return the options that modprobe gives to modules on this machine, as ``parse_options`` does.
+
+    They are those of modprobe.d(5), then those of the running kernel's command line.
+    """
+    modprobe = tools.find("modprobe")
+    if modprobe is None:
+        return ()
+    try:
+        return parse_options(tools.run([modprobe, "-c"]))
+    except ToolError:  # busybox's has no -c
+        return ()
+
+
+def parse_options(text: str) -> tuple[tuple[str, str], ...]:
+    """Return (module, ``key=value …``) for each ``options`` line; a module may have several."""
+    rows = (line.split(maxsplit=2) for line in text.splitlines())
+    return tuple((normal(row[1]), row[2].rstrip()) for row in rows if row[:1] == ["options"] and len(row) == 3)
 
 
 def _before(words: Sequence[str]) -> tuple[str, ...]:

@@ -14,8 +14,12 @@ SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
 
 
 def find(name: str) -> Path | None:
-    """Return the program's path; the system's sbin directories count even when PATH lacks them."""
-    found = shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), SYSTEM_DIRECTORIES)))
+    """Return the program's path; the system's sbin directories count even when PATH lacks them.
+
+    An empty or relative entry of PATH means the current directory, where root must not find a program.
+    """
+    directories = (*os.environ.get("PATH", "").split(os.pathsep), *SYSTEM_DIRECTORIES.split(os.pathsep))
+    found = shutil.which(name, path=os.pathsep.join(entry for entry in directories if entry.startswith("/")))
     return Path(found) if found else None
 
 

@@ -54,6 +54,14 @@ def test_load_arms_and_unload_disarms(option: str, syscall: str, machine: Machin
     assert machine.run("vmcapture status")[0] == 1
 
 
+def test_a_disk_named_by_its_device_is_loaded_by_its_uuid(machine: Machine) -> None:
+    demand(machine, f"{LOAD} --image {IMAGE} --target /dev/vdb")
+    words = json.loads(demand(machine, "vmcapture status --json"))["loaded"]["command_line"].split()
+    (uuid,) = [word.removeprefix("vmcapture.target=UUID=") for word in words if word.startswith("vmcapture.target=")]
+    assert demand(machine, f"findfs UUID={uuid}").strip() == "/dev/vdb"
+    demand(machine, "vmcapture unload")
+
+
 @pytest.mark.parametrize(
     ("command", "reason"),
     [

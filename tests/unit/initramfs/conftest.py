@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 
-from initramfs import image, tools
+from initramfs import image, kexec, tools
 from initramfs.image import ImageReport, ImageRequest
 
 RELEASE = "6.99.0-test"
@@ -17,6 +19,27 @@ RELEASE = "6.99.0-test"
 def module_tree(tmp_path: Path) -> Path:
     """``/lib/modules/6.99.0-test`` as depmod would leave it; the modules hold their own names."""
     return make_module_tree(tmp_path / "lib" / "modules" / RELEASE)
+
+
+def elf_module(*modinfo: str) -> bytes:
+    """Return a relocatable ELF file with a ``.modinfo`` section, written by hand from the ELF specification."""
+    content = b"".join(pair.encode() + b"\0" for pair in modinfo)
+    strings = b"\0.modinfo\0.shstrtab\0"
+    header_size, section_size = 64, 64
+    table = header_size + len(content) + len(strings)
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 1, 62, 1, 0, 0, table, 0, header_size, 0, 0, section_size, 3, 2
+    )
+
+    def section(name: int, kind: int, offset: int, size: int) -> bytes:
+        return struct.pack("<IIQQQQIIQQ", name, kind, 0, 0, offset, size, 0, 0, 1, 0)
+
+    sections = (
+        section(0, 0, 0, 0)
+        + section(1, 1, header_size, len(content))
+        + section(10, 3, header_size + len(content), len(strings))
+    )
+    return header + content + strings + sections
 
 
 def make_module_tree(directory: Path) -> Path:
@@ -34,7 +57,7 @@ def make_module_tree(directory: Path) -> Path:
     for name in names:
         path = directory / "kernel" / f"{name}.ko"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(path.stem)
+        path.write_bytes(elf_module(f"name={path.stem}"))
     (directory / "modules.dep").write_text(
         "kernel/drivers/block/loop.ko:\n"
         "kernel/drivers/block/virtio_blk.ko: kernel/drivers/virtio/virtio.ko kernel/drivers/virtio/virtio_ring.ko\n"
@@ -70,6 +93,18 @@ def need_image_tools() -> None:
             pytest.skip(f"{name} is not installed: apt-get install {package}")
 
 
+FIRMWARE_THERE = ("vendor/one.bin.xz", f"updates/{RELEASE}/vendor/one.bin", "updates/two.fw", f"{RELEASE}/two.fw.zst")
+
+
+def make_firmware(directory: Path) -> Path:
+    """A firmware directory with what the image's module names, and more."""
+    for name in (*FIRMWARE_THERE, "two.fw.gz", "6.98.0-other/two.fw", "vendor/another.bin", "vendor/one.bin.sig"):
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"firmware {name}")
+    return directory
+
+
 @pytest.fixture(scope="session")
 def squashfs_image(tmp_path_factory: pytest.TempPathFactory) -> ImageReport:
     """An image with everything of ours and one extra program, for the kernel that does not exist."""
@@ -79,15 +114,43 @@ def squashfs_image(tmp_path_factory: pytest.TempPathFactory) -> ImageReport:
     assert program is not None
     extra = folder / "extra.txt"
     extra.write_text("extra")
+    modules_dir = make_module_tree(folder / "modules")
+    (modules_dir / "kernel/drivers/block/virtio_blk.ko").write_bytes(
+        elf_module("name=virtio_blk", "firmware=vendor/one.bin", "firmware=two.fw", "firmware=not/there.bin")
+    )
     return image.build_image(
         ImageRequest(
             output=folder / "test.img",
             kernel_release=RELEASE,
-            modules_dir=make_module_tree(folder / "modules"),
+            modules_dir=modules_dir,
             modules=("virtio_blk",),
+            module_options=(("virtio_blk", "queue_depth=64"), ("xfs", "odd=1"), ("virtio_blk", 'name="a b"')),
+            firmware_dir=make_firmware(folder / "firmware"),
             python_roots=("capture", "initramfs"),
             launcher_module="initramfs",
             binaries=(Path(program),),
             files=(("/etc/extra", extra),),
         )
     )
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine's sysfs files and a kexec of its own, which succeeds with -c only."""
+    if os.geteuid() != 0:
+        pytest.skip("load refuses everyone but root")
+    (tmp_path / "crash_size").write_text(f"{256 << 20}\n")
+    (tmp_path / "crash_loaded").write_text("0\n")
+    for name in ("kernel", "image"):
+        (tmp_path / name).write_bytes(b"x" * 1000)
+    program = tmp_path / "kexec"
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n'
+        '[ "$2" = -s ] && { echo first; echo "kexec_file_load failed: EPERM"; exit 1; } >&2\nexit 0\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(kexec, "CRASH_SIZE", tmp_path / "crash_size")
+    monkeypatch.setattr(kexec, "CRASH_LOADED", tmp_path / "crash_loaded")
+    monkeypatch.setattr(kexec, "RECORD", tmp_path / "run" / "loaded.json")
+    return tmp_path

@@ -26,6 +26,17 @@ def test_two_compilations_are_the_same_and_unchecked(tmp_path: Path) -> None:
     assert b"/usr/lib/vmcapture/module.py" in outputs[0].read_bytes()
 
 
+def test_a_module_in_the_current_directory_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "json.py").write_text("open('was-run', 'w')\nfrom missing import anything\n")
+    (tmp_path / "module.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+
+    compile_all([Compilation("module.py", "/module.py", "module.pyc")])
+
+    assert (tmp_path / "module.pyc").exists()
+    assert not (tmp_path / "was-run").exists()
+
+
 def test_a_source_that_does_not_compile_is_one_clear_line(tmp_path: Path) -> None:
     source = tmp_path / "broken.py"
     source.write_text("def f(:\n")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 
+from initramfs import cli, devices
 from initramfs.cli import main
+from initramfs.devices import Mount, Needed
+from initramfs.errors import ImageError
+from initramfs.image import ImageReport, ImageRequest
 
 from .conftest import RELEASE, need_image_tools
 
@@ -65,3 +70,149 @@ def test_a_missing_module_is_one_line_and_status_1(
     assert shown.startswith("vmcapture: ")
     assert shown.count("\n") == 1
     assert "floppy" in shown
+
+
+def test_every_option_has_a_help_text() -> None:
+    subparsers = argparse.ArgumentParser().add_subparsers()
+    cli.add_commands(subparsers)
+
+    silent = [
+        f"{name} {action.option_strings}"
+        for name, parser in subparsers.choices.items()
+        for action in parser._actions
+        if not action.help
+    ]
+
+    assert silent == []
+
+
+def test_the_kernel_lies_below_boot_or_beside_its_modules(tmp_path: Path) -> None:
+    usual, beside = tmp_path / f"boot/vmlinuz-{RELEASE}", tmp_path / f"lib/modules/{RELEASE}/vmlinuz"
+    for path in (usual, beside):
+        path.parent.mkdir(parents=True)
+
+    assert cli.default_kernel(RELEASE, tmp_path) == usual
+    beside.touch()
+    assert cli.default_kernel(RELEASE, tmp_path) == beside
+    usual.touch()
+    assert cli.default_kernel(RELEASE, tmp_path) == usual
+
+
+@pytest.mark.parametrize("cpus", ["0", "-1", "two"])
+def test_a_capture_kernel_has_at_least_one_cpu(cpus: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["load", "--cpus", cpus])
+    assert f"{cpus}: a number from 1 on is needed" in capsys.readouterr().err
+
+
+class Requests:
+    """Stands in for the build and for this machine's disk and keyboard; keeps what was asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.last: ImageRequest | None = None
+        monkeypatch.setattr(cli, "build_image", self.build)
+        monkeypatch.setattr(devices, "mount_of", lambda _: Mount("/dev/vda", Path("/"), "/", "ext4"))
+        monkeypatch.setattr(devices, "modules_for_mount", lambda _: Needed(("virtio_blk",), ("ext4",)))
+        monkeypatch.setattr(devices, "modules_for_target", lambda _: Needed(("nvme",), ()))
+        monkeypatch.setattr(devices, "keyboard_modules", lambda: ("usbhid",))
+        monkeypatch.setattr("initramfs.modules.host_options", lambda: (("nvme", "poll_queues=1"),))
+
+    def build(self, request: ImageRequest) -> ImageReport:
+        self.last = request
+        return ImageReport(request.output, 1, True, request.kernel_release, (), (), 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "modules", "welcome"),
+    [
+        ([], ("virtio_blk",), ("usbhid",)),
+        (["--target", "LABEL=crash"], ("nvme",), ("usbhid",)),
+        (["--module", "ahci"], ("ahci",), ()),
+        (["--target", "LABEL=crash", "--module", "ahci"], ("nvme", "ahci"), ()),
+    ],
+)
+def test_the_keyboard_comes_along_when_the_image_is_for_this_machine(
+    arguments: list[str], modules: tuple[str, ...], welcome: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = Requests(monkeypatch)
+
+    assert main(["initramfs", *arguments]) == 0
+
+    assert requests.last is not None
+    assert requests.last.modules == modules
+    assert requests.last.welcome_modules == welcome
+    assert requests.last.module_options == (("nvme", "poll_queues=1"),)
+
+
+def load(machine: Path, *arguments: str) -> int:
+    return main(["load", "--kernel-image", str(machine / "kernel"), "--image", str(machine / "image"), *arguments])
+
+
+def refuse(device: Path) -> Path:
+    raise ImageError(f"{device} stands on something")
+
+
+def test_a_target_that_is_not_there_yet_is_a_warning(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices, "find_device", lambda _: None)
+
+    assert load(machine, "--target", "LABEL=later") == 0
+
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "vmcapture: LABEL=later: no block device of this machine carries it now"
+    assert second.startswith("vmcapture: armed: ")
+    assert " vmcapture.target=LABEL=later vmcapture.path=/var/crash " in (machine / "calls").read_text()
+
+
+def test_a_target_that_cannot_be_assembled_is_refused(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices, "find_device", lambda _: Path("/dev/dm-0"))
+    monkeypatch.setattr(devices, "plain_disk", refuse)
+
+    assert load(machine, "--target", "LABEL=crash") == 1
+
+    assert capsys.readouterr().err == "vmcapture: /dev/dm-0 stands on something\n"
+    assert not (machine / "calls").exists()
+
+
+def test_the_file_system_of_the_crash_directory_is_refused_alike(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices, "mount_of", lambda _: Mount("/dev/mapper/vg-root", Path("/"), "/", "ext4"))
+    monkeypatch.setattr(devices, "uuid_of", lambda _: "0123")
+    monkeypatch.setattr(devices, "plain_disk", refuse)
+
+    assert load(machine) == 1
+
+    assert capsys.readouterr().err == "vmcapture: /dev/mapper/vg-root stands on something\n"
+
+
+def test_a_target_of_an_unknown_kind_is_wrong_usage(machine: Path) -> None:
+    assert load(machine, "--target", "PARTUUID=1-2") == 2
+    assert not (machine / "calls").exists()
+
+
+def test_without_a_reservation_nothing_is_said_about_disks(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (machine / "crash_size").write_text("0\n")
+    monkeypatch.setattr(devices, "find_device", refuse)
+    monkeypatch.setattr(devices, "mount_of", refuse)
+
+    for arguments in ([], ["--target", "LABEL=later"]):
+        assert load(machine, *arguments) == 1
+        assert "no memory is reserved" in capsys.readouterr().err
+
+
+def test_a_small_reservation_is_said_once_the_machine_is_armed(
+    machine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (machine / "crash_size").write_text(f"{64 << 20}\n")
+
+    assert load(machine, "--command-line", "console=ttyS0") == 0
+
+    armed, doubt = capsys.readouterr().err.splitlines()
+    assert armed.startswith("vmcapture: armed: ")
+    assert doubt.startswith("vmcapture: crashkernel= reserves 64 MiB")

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from initramfs import image, runtime, tools
 from initramfs.errors import ImageError, ModuleNotThereError, ToolError
 from initramfs.image import ImageReport, ImageRequest
 
-from .conftest import RELEASE, need_image_tools
+from .conftest import FIRMWARE_THERE, RELEASE, need_image_tools
 
 
 @pytest.fixture
@@ -53,11 +54,26 @@ def root(stage_one: Path) -> Path:
 
 
 def test_modules_are_there_in_the_order_of_the_list(squashfs_image: ImageReport, stage_one: Path) -> None:
-    order = (stage_one / "modules/order").read_text().split()
+    order = [line.split()[0] for line in (stage_one / "modules/order").read_text().splitlines()]
 
     assert order == ["loop.ko", "squashfs.ko", "virtio_ring.ko", "virtio.ko", "virtio_blk.ko"]
     assert squashfs_image.modules == tuple(name.removesuffix(".ko") for name in order)
-    assert [(stage_one / "modules" / name).read_text() for name in order] == [name[:-3] for name in order]
+    for name in order:
+        assert f"name={name[:-3]}\0".encode() in (stage_one / "modules" / name).read_bytes()
+
+
+def test_a_modules_options_stand_behind_its_file(stage_one: Path) -> None:
+    *others, disk = (stage_one / "modules/order").read_text().splitlines()
+
+    assert disk == 'virtio_blk.ko queue_depth=64 name="a b"'
+    assert all(" " not in line for line in others)
+
+
+def test_firmware_that_a_module_names_is_where_the_kernel_looks_for_it(stage_one: Path) -> None:
+    directory = stage_one / "lib/firmware"
+
+    assert {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()} == set(FIRMWARE_THERE)
+    assert all((directory / name).read_text() == f"firmware {name}" for name in FIRMWARE_THERE)
 
 
 def test_the_console_exists_before_anything_is_mounted(stage_one: Path) -> None:
@@ -156,7 +172,7 @@ def test_without_a_static_busybox_the_line_says_what_to_install(
     (tmp_path / "busybox").symlink_to("/bin/ls")
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    with pytest.raises(ToolError, match="install busybox-static"):
+    with pytest.raises(ToolError, match=r"install busybox-static \(Fedora calls it busybox\)"):
         image.build_image(request_for)
 
 
@@ -172,3 +188,71 @@ def test_stage_one_is_a_script_that_its_shell_understands() -> None:
         [tools.require("busybox", "busybox-static"), "--list"], capture_output=True, text=True, check=True
     ).stdout.split()
     assert called <= set(applets)
+
+
+@pytest.fixture
+def insmod_calls(tmp_path: Path) -> Callable[[str, str], list[list[str]]]:
+    """Run stage one's loading of modules, with an insmod that notes its arguments, on a list and a command line."""
+    need_image_tools()
+    busybox = tools.require("busybox", "busybox-static")
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    stub = tmp_path / "stub"
+    stub.write_text(
+        f"#!{busybox} sh\n"
+        f'[ $1 = insmod ] || exec {busybox} "$@"\n'
+        f'shift\necho "$*" | {busybox} tr "\\n" " " >> {tmp_path}/calls\necho >> {tmp_path}/calls\n'
+        '[ "${1##*/}" != refused.ko ] || { echo "insmod: cannot insert: Invalid argument" >&2; exit 1; }\n'
+    )
+    stub.chmod(0o755)
+
+    def run(order: str, command_line: str) -> list[list[str]]:
+        (modules / "order").write_text(order)
+        for line in order.splitlines():
+            (modules / line.split()[0]).touch()
+        (tmp_path / "cmdline").write_text(command_line)
+        script = Path(image.__file__).with_name("init").read_text()
+        functions = script[: script.index("$busybox mount -t proc")]
+        for word, here in (("/bin/busybox", stub), ("/modules", modules), ("/proc/cmdline", tmp_path / "cmdline")):
+            functions = functions.replace(word, str(here))
+        done = subprocess.run(
+            [busybox, "sh", "-c", f"{functions}\nload_modules"], capture_output=True, text=True, check=True
+        )
+        (tmp_path / "said").write_text(done.stdout + done.stderr)
+        assert not list(modules.glob("*.ko"))  # what is loaded is removed: it would only take memory
+        calls = (tmp_path / "calls").read_text().splitlines()
+        return [[Path(module).name, *options] for module, *options in (call.split() for call in calls)]
+
+    return run
+
+
+def test_stage_one_gives_modules_their_options_and_then_the_command_lines(
+    insmod_calls: Callable[[str, str], list[list[str]]], tmp_path: Path
+) -> None:
+    calls = insmod_calls(
+        "loop.ko\nvirtio_blk.ko queue_depth=64 flags=*\nvirtio.ko\n",
+        "ro virtio-blk.queue-depth=8 console=ttyS0 virtio_blk.x=a.b=c not_virtio_blk.y=1 virtio_blk.bare "
+        "virtio.debug=1 loop=5 foo=virtio.z=2 -- virtio_blk.init=1\n",
+    )
+
+    assert calls == [
+        ["loop.ko"],
+        ["virtio_blk.ko", "queue_depth=64", "flags=*", "queue-depth=8", "x=a.b=c"],
+        ["virtio.ko", "debug=1"],
+    ]
+    assert (tmp_path / "said").read_text() == ""
+
+
+def test_a_value_with_blanks_does_not_spill_into_stage_ones_options(
+    insmod_calls: Callable[[str, str], list[list[str]]],
+) -> None:
+    assert insmod_calls("a.ko\n", 'a.dyndbg="file x +p" a.name="y" a.last=1\n') == [["a.ko", 'name="y"', "last=1"]]
+
+
+def test_stage_one_goes_on_without_a_module_that_is_refused(
+    insmod_calls: Callable[[str, str], list[list[str]]], tmp_path: Path
+) -> None:
+    assert insmod_calls("refused.ko\nvirtio.ko\n", "quiet\n") == [["refused.ko"], ["virtio.ko"]]
+    assert (tmp_path / "said").read_text() == (
+        "vmcapture: kernel module refused.ko: Invalid argument; going on without it\n"
+    )

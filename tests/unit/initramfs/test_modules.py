@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import lzma
-import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +11,19 @@ import pytest
 import zstandard
 
 from initramfs.errors import ImageError, ModuleNotThereError
-from initramfs.modules import LoadPlan, dependencies, modinfo, module_name, read_module, read_tree
+from initramfs.modules import (
+    LoadPlan,
+    dependencies,
+    firmware,
+    host_options,
+    modinfo,
+    module_name,
+    parse_options,
+    read_module,
+    read_tree,
+)
+
+from .conftest import elf_module
 
 
 def names(plan: LoadPlan) -> list[str]:
@@ -50,6 +61,25 @@ def test_a_soft_dependency_that_is_not_there_is_reported_only(module_tree: Path)
     assert plan.missing == ("crc32c",)
 
 
+def test_soft_dependencies_on_several_lines_add_up(module_tree: Path) -> None:
+    # As btrfs has them.
+    (module_tree / "modules.softdep").write_text(
+        "softdep xfs pre: loop\nsoftdep xfs pre: virtio-ring\nsoftdep xfs post: later\nsoftdep\n"
+    )
+
+    assert names(read_tree(module_tree).plan(("xfs",))) == ["loop", "virtio_ring", "libcrc32c", "xfs"]
+
+
+def test_an_alias_line_that_is_cut_short_says_nothing(module_tree: Path) -> None:
+    with (module_tree / "modules.alias").open("a") as aliases:
+        aliases.write("alias fs-odd\nalias\n")
+
+    tree = read_tree(module_tree)
+
+    assert tree.lookup("fs-odd") is None
+    assert tree.lookup("fs-xfs") == "xfs"
+
+
 def test_a_wanted_module_that_is_not_there_is_an_error(module_tree: Path) -> None:
     with pytest.raises(ModuleNotThereError, match="no module floppy, and it is not built in"):
         read_tree(module_tree).plan(("floppy",))
@@ -60,6 +90,13 @@ def test_an_optional_module_that_is_not_there_is_reported(module_tree: Path) -> 
 
     assert names(plan) == ["loop", "virtio_ring", "virtio"]
     assert plan.missing == ("floppy",)
+
+
+def test_a_welcome_module_comes_last_and_is_not_missed(module_tree: Path) -> None:
+    plan = read_tree(module_tree).plan(("loop",), optional=("virtio",), welcome=("floppy", "virtio_pci", "ext4"))
+
+    assert names(plan) == ["loop", "virtio_ring", "virtio", "virtio_pci"]
+    assert plan.missing == ()
 
 
 def test_a_dependency_without_a_file_is_an_error(module_tree: Path) -> None:
@@ -84,33 +121,17 @@ def test_a_directory_that_is_no_module_tree_is_refused(tmp_path: Path) -> None:
         read_tree(tmp_path)
 
 
-def elf_module(depends: str, softdep: str = "") -> bytes:
-    """Return a relocatable ELF file with a ``.modinfo`` section, written by hand from the ELF specification."""
-    content = b"license=GPL\0depends=" + depends.encode() + b"\0"
-    content += b"softdep=" + softdep.encode() + b"\0" if softdep else b""
-    strings = b"\0.modinfo\0.shstrtab\0"
-    header_size, section_size = 64, 64
-    table = header_size + len(content) + len(strings)
-    header = struct.pack(
-        "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 1, 62, 1, 0, 0, table, 0, header_size, 0, 0, section_size, 3, 2
-    )
-
-    def section(name: int, kind: int, offset: int, size: int) -> bytes:
-        return struct.pack("<IIQQQQIIQQ", name, kind, 0, 0, offset, size, 0, 0, 1, 0)
-
-    sections = (
-        section(0, 0, 0, 0)
-        + section(1, 1, header_size, len(content))
-        + section(10, 3, header_size + len(content), len(strings))
-    )
-    return header + content + strings + sections
+def depending(depends: str, *more: str) -> bytes:
+    return elf_module("license=GPL", f"depends={depends}", *more)
 
 
 def test_without_modules_dep_the_modules_themselves_are_asked(tmp_path: Path) -> None:
-    (tmp_path / "virtio_blk.ko.xz").write_bytes(lzma.compress(elf_module("virtio,virtio-ring")))
-    (tmp_path / "virtio.ko.gz").write_bytes(gzip.compress(elf_module("virtio_ring", "pre: helper also post: later")))
-    (tmp_path / "virtio_ring.ko.zst").write_bytes(zstandard.compress(elf_module("")))
-    (tmp_path / "helper.ko").write_bytes(elf_module(""))
+    (tmp_path / "virtio_blk.ko.xz").write_bytes(lzma.compress(depending("virtio,virtio-ring")))
+    (tmp_path / "virtio.ko.gz").write_bytes(
+        gzip.compress(depending("virtio_ring", "softdep=pre: helper also post: later"))
+    )
+    (tmp_path / "virtio_ring.ko.zst").write_bytes(zstandard.compress(depending("")))
+    (tmp_path / "helper.ko").write_bytes(depending(""))
 
     plan = read_tree(tmp_path).plan(("virtio_blk",))
 
@@ -119,12 +140,56 @@ def test_without_modules_dep_the_modules_themselves_are_asked(tmp_path: Path) ->
 
 
 def test_modinfo_gives_every_pair(tmp_path: Path) -> None:
-    (tmp_path / "a.ko").write_bytes(elf_module("b,c", "pre: d"))
+    (tmp_path / "a.ko").write_bytes(depending("b,c", "softdep=pre: d"))
 
     pairs = modinfo(tmp_path / "a.ko")
 
     assert pairs == (("license", "GPL"), ("depends", "b,c"), ("softdep", "pre: d"))
     assert dependencies(pairs) == (("b", "c"), ("d",))
+
+
+def test_firmware_is_every_file_that_the_module_names(tmp_path: Path) -> None:
+    (tmp_path / "a.ko").write_bytes(elf_module("firmware=vendor/one.bin", "license=GPL", "firmware=two.fw"))
+
+    assert firmware(modinfo(tmp_path / "a.ko")) == ("vendor/one.bin", "two.fw")
+
+
+def test_options_are_those_of_each_line_in_their_order() -> None:
+    configuration = (
+        "blacklist pcspkr\n"
+        "options virtio-blk queue_depth=64\n"
+        'options dyn dyndbg="file a.c +p"  other=1\n'
+        "alias options xfs\n"
+        "options virtio_blk num_request_queues=1\n"
+        "options empty\n"
+    )
+
+    assert parse_options(configuration) == (
+        ("virtio_blk", "queue_depth=64"),
+        ("dyn", 'dyndbg="file a.c +p"  other=1'),
+        ("virtio_blk", "num_request_queues=1"),
+    )
+
+
+@pytest.fixture
+def modprobe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("initramfs.tools.SYSTEM_DIRECTORIES", "")
+    return tmp_path / "modprobe"
+
+
+def test_modprobe_tells_the_options_of_this_machine(modprobe: Path) -> None:
+    modprobe.write_text('#!/bin/sh\n[ "$*" = -c ] && echo "options loop max_loop=8"\n')
+    modprobe.chmod(0o755)
+
+    assert host_options() == (("loop", "max_loop=8"),)
+
+
+def test_without_a_modprobe_that_tells_there_are_no_options(modprobe: Path) -> None:
+    assert host_options() == ()
+    modprobe.write_text("#!/bin/sh\nexit 1\n")
+    modprobe.chmod(0o755)
+    assert host_options() == ()
 
 
 def plain(data: bytes) -> bytes:
