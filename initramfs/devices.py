@@ -43,6 +43,9 @@ class Needed:
     loaded: tuple[str, ...]
     built_in: tuple[str, ...]
 
+    def __add__(self, other: Needed) -> Needed:
+        return Needed((*self.loaded, *other.loaded), (*self.built_in, *other.built_in))
+
 
 def mount_of(path: Path, mountinfo: Path = Path("/proc/self/mountinfo"), sys: Path = SYS) -> Mount:
     """Return the mount that holds the path, or its nearest existing parent; links are followed."""
@@ -193,9 +196,10 @@ def modules_for_target(target: str) -> Needed:
     device = modules_for_device(node)
     kind = filesystem_of(str(node))
     if kind is None:
-        return device
-    filesystem = modules_for_filesystem(kind)
-    return Needed((*device.loaded, *filesystem.loaded), (*device.built_in, *filesystem.built_in))
+        raise ImageError(
+            f"{target}: blkid finds no file system on it; make one, mkfs.ext4 {node}, or name another disk"
+        )
+    return device + modules_for_filesystem(kind)
 
 
 def modules_for_mount(mount: Mount) -> Needed:
@@ -205,9 +209,7 @@ def modules_for_mount(mount: Mount) -> Needed:
             f"{mount.point} is a {mount.kind} without a block device; name the disk for the dump with "
             "--target, or its modules with --module"
         )
-    device = modules_for_device(Path(mount.device))
-    filesystem = modules_for_filesystem(mount.kind)
-    return Needed((*device.loaded, *filesystem.loaded), (*device.built_in, *filesystem.built_in))
+    return modules_for_device(Path(mount.device)) + modules_for_filesystem(mount.kind)
 
 
 def is_loaded(name: str, sys: Path = SYS) -> bool:

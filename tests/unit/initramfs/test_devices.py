@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from capture.errors import UsageError
+from initramfs import devices
 from initramfs.devices import (
     Mount,
     Needed,
@@ -307,3 +308,17 @@ def test_jacks_buttons_and_mice_are_no_keyboards(sysfs: Sysfs) -> None:
 
 def test_a_machine_without_input_devices_has_no_keyboard(sysfs: Sysfs) -> None:
     assert keyboard_modules(sysfs.root) == ()
+
+
+def test_a_target_without_a_file_system_is_refused_while_the_machine_is_healthy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blkid = tmp_path / "blkid"  # as util-linux answers for a disk of zeros: nothing, and status 2
+    blkid.write_text("#!/bin/sh\nexit 2\n")
+    blkid.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(devices, "find_device", lambda _: Path("/dev/vdb"))
+    monkeypatch.setattr(devices, "modules_for_device", lambda _: Needed(("virtio_blk",), ()))
+
+    with pytest.raises(ImageError, match=r"/dev/vdb: blkid finds no file system on it; make one, mkfs\.ext4 /dev/vdb"):
+        modules_for_target("/dev/vdb")
