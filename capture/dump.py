@@ -189,11 +189,11 @@ def _copy(copier: Copier, writer: KdumpWriter, vmcore: Vmcore, progress: Progres
     except CaptureError as error:
         return str(error)
     except KeyboardInterrupt:
-        return f"interrupted after {copier.statistics.pages} of {vmcore.image.page_count} pages"
+        return "interrupted"
     except MemoryError:
-        return f"out of memory after {copier.statistics.pages} of {vmcore.image.page_count} pages; try --threads 1"
+        return "out of memory; try --threads 1"
     except Exception as error:  # (a codec or a bug; what was copied so far is worth its descriptors)
-        return f"internal error after {copier.statistics.pages} pages: {type(error).__name__}: {error}"
+        return f"internal error: {type(error).__name__}: {error}"
     return None
 
 
