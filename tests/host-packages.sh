@@ -16,6 +16,7 @@ guest=(
     e2fsck:e2fsprogs
     depmod:kmod
     findfs:util-linux
+    blkid:util-linux
     mount:mount
     tar:tar
     dpkg:dpkg

@@ -122,7 +122,7 @@ class ImageStore:
                 squashfs=None,
                 python_roots=("capture", "initramfs"),
                 launcher_module="initramfs",
-                binaries=(host.find("kexec"),),
+                binaries=(host.find("kexec"), host.find("blkid")),
             )
         )
         shutil.copy(kernel.vmlinuz, contents / "vmlinuz")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 PACKAGES: Mapping[str, str] = {
     "apt-get": "apt",
+    "blkid": "util-linux",
     "busybox": "busybox-static",
     "crash": "crash",
     "debugfs": "e2fsprogs",

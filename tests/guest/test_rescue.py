@@ -107,8 +107,9 @@ def test_a_target_that_is_too_small_keeps_what_fits_and_a_shell_says_so(
 
 
 def test_a_kernel_without_squashfs_runs_from_a_plain_tree(case: Case, guest_folder: Path, tmp_path: Path) -> None:
+    """All of the tree is in memory, in a tmpfs that the kernel caps at half of it."""
     store = ImageStore(guest_folder / "plain-images", squashfs=False)
-    with rescue_shell(case, store, tmp_path) as machine:
+    with rescue_shell(replace(case, crashkernel="320M"), store, tmp_path) as machine:
         assert "vmcapture: saved in LABEL=crash" in machine.console
         assert "squashfs" not in demand(machine, "cat /proc/mounts")
         machine.send("poweroff -f")

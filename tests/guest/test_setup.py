@@ -20,10 +20,16 @@ IMAGE = "/run/healthy/capture.img"
 def machine(
     kernels: Callable[[str], Kernel], image_store: ImageStore, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Machine]:
-    """One machine for all tests here; each of them leaves it disarmed."""
+    """One machine for all tests here."""
     kernels(RESCUE.kernel)  # skips here, where it can say why
     with healthy(RESCUE, image_store, tmp_path_factory.mktemp("setup")) as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def disarmed_after(machine: Machine) -> Iterator[None]:
+    yield
+    demand(machine, "vmcapture unload")
 
 
 def crash_loaded(machine: Machine) -> str:
@@ -59,7 +65,6 @@ def test_a_disk_named_by_its_device_is_loaded_by_its_uuid(machine: Machine) -> N
     words = json.loads(demand(machine, "vmcapture status --json"))["loaded"]["command_line"].split()
     (uuid,) = [word.removeprefix("vmcapture.target=UUID=") for word in words if word.startswith("vmcapture.target=")]
     assert demand(machine, f"findfs UUID={uuid}").strip() == "/dev/vdb"
-    demand(machine, "vmcapture unload")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -280,3 +282,21 @@ def test_a_missing_kexec_names_its_package(machine: Path, monkeypatch: pytest.Mo
 
     with pytest.raises(ToolError, match="install kexec-tools"):
         kexec.load(crash_kernel(machine))
+
+
+@pytest.mark.parametrize(("unpacked", "refused"), [(80 << 20, False), (110 << 20, True)])
+def test_a_plain_tree_that_half_of_the_memory_cannot_hold_is_refused(
+    machine: Path, unpacked: int, refused: bool
+) -> None:
+    """(256 MiB - 48 MiB for the kernel) / 2 = 104 MiB."""
+    (machine / "image").write_bytes(gzip.compress(bytes(unpacked), 1))
+
+    if not refused:
+        assert kexec.load(crash_kernel(machine)).syscall == "load"
+        return
+    with pytest.raises(KexecError, match="a plain tree of 110 MiB, which does not unpack in crashkernel=256M") as error:
+        kexec.load(crash_kernel(machine))
+    reserved = re.search(r"reserve (\d+)M", str(error.value))
+    assert reserved is not None
+    (machine / "crash_size").write_text(f"{int(reserved[1]) << 20}\n")
+    assert kexec.load(crash_kernel(machine)).syscall == "load"
