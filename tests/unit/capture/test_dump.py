@@ -414,7 +414,8 @@ def test_a_real_signal_leaves_a_readable_dump_with_status_3(name: str, tmp_path:
     left = Path(f"{target}.incomplete")
     deadline = time.monotonic() + 20
     empty = 4 * PAGE + 24 * 6000
-    while not (left.exists() and left.stat().st_size > empty + 30_000) and time.monotonic() < deadline:
+    # Six chunks of 30 kB each: with the second one there, the first will surely be described.
+    while not (left.exists() and left.stat().st_size > empty + 45_000) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(getattr(signal, name))
     _, err = process.communicate(timeout=20)
