@@ -137,7 +137,12 @@ def _add_dump_options(parser: argparse.ArgumentParser, *, level: int | None) -> 
         help="dump level: 0 every page, 1 zero pages share one (default)",
     )
     parser.add_argument("-c", "--compress", metavar="CODEC", help="zstd[:LEVEL] (default), zlib[:LEVEL] or none")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="compressing threads (default: one a CPU)")
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="compressing threads (default: one a CPU, less where memory is short)",
+    )
 
 
 def _level(text: str) -> int:

@@ -91,6 +91,11 @@ class Copier:
     @property
     def statistics(self) -> CopyStatistics:
         """What is in the dump by now. The writer may have dropped its newest pages: a full disk, a failed sync."""
+        self._count_kept()
+        return self._statistics
+
+    def _count_kept(self) -> None:
+        """Count the blocks that have their descriptors."""
         statistics = self._statistics
         kept = self._writer.pages_written if self._writer is not None else 0
         while self._uncounted and statistics.pages + self._uncounted[0].pages <= kept:
@@ -101,13 +106,12 @@ class Copier:
             statistics.data_bytes += counts.data_bytes
             for pfn in counts.unreadable:
                 statistics.unreadable.add(pfn)
-        return statistics
 
     def _write(self, worked: _Worked, writer: KdumpWriter, progress: Progress) -> None:
         writer.append(worked.packed)
         self._uncounted.append(worked.counts)
         progress.advance(worked.counts.pages * self._image.page_size)
-        _ = self.statistics  # what has its descriptors need not wait to be counted
+        self._count_kept()
 
     def _work(self, chunk: Chunk) -> _Worked:
         block = self._image.fetch(chunk)

@@ -26,7 +26,7 @@ THREAD_MEMORY = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class DumpOptions:
-    """How to dump. ``threads`` None means one a CPU that we may run on; ``replace`` an existing file."""
+    """How to dump. ``threads`` None means ``default_threads()``; ``replace`` an existing file."""
 
     level: int = 1
     compression: str = codecs.DEFAULT

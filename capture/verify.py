@@ -92,7 +92,8 @@ def verify(dump: KdumpFile, image: MemoryImage | None, *, progress: bool) -> Ver
         )
     report = VerifyReport(incomplete=dump.incomplete, compared=image is not None)
     source = _SourcePages(image) if image else None
-    with Progress("verifying", dump.page_count() * dump.page_size, enabled=progress) as meter:
+    total = dump.page_count() * dump.page_size if progress else 0  # counting reads all of bitmap 2
+    with Progress("verifying", total, enabled=progress) as meter:
         for batch in dump.pages():
             report.pages += len(batch.pfns)
             for index, reason in batch.bad.items():
