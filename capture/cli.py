@@ -139,7 +139,7 @@ def _add_dump_options(parser: argparse.ArgumentParser, *, level: int | None) -> 
     parser.add_argument("-c", "--compress", metavar="CODEC", help="zstd[:LEVEL] (default), zlib[:LEVEL] or none")
     parser.add_argument(
         "--threads",
-        type=_positive,
+        type=positive(1024),
         metavar="N",
         help="compressing threads (default: one a CPU, less where memory is short)",
     )
@@ -153,10 +153,15 @@ def _level(text: str) -> int:
     return int(text)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 1024:
-        raise argparse.ArgumentTypeError(f"{text}: a number from 1 to 1024 is needed")
-    return int(text)
+def positive(most: int | None = None) -> Callable[[str], int]:
+    """Return the type of an option that takes a number from 1 on, up to ``most``."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1 or (most is not None and int(text) > most):
+            raise argparse.ArgumentTypeError(f"{text}: a number from 1 {f'to {most}' if most else 'on'} is needed")
+        return int(text)
+
+    return number
 
 
 def _failed(reason: str, status: int) -> int:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import capture.cli
-from capture.cli import Subparsers, command
+from capture.cli import Subparsers, command, positive
 from capture.console import Console
 from initramfs import devices, kexec, modules
 from initramfs.devices import Needed
@@ -86,15 +86,9 @@ def _add_load(subparsers: Subparsers) -> None:
     way.add_argument("--syscall", choices=kexec.SYSCALLS, default="auto", help="auto: the first one that works")
     way.add_argument("-s", dest="syscall", action="store_const", const="file", help="kexec_file_load")
     way.add_argument("-c", dest="syscall", action="store_const", const="load", help="kexec_load")
-    add("--cpus", type=_positive, default=1, metavar="N", help="CPUs in the capture kernel (default: %(default)s)")
+    add("--cpus", type=positive(), default=1, metavar="N", help="CPUs in the capture kernel (default: %(default)s)")
     add("--append", default="", metavar="STR", help="more for the capture kernel's command line")
     add("--command-line", metavar="STR", help="the capture kernel's whole command line")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a number from 1 on is needed")
-    return int(text)
 
 
 def default_kernel(release: str, root: Path = Path("/")) -> Path:
