@@ -1,54 +1,81 @@
-"""Kernel virtual addresses → bytes, as far as the ELF header and VMCOREINFO alone can tell.
+"""Kernel virtual addresses → bytes.
 
-Two linear maps cover what the log needs: the kernel image (its place is in VMCOREINFO) and the direct map (``p_vaddr``
-of the PT_LOADs). Both are looked up, not walked: an address that neither covers is "not mapped".
+The kernel image (its place is in VMCOREINFO) and the direct map (``p_vaddr`` of the PT_LOADs) are looked up; all else,
+vmalloc and vmemmap, is found through the page tables in the dead memory. An address that nothing covers is "not
+mapped".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 from capture.kernel.arch import aarch64, x86_64
+from capture.kernel.pagetable import Mapping, PageTables
 from capture.memory.image import LinearMap, MemoryImage, UnreadableMemory
 from capture.notes.vmcoreinfo import VmcoreInfo
 
-_IMAGE_RULES: dict[str, Callable[[int, VmcoreInfo], int | None]] = {
-    "x86_64": x86_64.kernel_image_physical,
-    "aarch64": aarch64.kernel_image_physical,
-}
+_ARCHITECTURES: dict[str, ModuleType] = {"x86_64": x86_64, "aarch64": aarch64}
 
 
 class KernelMemory:
-    """Reads the dead kernel's memory by virtual address."""
+    """Reads the dead kernel's memory by virtual address.
+
+    ``tables`` are its page tables, None where VMCOREINFO does not lead to them.
+    """
 
     def __init__(self, image: MemoryImage, info: VmcoreInfo, machine: str) -> None:
         self._image = image
         self._info = info
-        self._rule = _IMAGE_RULES[machine]
+        architecture = _ARCHITECTURES[machine]
+        self._rule: Callable[[int, VmcoreInfo], int | None] = architecture.kernel_image_physical
+        geometry = architecture.geometry(info)
+        self.tables = None if geometry is None else PageTables(image.read, geometry)
         self._last: LinearMap | None = None
         """Where the last address lay: the next one is near it, and there may be thousands of maps."""
 
     def physical(self, address: int) -> int | None:
         """Return the physical address, or None: not mapped as far as we can tell."""
+        mapping = self.mapping(address)
+        return None if mapping is None else mapping.physical + address - mapping.virtual
+
+    def mapping(self, address: int) -> Mapping | None:
+        """Return what lies together with ``address`` in physical memory, None where it is not mapped.
+
+        Of the kernel image, no more than its page: VMCOREINFO does not say where the image ends.
+        """
         found = self._rule(address, self._info)
         if found is not None:
-            return found
-        if self._last is None or not 0 <= address - self._last.virtual < self._last.size:
-            maps = (linear for linear in self._image.linear_maps if 0 <= address - linear.virtual < linear.size)
-            self._last = next(maps, None)
-        return None if self._last is None else self._last.physical + address - self._last.virtual
+            within = address % self._image.page_size
+            return Mapping(address - within, found - within, self._image.page_size) if found >= within else None
+        linear = self._linear(address)
+        if linear is not None:
+            return Mapping(linear.virtual, linear.physical, linear.size)
+        return None if self.tables is None else self.tables.lookup(address)
 
     def read(self, address: int, length: int) -> bytes:
         """Return ``length`` bytes at a virtual address.
 
         Raises:
-            UnreadableMemory: it is not mapped, or its memory is not in the source.
+            UnreadableMemory: some of it is not mapped, or its memory is not in the source.
         """
-        physical = self.physical(address)
-        if physical is None:
-            raise UnreadableMemory(f"virtual address {address:#x} is not mapped")
-        return self._image.read(physical, length)
+        pieces: list[bytes] = []
+        while length > 0:
+            mapping = self.mapping(address)
+            if mapping is None:
+                raise UnreadableMemory(f"virtual address {address:#x} is not mapped")
+            take = min(length, mapping.virtual + mapping.size - address)
+            pieces.append(self._image.read(mapping.physical + address - mapping.virtual, take))
+            address += take
+            length -= take
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def read_unsigned(self, address: int, size: int) -> int:
         """Return a little-endian unsigned number of ``size`` bytes; raises as ``read`` does."""
         return int.from_bytes(self.read(address, size), "little")
+
+    def _linear(self, address: int) -> LinearMap | None:
+        if self._last is None or not 0 <= address - self._last.virtual < self._last.size:
+            maps = (linear for linear in self._image.linear_maps if 0 <= address - linear.virtual < linear.size)
+            self._last = next(maps, None)
+        return self._last
