@@ -9,7 +9,8 @@ Memory: a few arrays of the size of the program header table, and one chunk at a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -124,9 +125,11 @@ class MemoryImage:
         for chunk_first, pages, _ in self._ordered():
             yield chunk_first, pages
 
-    def chunks(self, first_pfn: int = 0, end_pfn: int | None = None) -> Iterator[Chunk]:
-        """Yield every page in [first_pfn, end_pfn) once, in PFN order, in chunks (CHUNK_PAGES, CHUNK_BYTES)."""
-        end_pfn = self.max_pfn if end_pfn is None else end_pfn
+    def chunks(self, runs: Iterable[tuple[int, int]] | None = None) -> Iterator[Chunk]:
+        """Yield pages once, in PFN order, in chunks (CHUNK_PAGES, CHUNK_BYTES): all, or those in ``runs``.
+
+        ``runs`` are (first PFN, pages), ascending and disjoint; what of them is not in memory is passed over.
+        """
         limit = min(CHUNK_PAGES, CHUNK_BYTES // self.page_size)
         reach = (_SPAN_FACTOR - 1) * limit * self.page_size
         pending: list[tuple[int, int, int]] = []
@@ -138,20 +141,18 @@ class MemoryImage:
                 yield self._chunk(pending)
             pending, room = [], limit
 
-        for run_pfn, run_pages, run_offset in self._ordered():
-            first, end = max(run_pfn, first_pfn), min(run_pfn + run_pages, end_pfn)
-            if run_offset is None:
-                if first < end:
-                    yield from flush()
-                    yield Chunk(np.array([run_pfn], dtype=np.int64), None)
+        for piece_first, piece_pages, piece_offset in self._ordered() if runs is None else self._within(runs):
+            if piece_offset is None:
+                yield from flush()
+                yield Chunk(np.array([piece_first], dtype=np.int64), None)
                 continue
-            while first < end:
-                offset = run_offset + (first - run_pfn) * self.page_size
+            first, left, offset = piece_first, piece_pages, piece_offset
+            while left:
                 if pending and not 0 <= offset - pending[0][2] <= reach:
                     yield from flush()
-                pages = min(room, end - first)
+                pages = min(room, left)
                 pending.append((first, pages, offset))
-                first += pages
+                first, left, offset = first + pages, left - pages, offset + pages * self.page_size
                 room -= pages
                 if not room:
                     yield from flush()
@@ -182,12 +183,10 @@ class MemoryImage:
         pieces: list[bytes] = []
         while length > 0:
             pfn, within = divmod(address, self.page_size)
-            index = int(np.searchsorted(self.extents["pfn"], pfn, side="right")) - 1
-            extent = self.extents[index] if index >= 0 else None
-            if extent is not None and pfn < int(extent["pfn"]) + int(extent["pages"]):
-                skip = (pfn - int(extent["pfn"])) * self.page_size + within
-                take = min(length, int(extent["pages"]) * self.page_size - skip)
-                piece = self._read_exactly(int(extent["offset"]) + skip, take)
+            there = self._find(address)
+            if there is not None:
+                take = min(length, there[1])
+                piece = self._read_exactly(there[0], take)
             elif pfn in self._partial:
                 take = min(length, self.page_size - within)
                 block = self._assemble(pfn)
@@ -199,7 +198,60 @@ class MemoryImage:
             pieces.append(piece)
             address += take
             length -= take
-        return b"".join(pieces)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def view(self, address: int, length: int) -> memoryview:
+        """Return ``length`` bytes of physical memory at ``address`` without a copy where they can be mapped.
+
+        Raises:
+            UnreadableMemory: some of it is not in the source or cannot be read.
+        """
+        there = self._find(address)
+        if there is not None and length <= there[1]:
+            with contextlib.suppress(OSError):
+                view = self.source.map(there[0], length)
+                if view is not None:
+                    return view
+        return memoryview(self.read(address, length))
+
+    def holds(self, first_pfn: int, pages: int) -> NDArray[np.bool_]:
+        """Return which of the pages from ``first_pfn`` on there are."""
+        there = np.zeros(pages, dtype=np.bool_)
+        ends = self.extents["pfn"] + self.extents["pages"]
+        for extent in self.extents[int(np.searchsorted(ends, first_pfn, side="right")) :]:
+            start = int(extent["pfn"]) - first_pfn
+            if start >= pages:
+                break
+            there[max(0, start) : start + int(extent["pages"])] = True
+        for pfn in self._partial:
+            if 0 <= pfn - first_pfn < pages:
+                there[pfn - first_pfn] = True
+        return there
+
+    def _find(self, address: int) -> tuple[int, int] | None:
+        """Return where in the source a physical address lies, and how many bytes follow in the same extent."""
+        pfn, within = divmod(address, self.page_size)
+        index = int(np.searchsorted(self.extents["pfn"], pfn, side="right")) - 1
+        if index < 0:
+            return None
+        extent = self.extents[index]
+        skip = (pfn - int(extent["pfn"])) * self.page_size + within
+        room = int(extent["pages"]) * self.page_size - skip
+        return (int(extent["offset"]) + skip, room) if room > 0 else None
+
+    def _within(self, runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int | None]]:
+        """Yield what of ``_ordered`` lies in ``runs``."""
+        pieces = self._ordered()
+        piece = next(pieces, None)
+        for first, pages in runs:
+            end = first + pages
+            while piece is not None and piece[0] < end:
+                low, high = max(first, piece[0]), min(end, piece[0] + piece[1])
+                if low < high:
+                    yield low, high - low, None if piece[2] is None else piece[2] + (low - piece[0]) * self.page_size
+                if piece[0] + piece[1] > end:
+                    break
+                piece = next(pieces, None)
 
     def _ordered(self) -> Iterator[tuple[int, int, int | None]]:
         """Yield extents and partial pages (offset None) in PFN order."""
