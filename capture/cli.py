@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from capture import __version__
 from capture.console import PREFIX, Console, open_standard_streams, print_line, printable
 from capture.errors import CaptureError, UsageError
+from capture.levels import parse_levels
 
 Subparsers = Any  # argparse's own type for add_subparsers() is private
 
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None, extend: Callable[[Subparsers], None]
 def add_commands(subparsers: Subparsers) -> None:
     """Add the commands of the capture side."""
     dump = command(subparsers, "dump", _dump, "write one dump, kdump-compressed")
-    _add_dump_options(dump, level=1)
+    _add_dump_options(dump, levels=(1,))
     dump.add_argument("--force", action="store_true", help="replace OUT if it exists")
     _add_source(dump, required=True)
     dump.add_argument("out", metavar="OUT", type=Path, help="the dump to write")
@@ -93,7 +94,7 @@ def add_commands(subparsers: Subparsers) -> None:
     verify.add_argument("--against", metavar="SOURCE", help="compare every page with this vmcore, byte for byte")
 
     save = command(subparsers, "save", _save, "the whole job, as on a crash boot: log, registers, dump, manifest")
-    _add_dump_options(save, level=None)
+    _add_dump_options(save, levels=None)
     save.add_argument("--source", metavar="SOURCE", help="the vmcore to save (default: /proc/vmcore)")
     save.add_argument(
         "directory", metavar="DIR", nargs="?", type=Path,
@@ -127,15 +128,21 @@ def _add_source(parser: argparse.ArgumentParser, *, required: bool = False) -> N
     )  # fmt: skip
 
 
-def _add_dump_options(parser: argparse.ArgumentParser, *, level: int | None) -> None:
+def _add_dump_options(parser: argparse.ArgumentParser, *, levels: tuple[int, ...] | None) -> None:
+    default = "the kernel command line's, else 31" if levels is None else ",".join(map(str, levels))
     parser.add_argument(
-        "-d",
-        "--level",
-        type=_level,
-        default=level,
-        metavar="LEVEL",
-        help="dump level: 0 every page, 1 zero pages share one (default)",
-    )
+        "-d", "--level", type=_levels, default=levels, metavar="LEVEL[,LEVEL...]",
+        help="dump level, the sum of what to leave out: 1 zero pages, 2 page cache, 4 page cache with private data, "
+        f"8 user pages, 16 free pages; of several, the first that fits on the target (default: {default})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trust-filter", action="store_true",
+        help="make that level even when the page filter fails its checks",
+    )  # fmt: skip
+    parser.add_argument(
+        "--exclude-vmemmap", action="store_true",
+        help="leave out what of mem_map describes only pages that are left out",
+    )  # fmt: skip
     parser.add_argument("-c", "--compress", metavar="CODEC", help="zstd[:LEVEL] (default), zlib[:LEVEL] or none")
     parser.add_argument(
         "--threads",
@@ -145,12 +152,11 @@ def _add_dump_options(parser: argparse.ArgumentParser, *, level: int | None) -> 
     )
 
 
-def _level(text: str) -> int:
-    if "," in text:
-        raise argparse.ArgumentTypeError(f"{text}: a list of levels is not supported yet; give one level")
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: a dump level is a number from 0 to 31")
-    return int(text)
+def _levels(text: str) -> tuple[int, ...]:
+    try:
+        return parse_levels(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(most: int | None = None) -> Callable[[str], int]:
@@ -176,15 +182,17 @@ def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
 # What a command needs is imported when it runs: `vmcapture status` should not wait for NumPy.
 
 
-def _dump_options(args: argparse.Namespace, level: int, compression: str, *, replace: bool) -> Any:  # noqa: ANN401
+def _dump_options(args: argparse.Namespace, levels: tuple[int, ...], compression: str, *, replace: bool) -> Any:  # noqa: ANN401
     from capture.dump import DumpOptions
 
     options = DumpOptions(
-        level=level if args.level is None else args.level,
+        levels=levels if args.level is None else args.level,
         compression=args.compress or compression,
         threads=args.threads,
         replace=replace,
         progress=progress_wanted(args),
+        trust_filter=args.trust_filter,
+        exclude_vmemmap=args.exclude_vmemmap,
     )
     options.check()
     return options
@@ -202,9 +210,11 @@ def _dump(args: argparse.Namespace) -> int:
     with open_vmcore(args.source) as vmcore:
         for line in vmcore.problems:
             console.say(line)
-        report = write_dump(vmcore, args.out, options)
+        report = write_dump(vmcore, args.out, options, console.say)
     shortfall = report.shortfall()
-    summary = f"{report.path}: {report.pages_written} of {report.pages} pages, {report.size} bytes"
+    summary = (
+        f"{report.path}: level {report.level}, {report.pages_written} of {report.pages} pages, {report.size} bytes"
+    )
     if shortfall is None:
         console.say(summary)
         return 0
@@ -244,14 +254,20 @@ def _registers(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     from capture import report
+    from capture.dumpfile.codec import DEFAULT, codec
+    from capture.pagefilter import PageFilter
+    from capture.survey import take_survey
     from capture.vmcore import open_vmcore
 
     with open_vmcore(args.source) as vmcore:
         values = report.describe(vmcore, report.find_panic(vmcore))
+        page_filter = PageFilter(vmcore)
+        survey = take_survey(vmcore.image, page_filter, codec(DEFAULT), len(vmcore.notes.blob))
+        found = report.survey_values(survey, page_filter, codec(DEFAULT).name)
     if args.json:
-        print(json.dumps(values, indent=1))
+        print(json.dumps(values | found, indent=1))
     else:
-        print(report.description_text(values), end="")
+        print(report.description_text(values) + report.survey_text(found), end="")
     return 0
 
 
@@ -281,7 +297,7 @@ def _save(args: argparse.Namespace) -> int:
 
     console = Console(quiet=args.quiet)
     boot = config.parse(COMMAND_LINE.read_text(errors="replace"))
-    options = _dump_options(args, boot.level, boot.compression, replace=False)
+    options = _dump_options(args, boot.levels, boot.compression, replace=False)
     if args.directory is None:
         saved = save_to_target(boot, console, options, args.source)
     else:

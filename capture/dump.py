@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from capture.copier import Copier, CopyStatistics
 from capture.dumpfile import codec as codecs
 from capture.dumpfile.output import OutputFile, sync_directory, target_error
 from capture.dumpfile.writer import DumpPlan, KdumpWriter
-from capture.errors import CaptureError, TargetError, UsageError
+from capture.errors import CaptureError, TargetError
 from capture.kernel.address import KernelMemory
 from capture.kernel.utsname import read_utsname
+from capture.levels import parse_levels
+from capture.pagefilter import PageFilter
 from capture.progress import Progress
+from capture.survey import take_survey
 from capture.vmcore import Vmcore
+from capture.vmemmap import exclude_vmemmap
 
-SUPPORTED_LEVELS = (0, 1)
-MAX_LEVEL = 31
+MANIFEST_ROOM = 4 << 20
+"""Left free on the target when a level is chosen by size: for the manifest and the capture log."""
 INCOMPLETE_SUFFIX = ".incomplete"
 THREAD_MEMORY = 16 << 20
 """What a thread takes at the worst: chunks that were read, not mapped, and do not shrink; measured with 4 and 16."""
@@ -26,13 +31,19 @@ THREAD_MEMORY = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class DumpOptions:
-    """How to dump. ``threads`` None means ``default_threads()``; ``replace`` an existing file."""
+    """How to dump. ``threads`` None means ``default_threads()``; ``replace`` an existing file.
 
-    level: int = 1
+    ``levels`` are dump levels, the first one that fits on the target is made, else the last. ``trust_filter`` makes
+    that level even when the filter fails its checks; ``exclude_vmemmap`` leaves out mem_map of pages left out.
+    """
+
+    levels: tuple[int, ...] = (1,)
     compression: str = codecs.DEFAULT
     threads: int | None = None
     replace: bool = False
     progress: bool = True
+    trust_filter: bool = False
+    exclude_vmemmap: bool = False
 
     def check(self) -> None:
         """Refuse what cannot be made, before anything is opened.
@@ -40,8 +51,49 @@ class DumpOptions:
         Raises:
             UsageError: level or compression are wrong.
         """
-        check_level(self.level)
+        parse_levels(",".join(map(str, self.levels)))
         codecs.codec(self.compression)
+
+
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """What the page filter did. ``asked`` is the level asked for; ``doubts`` say, a line each, why it was not made.
+
+    ``classes`` are pages by class (CLASS_NAMES), all of those that there are; ``rescued`` pages look as if they may go
+    and are kept; ``protects`` names what was found to be kept whatever it looks like; ``free_counted`` is the kernel's
+    own count of free pages, None where it is not known.
+    """
+
+    asked: int
+    level: int
+    doubts: tuple[str, ...]
+    overridden: bool
+    classes: dict[str, int]
+    rescued: dict[str, int]
+    protects: tuple[str, ...]
+    free_found: int
+    free_counted: int | None
+    vmemmap_pages: int = 0
+    predicted: dict[int, int] = field(default_factory=dict)
+    """Bytes that were predicted, by level, where several were to be tried."""
+    room: int | None = None
+
+    def lines(self) -> list[str]:
+        """Return what a person has to know of it, before the dump is written."""
+        lines = []
+        if self.predicted:
+            sizes = ", ".join(f"level {level} {size >> 20} MiB" for level, size in self.predicted.items())
+            room = "unknown" if self.room is None else f"{self.room >> 20} MiB"
+            lines.append(f"predicted size: {sizes}; room on the target: {room}; taking level {self.asked}")
+        lines += [f"filter check failed: {doubt}" for doubt in self.doubts]
+        if self.doubts and self.overridden:
+            lines.append(f"making level {self.level} all the same (--trust-filter)")
+        elif self.level != self.asked:
+            lines.append(f"making level {self.level} instead of {self.asked}: saving more rather than less")
+        if any(self.rescued.values()):
+            what = ", ".join(f"{pages} {name}" for name, pages in self.rescued.items() if pages)
+            lines.append(f"kept although struct page says that they may go: {what} pages")
+        return lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +104,7 @@ class DumpReport:
     size: int
     digests: list[str]
     compression: str
-    level: int
+    filtered: Filtered
     statistics: CopyStatistics
     pages: int
     pages_written: int
@@ -61,8 +113,13 @@ class DumpReport:
     failure: str | None
 
     @property
+    def level(self) -> int:
+        """The dump level that was made."""
+        return self.filtered.level
+
+    @property
     def whole(self) -> bool:
-        """Whether every page of the dead kernel's memory is in it."""
+        """Whether every page of its level is in it."""
         return self.failure is None and not self.statistics.unreadable.count and not self.missing_bytes
 
     def shortfall(self) -> str | None:
@@ -76,20 +133,6 @@ class DumpReport:
         return "; ".join(reasons) or None
 
 
-def check_level(level: int) -> None:
-    """Refuse a dump level that does not exist or cannot be made yet.
-
-    Raises:
-        UsageError: with a line that says which levels can.
-    """
-    if not 0 <= level <= MAX_LEVEL:
-        raise UsageError(f"-d {level}: dump levels are 0 to {MAX_LEVEL}")
-    if level not in SUPPORTED_LEVELS:
-        raise UsageError(
-            f"-d {level}: this version keeps every page: only level 0 (all) and 1 (zero pages share one) can be made"
-        )
-
-
 def default_threads() -> int:
     """Return one thread for each CPU that this process may run on, as far as there is memory for them."""
     cpus = len(os.sched_getaffinity(0))
@@ -100,17 +143,22 @@ def default_threads() -> int:
     return max(1, cpus)
 
 
-def write_dump(vmcore: Vmcore, path: Path, options: DumpOptions) -> DumpReport:
+def _nothing(_line: str) -> None:
+    pass
+
+
+def write_dump(vmcore: Vmcore, path: Path, options: DumpOptions, say: Callable[[str], object] = _nothing) -> DumpReport:
     """Write ``vmcore`` to ``path``, which gets its name only when everything is in it.
 
     Until then the file is ``path`` + ".incomplete": readable, and marked incomplete. It stays when the dump is cut
-    short (no room, an error, Ctrl-C), with every page written so far.
+    short (no room, an error, Ctrl-C), with every page written so far. ``say`` is told, line by line, what a person has
+    to know before it is done.
 
     Raises:
         UsageError: level, compression or threads are wrong.
         TargetError: nothing readable could be written.
     """
-    check_level(options.level)
+    options.check()
     codec = codecs.codec(options.compression)
     threads = options.threads or default_threads()
     unfinished = _unfinished(path, replace=options.replace)
@@ -119,27 +167,31 @@ def write_dump(vmcore: Vmcore, path: Path, options: DumpOptions) -> DumpReport:
     plan = DumpPlan(
         page_size=image.page_size,
         max_mapnr=image.max_pfn,
-        pages=image.page_count,
-        level=options.level,
+        level=options.levels[0],
         compression=codec.flag,
         utsname=read_utsname(memory, vmcore.info, vmcore.core.machine).raw,
         crash_time=vmcore.info.crash_time or 0,
         phys_base=vmcore.info.number("phys_base") or vmcore.info.number("PHYS_OFFSET") or 0,
         cpus=len(vmcore.notes.prstatus()),
         notes=vmcore.notes,
+        excluded_vmemmap=options.exclude_vmemmap,
     )
     output = OutputFile(unfinished)
     try:
         writer = KdumpWriter(output, plan)
-        copier = Copier(image, codec, share_zero_pages=bool(options.level & 1), threads=threads)
         try:
-            writer.begin(image.runs())
+            writer.map_memory(image.runs())
+            filtered = _select(vmcore, writer, codec, options, path.parent)
+            for line in filtered.lines():
+                say(line)
+            writer.start(filtered.level)
             sync_directory(path.parent)  # from here on a power cut leaves a dump under its name
         except (TargetError, KeyboardInterrupt):
             with contextlib.suppress(OSError):  # not a page is in it, perhaps not even a header
                 unfinished.unlink()
             raise
-        with Progress("saving memory", image.page_count * image.page_size, enabled=options.progress) as progress:
+        copier = Copier(image, codec, share_zero_pages=bool(filtered.level & 1), threads=threads)
+        with Progress("saving memory", writer.pages * image.page_size, enabled=options.progress) as progress:
             failure = _copy(copier, writer, vmcore, progress)
             seconds = progress.seconds
         failure = _finish(writer, copier, vmcore, failure)
@@ -148,9 +200,9 @@ def write_dump(vmcore: Vmcore, path: Path, options: DumpOptions) -> DumpReport:
             size=output.size,
             digests=output.digests(),
             compression=codec.name,
-            level=options.level,
+            filtered=filtered,
             statistics=copier.statistics,
-            pages=plan.pages,
+            pages=writer.pages,
             pages_written=writer.pages_written,
             missing_bytes=vmcore.core.missing_bytes,
             seconds=seconds,
@@ -165,6 +217,54 @@ def write_dump(vmcore: Vmcore, path: Path, options: DumpOptions) -> DumpReport:
             raise target_error(path, f"renaming {unfinished.name}", error) from None
     sync_directory(path.parent)
     return report
+
+
+def _select(vmcore: Vmcore, writer: KdumpWriter, codec: codecs.Codec, options: DumpOptions, target: Path) -> Filtered:
+    """Choose the level, and select its pages."""
+    page_filter = PageFilter(vmcore)
+    asked, predicted, room = options.levels[0], {}, None
+    if len(options.levels) > 1:
+        survey = take_survey(vmcore.image, page_filter, codec, len(vmcore.notes.blob))
+        for level in options.levels:
+            made = level if options.trust_filter else page_filter.verdict(level).level
+            predicted[level] = survey.size(made)
+        room = _room(target)
+        asked = next(
+            (level for level in options.levels if room is None or predicted[level] <= room), options.levels[-1]
+        )
+    writer.select(page_filter.kept(asked))
+    verdict = page_filter.verdict(asked)
+    level = asked if options.trust_filter and page_filter.unusable is None else verdict.level
+    poison = verdict.poison or options.trust_filter
+    if level | 1 != asked | 1 or not poison:
+        writer.select(page_filter.kept(level, poison=poison))
+    vmemmap_pages = 0
+    if options.exclude_vmemmap and page_filter.mem_map is not None:
+        vmemmap_pages = exclude_vmemmap(writer, page_filter.mem_map, vmcore.image.page_size)
+    census = page_filter.census
+    return Filtered(
+        asked=asked,
+        level=level,
+        doubts=verdict.reasons,
+        overridden=options.trust_filter,
+        classes=census.by_name(),
+        rescued=census.rescued(level),
+        protects=page_filter.protects,
+        free_found=census.free_found,
+        free_counted=census.free_counted,
+        vmemmap_pages=vmemmap_pages,
+        predicted=predicted,
+        room=room,
+    )
+
+
+def _room(directory: Path) -> int | None:
+    """Return the bytes that a dump may take on the target, None where that is not known."""
+    try:
+        found = os.statvfs(directory)
+    except OSError:
+        return None
+    return max(0, found.f_bavail * found.f_frsize - MANIFEST_ROOM)
 
 
 def _unfinished(path: Path, *, replace: bool) -> Path:
@@ -185,7 +285,7 @@ def _unfinished(path: Path, *, replace: bool) -> Path:
 def _copy(copier: Copier, writer: KdumpWriter, vmcore: Vmcore, progress: Progress) -> str | None:
     """Copy all pages; return why it ended early, if it did."""
     try:
-        copier.run(vmcore.image.chunks(), writer, progress)
+        copier.run(vmcore.image.chunks(writer.selected()), writer, progress)
     except CaptureError as error:
         return str(error)
     except KeyboardInterrupt:

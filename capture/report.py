@@ -14,9 +14,22 @@ from capture.kernel.printk import PrintkLog, Record, format_record
 from capture.kernel.utsname import read_utsname
 from capture.notes import prstatus
 from capture.notes.prstatus import CpuRegisters
+from capture.pagefilter import PageFilter
+from capture.survey import Survey
 from capture.vmcore import Vmcore
 
 _COLUMNS = 3
+USUAL_LEVELS = (0, 1, 16, 17, 31)
+"""Dump levels whose size is predicted."""
+LEFT_OUT_BY = {
+    "free": "16",
+    "cache": "2, 4",
+    "cache_private": "4",
+    "user": "8",
+    "hwpoison": "every level",
+    "offline": "every level",
+}
+"""Level bits, by class."""
 
 
 def open_log(vmcore: Vmcore) -> PrintkLog:
@@ -120,6 +133,55 @@ def describe(vmcore: Vmcore, panic: Panic) -> dict[str, Any]:
         "notes": len(vmcore.notes.notes),
         "problems": vmcore.problems,
     }
+
+
+def survey_values(survey: Survey, page_filter: PageFilter, compression: str) -> dict[str, Any]:
+    """Return pages by class, and the predicted size of dumps at the usual levels, as values for JSON.
+
+    ``level`` of a prediction is the one that would be made of ``asked``, ``reasons`` say why it is lower.
+    """
+    total = max(1, int(survey.census.classes.sum()))
+    predictions = []
+    for asked in USUAL_LEVELS:
+        verdict = page_filter.verdict(asked)
+        predictions.append(
+            {
+                "asked": asked,
+                "level": verdict.level,
+                "pages": survey.pages(verdict.level),
+                "bytes": survey.size(verdict.level),
+                "reasons": list(verdict.reasons),
+            }
+        )
+    return {
+        "classes": survey.census.by_name(),
+        "class_bytes": {name: pages * survey.page_size for name, pages in survey.census.by_name().items()},
+        "class_shares": {name: round(pages / total, 6) for name, pages in survey.census.by_name().items()},
+        "filter_unusable": page_filter.unusable,
+        "free_pages_counted_by_the_kernel": survey.census.free_counted,
+        "protected": list(page_filter.protects),
+        "compression": compression,
+        "predicted": predictions,
+    }
+
+
+def survey_text(values: dict[str, Any]) -> str:
+    """Return what ``survey_values`` found for a person."""
+    lines = ["", f"{'class':<15}{'pages':>13}{'MiB':>12}{'share':>9}  left out by"]
+    for name, pages in values["classes"].items():
+        if pages or name in LEFT_OUT_BY:
+            mebibytes = values["class_bytes"][name] / (1 << 20)
+            by = LEFT_OUT_BY.get(name, "nothing")
+            lines.append(f"{name:<15}{pages:>13,}{mebibytes:>12,.1f}{values['class_shares'][name]:>9.1%}  {by}")
+    if values["filter_unusable"]:
+        lines.append(f"pages cannot be told apart: {values['filter_unusable']}")
+    lines += ["", f"{'level':<15}{'pages':>13}{'MiB':>12}  predicted size with {values['compression']}"]
+    for prediction in values["predicted"]:
+        mebibytes = prediction["bytes"] / (1 << 20)
+        made = "" if prediction["level"] == prediction["asked"] else f"  made as level {prediction['level']}"
+        lines.append(f"{prediction['asked']:<15}{prediction['pages']:>13,}{mebibytes:>12,.1f}{made}")
+    lines += sorted({f"filter check failed: {reason}" for entry in values["predicted"] for reason in entry["reasons"]})
+    return "\n".join(lines) + "\n"
 
 
 def crash_time_text(vmcore: Vmcore) -> str | None:

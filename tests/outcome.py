@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from capture.dump import DumpOptions
 from capture.dumpfile.reader import BATCH_PAGES, KdumpFile
 
 
@@ -82,3 +83,10 @@ def read_back(path: str | Path) -> tuple[dict[int, bytes], dict[int, str]]:
         return good, bad
     finally:
         dump.close()
+
+
+def dump_options(*, level: int | None = None, **options: Any) -> DumpOptions:
+    """Options of a dump of one level, without a progress display."""
+    if level is not None:
+        options["levels"] = (level,)
+    return DumpOptions(progress=False, **options)

@@ -7,7 +7,7 @@
 | ``vmcapture.final=`` | what to do once all is saved | reboot |
 | ``vmcapture.failure=`` | what to do when something failed | shell |
 | ``vmcapture.wait=`` | seconds to wait for the target to appear | 30 |
-| ``vmcapture.level=`` | dump level | 1 |
+| ``vmcapture.level=`` | dump level 0 to 31; or several, ``1,17,31``: the first that fits | 31 |
 | ``vmcapture.compress=`` | zstd[:N], zlib[:N] or none | zstd |
 
 A word that makes no sense is said on the console and replaced by its default: at this point nobody can mend it.
@@ -18,9 +18,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 
-from capture.dump import SUPPORTED_LEVELS
 from capture.dumpfile import codec as codecs
 from capture.errors import UsageError
+from capture.levels import parse_levels
 
 ACTIONS = ("reboot", "poweroff", "halt", "shell")
 _PREFIX = "vmcapture."
@@ -36,7 +36,7 @@ class BootConfig:
     final: str = "reboot"
     failure: str = "shell"
     wait: int = 30
-    level: int = 1
+    levels: tuple[int, ...] = (31,)
     compression: str = codecs.DEFAULT
     problems: tuple[str, ...] = field(default=())
 
@@ -61,7 +61,7 @@ def parse(command_line: str) -> BootConfig:
         problems.append(f"vmcapture.{key}={value}: not one of {', '.join(ACTIONS)}; taking {fallback}")
         return fallback
 
-    def number(key: str, fallback: int, allowed: range | tuple[int, ...]) -> int:
+    def number(key: str, fallback: int, allowed: range) -> int:
         value = words.pop(key, str(fallback))
         if re.fullmatch("[0-9]{1,9}", value) and int(value) in allowed:
             return int(value)
@@ -77,6 +77,15 @@ def parse(command_line: str) -> BootConfig:
             return default.compression
         return value
 
+    def levels() -> tuple[int, ...]:
+        value = words.pop("level", None)
+        try:
+            return default.levels if value is None else parse_levels(value)
+        except UsageError:
+            fallback = ",".join(map(str, default.levels))
+            problems.append(f"vmcapture.level={value}: not possible; taking {fallback}")
+            return default.levels
+
     target = words.pop("target", "")
     path = words.pop("path", default.path)
     if not path.startswith("/") or ".." in path.split("/"):
@@ -88,7 +97,7 @@ def parse(command_line: str) -> BootConfig:
         final=action("final", default.final),
         failure=action("failure", default.failure),
         wait=number("wait", default.wait, range(MAX_WAIT + 1)),
-        level=number("level", default.level, SUPPORTED_LEVELS),
+        levels=levels(),
         compression=compression(),
     )
     problems += [f"vmcapture.{key}=: no such option, ignored" for key in words]

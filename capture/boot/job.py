@@ -19,7 +19,7 @@ from typing import Any
 
 from capture import __version__, report
 from capture.console import Console
-from capture.dump import DumpOptions, DumpReport, write_dump
+from capture.dump import DumpOptions, DumpReport, Filtered, write_dump
 from capture.dumpfile.output import HASH_BLOCK, OutputFile, sync_directory, target_error
 from capture.errors import CaptureError, IncompleteError, TargetError
 from capture.kernel.address import KernelMemory
@@ -139,12 +139,13 @@ class _Job:
 
     def _save_dump(self, name: str) -> None:
         path = self._report.directory / name
-        result = self._report.dump = write_dump(self._vmcore, path, self._options)
+        result = self._report.dump = write_dump(self._vmcore, path, self._options, self._console.say)
         self._report.files.append(SavedFile(result.path.name, result.size, result.digests))
         shortfall = result.shortfall()
         rate = result.statistics.pages * self._vmcore.image.page_size / max(result.seconds, 1e-3) / (1 << 20)
         self._console.say(
-            f"{result.path.name}: {result.pages_written} of {result.pages} pages, {result.size} bytes, "
+            f"{result.path.name}: level {result.level}, {result.pages_written} of {result.pages} pages, "
+            f"{result.size} bytes, "
             f"{result.seconds:.1f} s, {rate:.0f} MiB/s" + (f"; not whole: {shortfall}" if shortfall else "")
         )
         if result.failure is not None:
@@ -272,6 +273,7 @@ def _dump_values(dump: DumpReport) -> dict[str, Any]:
         "whole": dump.whole,
         "missing": dump.shortfall(),
         "level": dump.level,
+        "filter": filter_values(dump.filtered),
         "compression": dump.compression,
         "pages": dump.pages,
         "pages_written": dump.pages_written,
@@ -283,6 +285,24 @@ def _dump_values(dump: DumpReport) -> dict[str, Any]:
         "unreadable_pages_listed": statistics.unreadable.listed,
         "unreadable_pfn_ranges": statistics.unreadable.ranges,
         "seconds": round(dump.seconds, 3),
+    }
+
+
+def filter_values(filtered: Filtered) -> dict[str, Any]:
+    """Return what the page filter did, as values for JSON; numbers of pages, but ``predicted_bytes`` and ``room``."""
+    return {
+        "level_asked": filtered.asked,
+        "level": filtered.level,
+        "checks_failed": list(filtered.doubts),
+        "checks_overridden": filtered.overridden,
+        "classes": filtered.classes,
+        "kept_against_struct_page": filtered.rescued,
+        "protected": list(filtered.protects),
+        "free_pages_found": filtered.free_found,
+        "free_pages_counted_by_the_kernel": filtered.free_counted,
+        "mem_map_pages_left_out": filtered.vmemmap_pages,
+        "predicted_bytes": {str(level): size for level, size in filtered.predicted.items()},
+        "room": filtered.room,
     }
 
 

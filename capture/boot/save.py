@@ -40,7 +40,7 @@ def save_to_target(
         raise UsageError(
             "no vmcapture.target= on this kernel's command line: mount a disk and name a directory: vmcapture save DIR"
         )
-    options = options or DumpOptions(level=boot.level, compression=boot.compression)
+    options = options or DumpOptions(levels=boot.levels, compression=boot.compression)
     with open_vmcore(source or default_source()) as vmcore, mounted_target(boot.target, boot.wait, console) as root:
         saved = save(vmcore, _inside(root, boot), options, console)
     saved.directory = Path("/") / saved.directory.relative_to(root)

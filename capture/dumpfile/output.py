@@ -83,6 +83,13 @@ class OutputFile:
         self.size = max(self.size, offset)
         return offset - start
 
+    def read_back(self, offset: int, length: int) -> bytes:
+        """Return bytes written before; what was never written reads as zeros."""
+        try:
+            return os.pread(self._fd, length, offset).ljust(length, b"\0")
+        except OSError as error:
+            raise target_error(self.path, f"reading back at {offset}", error) from None
+
     def reserve(self, offset: int, length: int) -> None:
         """Take room on the disk for ``length`` bytes at ``offset``, which read as zeros until they are written."""
         if not length:

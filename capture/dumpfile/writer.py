@@ -1,6 +1,6 @@
 """Writes a kdump-compressed dump: valid from the first second, finished at the last.
 
-Order on the disk, each synced before the next: notes and bitmaps, with zeros for descriptors; the header, marked
+Order on the disk, each synced before the next: bitmaps and notes, with zeros for descriptors; the header, marked
 incomplete; then page data and, once it is on the disk, its descriptors, in steps; at the end the header without the
 mark. At any instant a reader finds a dump in which every page that has a descriptor is right.
 """
@@ -8,8 +8,8 @@ mark. At any instant a reader finds a dump in which every page that has a descri
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,18 +26,20 @@ SYNC_PAGES = 1 << 14
 _BITMAP_WINDOW = 1 << 19
 """Pages of a bitmap that are put together at once."""
 
+BitmapWindow = tuple[int, NDArray[np.bool_]]
+"""A piece of a bitmap: its first PFN, a multiple of 8, and a bit for each page from there on."""
+
 
 @dataclass(frozen=True, slots=True)
 class DumpPlan:
     """What a dump says of itself, decided before its first page is read.
 
-    ``pages`` is how many there will be, ``max_mapnr`` the highest PFN plus one; ``utsname`` 390 bytes; ``crash_time``
-    seconds since 1970.
+    ``max_mapnr`` is the highest PFN plus one; ``utsname`` 390 bytes; ``crash_time`` seconds since 1970. ``level`` may
+    turn out lower: ``KdumpWriter.start``.
     """
 
     page_size: int
     max_mapnr: int
-    pages: int
     level: int
     compression: int
     utsname: bytes
@@ -45,6 +47,7 @@ class DumpPlan:
     phys_base: int
     cpus: int
     notes: Notes
+    excluded_vmemmap: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,10 @@ class PackedPages:
 
 
 class KdumpWriter:
-    """Writes one dump to ``output``; call ``begin``, ``append`` for all pages in PFN order, ``finish``.
+    """Writes one dump to ``output``.
+
+    First ``begin``, which dumps all pages; or ``map_memory``, ``select`` (again, if need be) and ``start``. Then
+    ``append`` for all pages of the dump in PFN order, and ``finish``.
 
     Raises:
         TargetError: from every method; what was written before stays readable after ``finish(complete=False)``.
@@ -70,26 +76,78 @@ class KdumpWriter:
     def __init__(self, output: OutputFile, plan: DumpPlan) -> None:
         self._output = output
         self._plan = plan
-        self.layout = kdump.Layout(plan.page_size, len(plan.notes.blob), plan.max_mapnr, plan.pages)
-        self._zero_page = self.layout.data
-        self._position = self.layout.data
+        self.pages = 0
+        """Pages of the dump, as selected."""
+        self.layout = kdump.Layout(plan.page_size, len(plan.notes.blob), plan.max_mapnr, 0)
+        self._zero_page = self._position = 0
         self._pending: list[NDArray[np.void]] = []
         self._pending_pages = 0
         self._unsynced = 0
         self.pages_written = 0
         """Pages whose descriptors are in the file, behind data that is on the disk."""
-        self._kept_to = self.layout.data
+        self._kept_to = 0
         """The end of their data."""
 
     def begin(self, runs: Iterable[tuple[int, int]]) -> None:
-        """Write everything but page data and descriptors, and sync it. ``runs`` are the pages of the dump.
+        """Write everything but page data and descriptors, and sync it. ``runs`` are the pages of memory and dump."""
+        self.map_memory(runs)
+        self.select(_windows_of(self._runs(self.layout.bitmap1)))
+        self.start(self._plan.level)
+
+    def map_memory(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Write bitmap 1: the pages that there are, (first PFN, pages), ascending."""
+        self._write_bitmap(self.layout.bitmap1, _windows_of(runs))
+
+    def select(self, windows: Iterable[BitmapWindow]) -> int:
+        """Write bitmap 2, the pages of the dump, in place of what was selected before; return how many they are.
+
+        Where the windows do not reach, there are none; a second selection has the windows of the first.
+        """
+        self.pages = self._write_bitmap(self.layout.bitmap2, windows)
+        return self.pages
+
+    def selected(self) -> Iterator[tuple[int, int]]:
+        """Yield (first PFN, pages) of every run of bitmap 2, read back from the file."""
+        return self._runs(self.layout.bitmap2)
+
+    def selection(self, first_pfn: int, pages: int) -> NDArray[np.bool_]:
+        """Return which of the pages from ``first_pfn`` on are selected, read back from the file."""
+        start, end = self._bitmap_bytes(first_pfn, pages)
+        bits = np.unpackbits(np.frombuffer(self._output.read_back(start, end - start), np.uint8), bitorder="little")
+        return bits[first_pfn % 8 :][:pages].astype(np.bool_)
+
+    def change_selection(self, first_pfn: int, described: NDArray[np.bool_], *, to: bool) -> None:
+        """Select those of the pages from ``first_pfn`` on that are True in ``described``, or drop those that are not.
+
+        ``to`` says which of the two.
+        """
+        start, end = self._bitmap_bytes(first_pfn, len(described))
+        if end <= start:
+            return
+        bits = np.unpackbits(np.frombuffer(self._output.read_back(start, end - start), np.uint8), bitorder="little")
+        part = bits[first_pfn % 8 :][: len(described)]
+        before = int(np.count_nonzero(part))
+        part[described[: len(part)] == to] = to
+        self.pages += int(np.count_nonzero(part)) - before
+        self._output.write([np.packbits(bits, bitorder="little").tobytes()], start)
+
+    def _bitmap_bytes(self, first_pfn: int, pages: int) -> tuple[int, int]:
+        """Return where in the file the bits of bitmap 2 for some pages lie; cut off at its end."""
+        end = min(first_pfn + pages, 8 * self.layout.bitmap_bytes)
+        return self.layout.bitmap2 + first_pfn // 8, self.layout.bitmap2 + -(-end // 8)
+
+    def start(self, level: int) -> None:
+        """Make the dump readable, without a page yet: notes, room for descriptors, then the header, synced.
 
         The header comes last: a file that has one has everything that a reader looks for next.
         """
+        self._plan = replace(self._plan, level=level)
+        self.layout = replace(self.layout, descriptors=self.pages)
+        self._zero_page = self._position = self._kept_to = self.layout.data
         self._write_notes()
-        self._write_bitmaps(runs)
+        # The bitmaps may end in a hole, and there may be no descriptor to reserve.
         self._output.reserve(self.layout.descriptor_table, self.layout.data - self.layout.descriptor_table)
-        if self._plan.level & 1:
+        if level & 1:
             self._position += self._output.write([bytes(self._plan.page_size)], self._zero_page)
             self._kept_to = self._position
         self._output.sync()
@@ -172,7 +230,8 @@ class KdumpWriter:
         header["header_version"] = kdump.HEADER_VERSION
         header["utsname"] = np.void(plan.utsname)
         header["tv_sec"] = plan.crash_time
-        header["status"] = plan.compression | (kdump.INCOMPLETE if incomplete else 0)
+        excluded = kdump.EXCLUDED_VMEMMAP if plan.excluded_vmemmap else 0
+        header["status"] = plan.compression | excluded | (kdump.INCOMPLETE if incomplete else 0)
         header["block_size"] = plan.page_size
         header["sub_hdr_size"] = layout.sub_header_blocks
         header["bitmap_blocks"] = 2 * layout.bitmap_bytes // plan.page_size
@@ -196,28 +255,51 @@ class KdumpWriter:
         blocks = (sub.tobytes() + plan.notes.blob).ljust(layout.sub_header_blocks * plan.page_size, b"\0")
         self._output.write([blocks], layout.sub_header)
 
-    def _write_bitmaps(self, runs: Iterable[tuple[int, int]]) -> None:
-        """Write both bitmaps window by window. A window without a page stays a hole, which reads as zeros."""
-        start = -1
-        bits = np.zeros(_BITMAP_WINDOW, dtype=np.bool_)
+    def _write_bitmap(self, start: int, windows: Iterable[BitmapWindow]) -> int:
+        """Write a bitmap window by window, and return its bits. What no window reaches is a hole: zeros."""
+        bits = 0
+        for first_pfn, window in windows:
+            room = self.layout.bitmap_bytes - first_pfn // 8
+            self._output.write([np.packbits(window, bitorder="little").tobytes()[:room]], start + first_pfn // 8)
+            bits += int(np.count_nonzero(window))
+        return bits
 
-        def flush() -> None:
-            if start < 0:
-                return
-            room = self.layout.bitmap_bytes - start // 8
-            data = np.packbits(bits, bitorder="little").tobytes()[:room]
-            self._output.write([data], self.layout.bitmap1 + start // 8)
-            self._output.write([data], self.layout.bitmap2 + start // 8)
-            bits[:] = False
+    def _runs(self, start: int) -> Iterator[tuple[int, int]]:
+        """Yield (first PFN, pages) of every run of ones of a bitmap in the file."""
+        first, end = 0, 0
+        for first_pfn in range(0, self._plan.max_mapnr, _BITMAP_WINDOW):
+            length = min(_BITMAP_WINDOW // 8, self.layout.bitmap_bytes - first_pfn // 8)
+            data = self._output.read_back(start + first_pfn // 8, length)
+            if not any(data):
+                continue
+            edges = np.flatnonzero(
+                np.diff(np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little"), prepend=0, append=0)
+            )
+            for low, high in (edges.reshape(-1, 2) + first_pfn).tolist():
+                if low != end:
+                    if end > first:
+                        yield first, end - first
+                    first = low
+                end = high
+        if end > first:
+            yield first, end - first
 
-        for run_first, pages in runs:
-            first, end = run_first, run_first + pages
-            while first < end:
-                window = first - first % _BITMAP_WINDOW
-                if window != start:
-                    flush()
-                    start = window
-                stop = min(end, window + _BITMAP_WINDOW)
-                bits[first - window : stop - window] = True
-                first = stop
-        flush()
+
+def _windows_of(runs: Iterable[tuple[int, int]]) -> Iterator[BitmapWindow]:
+    """Yield the windows of a bitmap that has ``runs`` as ones; windows without any are left out."""
+    start = -1
+    bits = np.zeros(_BITMAP_WINDOW, dtype=np.bool_)
+    for run_first, pages in runs:
+        first, end = run_first, run_first + pages
+        while first < end:
+            window = first - first % _BITMAP_WINDOW
+            if window != start:
+                if start >= 0:
+                    yield start, bits
+                bits[:] = False
+                start = window
+            stop = min(end, window + _BITMAP_WINDOW)
+            bits[first - window : stop - window] = True
+            first = stop
+    if start >= 0:
+        yield start, bits

@@ -17,10 +17,15 @@ CORPUS_VARIABLE = "VMCAPTURE_CORPUS"
 CORPUS = ("linux-6.1-la57", "linux-6.12")
 
 
+def corpus_folder() -> Path:
+    """Where the corpus of real vmcores is, if it is anywhere."""
+    return Path(os.environ.get(CORPUS_VARIABLE) or REPOSITORY.parent / "shared" / "corpus")
+
+
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``corpus_file("linux-6.12")``: the vmcore of that name, decompressed once a session."""
-    folder = Path(os.environ.get(CORPUS_VARIABLE) or REPOSITORY.parent / "shared" / "corpus")
+    folder = corpus_folder()
     unpacked = tmp_path_factory.mktemp("corpus")
 
     def vmcore(name: str) -> Path:

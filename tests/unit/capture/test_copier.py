@@ -44,7 +44,7 @@ def copied(
     """Copy all of ``image`` to ``path``; return what is there, read by hand, and the statistics."""
     path.unlink(missing_ok=True)
     plan = DumpPlan(
-        page_size=image.page_size, max_mapnr=image.max_pfn, pages=image.page_count, level=level,
+        page_size=image.page_size, max_mapnr=image.max_pfn, level=level,
         compression=chosen.flag, utsname=bytes(390), crash_time=0, phys_base=0, cpus=0, notes=Notes(b"", (), ()),
     )  # fmt: skip
     output = OutputFile(path)
@@ -163,7 +163,7 @@ def test_a_page_is_raw_unless_its_packed_form_is_shorter(packed_size: int, raw: 
 
     (tmp_path / "dump").unlink(missing_ok=True)
     with image_of([(PAGE, filled("a"))]) as image:
-        plan = DumpPlan(PAGE, 2, 1, 1, 0x20, bytes(390), 0, 0, 0, Notes(b"", (), ()))
+        plan = DumpPlan(PAGE, 2, 1, 0x20, bytes(390), 0, 0, 0, Notes(b"", (), ()))
         output = OutputFile(tmp_path / "dump")
         writer = KdumpWriter(output, plan)
         writer.begin(image.runs())

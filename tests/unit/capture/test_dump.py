@@ -22,7 +22,7 @@ import pytest
 import zstandard
 
 from capture import dump as module
-from capture.dump import DumpOptions, DumpReport, write_dump
+from capture.dump import DumpReport, write_dump
 from capture.dumpfile import codec as codec_module
 from capture.dumpfile import output as output_module
 from capture.dumpfile import writer as writer_module
@@ -34,7 +34,7 @@ from capture.vmcore import open_vmcore
 from tests.builders import DIRECT_MAP, PAGE, filled, numbered, prstatus_note, simple_core, vmcoreinfo_note
 from tests.dumps import ZLIB, ZSTD
 from tests.faults import PowerCut, failing, failing_codec, file_size_limit, interrupted_after, tmpfs, umask
-from tests.outcome import Run, read_back, sha256_blocks
+from tests.outcome import Run, dump_options, read_back, sha256_blocks
 from tests.readers import ElfPages, by_hand, drgn_reader, makedumpfile, mapped, model, read_by_drgn
 
 WriteFile = Callable[..., str]
@@ -74,7 +74,7 @@ def written_pages(path: Path) -> dict[int, bytes]:
 
 def dumped(source: str, target: Path, **options: Any) -> DumpReport:
     with open_vmcore(source) as vmcore:
-        return write_dump(vmcore, target, DumpOptions(progress=False, **options))
+        return write_dump(vmcore, target, dump_options(**options))
 
 
 # --- options
@@ -119,18 +119,18 @@ def test_pages_that_do_not_shrink_are_raw(source: str, tmp_path: Path) -> None:
     assert report.statistics.raw_pages == 3
 
 
-@pytest.mark.parametrize("level", ["2", "3", "16", "31", "32", "4294967296"])
+@pytest.mark.parametrize("level", ["32", "4294967296"])
 def test_a_level_that_cannot_be_made_is_refused_in_a_line(level: str, source: str, tmp_path: Path, run: Run) -> None:
     ran = run("dump", "-d", level, source, tmp_path / "dump")
     assert ran.status == 2
     assert ran.err.count("\n") == 1
-    assert f"-d {level}" in ran.err
+    assert f"{level}: a dump level is a number from 0 to 31" in ran.err
     assert list(tmp_path.iterdir()) == [Path(source)]
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [("-d", "-1"), ("-d", "x"), ("-d", "1,31"), ("-d", ""), ("-c", "lzo"), ("-c", "zstd:0"), ("-c", "zlib:10"),
+    [("-d", "-1"), ("-d", "x"), ("-d", "1,32"), ("-d", ""), ("-c", "lzo"), ("-c", "zstd:0"), ("-c", "zlib:10"),
      ("--threads", "0"), ("--threads", "-1"), ("--threads", "many"), ("--nonsense",)],
 )  # fmt: skip
 def test_a_wrong_option_is_refused_in_a_line_and_nothing_is_written(
@@ -164,7 +164,7 @@ def test_the_report_and_the_line_say_what_is_in_the_file(source: str, tmp_path: 
     assert report.whole
     assert report.shortfall() is None
     ran = run("dump", source, tmp_path / "again")
-    assert ran.err.endswith(f"again: {len(PAGES)} of {len(PAGES)} pages, {len(content)} bytes\n")
+    assert ran.err.endswith(f"again: level 1, {len(PAGES)} of {len(PAGES)} pages, {len(content)} bytes\n")
 
 
 def test_a_dump_is_for_its_owner_only(source: str, tmp_path: Path) -> None:
@@ -398,7 +398,7 @@ def test_the_pages_that_are_counted_after_ctrl_c_are_those_in_the_dump(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "OutputFile", interrupted_after(after))
             ran = run("dump", "--force", source, tmp_path / "dump")
-        said = re.search(r": (\d+) of (\d+) pages, (\d+) bytes", ran.err)
+        said = re.search(r": level 1, (\d+) of (\d+) pages, (\d+) bytes", ran.err)
         assert said is not None
         left = tmp_path / "dump.incomplete"
         assert tuple(map(int, said.groups())) == (len(by_hand(left).pages), len(PAGES), left.stat().st_size)
@@ -558,7 +558,7 @@ def test_pages_that_cannot_be_read_are_zeros_and_the_dump_is_marked(source: str,
     """The vmcore is cut after it was opened: pages fail one by one, as poisoned memory does."""
     with open_vmcore(source) as vmcore:
         os.truncate(source, Path(source).stat().st_size - 3 * PAGE)
-        report = write_dump(vmcore, tmp_path / "dump", DumpOptions(progress=False))
+        report = write_dump(vmcore, tmp_path / "dump", dump_options())
     assert not report.whole
     assert report.statistics.unreadable.count == 4  # two of the second segment, and both pages of the third
     assert "4 pages unreadable" in (report.shortfall() or "")

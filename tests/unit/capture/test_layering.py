@@ -1,6 +1,7 @@
 """One way through: what a module may import, read from the sources and asked of the interpreter.
 
-Nothing reaches back: memory → notes → vmcore, kernel → dumpfile, copier → dump, report, verify → boot → cli.
+Nothing reaches back: memory → notes → kernel → dumpfile → vmcore → pagefilter, copier → dump, report, verify → boot →
+cli.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 LAYERS = (
     ("capture", "errors", "console"),
-    ("progress",),
+    ("progress", "levels"),
     ("memory",),
     ("notes",),
     ("kernel",),
-    ("vmcore",),
     ("dumpfile",),
+    ("vmcore",),
+    ("pagefilter",),
     ("copier",),
+    ("survey", "vmemmap"),
     ("dump", "report", "verify"),
     ("boot",),
     ("cli", "selftest"),

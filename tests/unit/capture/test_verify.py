@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capture import progress
-from capture.dump import DumpOptions, write_dump
+from capture.dump import write_dump
 from capture.dumpfile.reader import KdumpFile
 from capture.memory import elfcore
 from capture.memory.image import MemoryImage
@@ -24,7 +24,7 @@ from capture.verify import MAX_NAMED, VerifyReport, verify
 from capture.vmcore import open_vmcore
 from tests.builders import PAGE, filled, numbered, patched, prstatus_note, vmcoreinfo_note
 from tests.dumps import BLOCK_SIZE, INCOMPLETE, STATUS, dump_of
-from tests.outcome import Run
+from tests.outcome import Run, dump_options
 
 WriteFile = Callable[..., str]
 
@@ -40,7 +40,7 @@ def core(pages: dict[int, bytes]) -> bytes:
 
 def dump_from(source: Path, target: Path) -> Path:
     with open_vmcore(str(source)) as vmcore:
-        return write_dump(vmcore, target, DumpOptions(progress=False)).path
+        return write_dump(vmcore, target, dump_options()).path
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ DEFAULTS = BootConfig(
     final="reboot",
     failure="shell",
     wait=30,
-    level=1,
+    levels=(31,),
     compression="zstd",
     problems=(),
 )
@@ -40,7 +40,7 @@ def test_nothing_said_means_the_defaults_of_the_readme() -> None:
         "final": DEFAULTS.final,
         "failure": DEFAULTS.failure,
         "wait": str(DEFAULTS.wait),
-        "level": str(DEFAULTS.level),
+        "level": ",".join(map(str, DEFAULTS.levels)),
         "compress": DEFAULTS.compression,
     }
 
@@ -61,7 +61,9 @@ def test_nothing_said_means_the_defaults_of_the_readme() -> None:
         ("vmcapture.wait=0", {"wait": 0}),
         ("vmcapture.wait=007", {"wait": 7}),
         ("vmcapture.wait=3600", {"wait": 3600}),
-        ("vmcapture.level=0", {"level": 0}),
+        ("vmcapture.level=0", {"levels": (0,)}),
+        ("vmcapture.level=17", {"levels": (17,)}),
+        ("vmcapture.level=1,17,31", {"levels": (1, 17, 31)}),
         ("vmcapture.compress=none", {"compression": "none"}),
         ("vmcapture.compress=zlib", {"compression": "zlib"}),
         ("vmcapture.compress=zlib:9", {"compression": "zlib:9"}),
@@ -105,11 +107,13 @@ def test_nonsense_before_a_good_word_does_no_harm() -> None:
         "vmcapture.wait=\u0663",  # a digit in Arabic
         "vmcapture.wait=0000000009999",
         "vmcapture.wait=99999999999999999999",
-        "vmcapture.level=2",
-        "vmcapture.level=31",
+        "vmcapture.level=32",
+        "vmcapture.level=",
         "vmcapture.level=00000000031",
-        "vmcapture.level=1,31",
+        "vmcapture.level=1,",
+        "vmcapture.level=1,32",
         "vmcapture.level=-1",
+        "vmcapture.level=\u0663",
         "vmcapture.compress=lzo",
         "vmcapture.compress=zstd:0",
         "vmcapture.compress=zlib:10",
@@ -177,7 +181,8 @@ def test_no_command_line_is_too_strange(line: str) -> None:
     assert found.final in actions
     assert found.failure in actions
     assert 0 <= found.wait <= 3600
-    assert found.level in (0, 1)
+    assert found.levels
+    assert all(0 <= level <= 31 for level in found.levels)
     assert found.path.startswith("/")
     assert ".." not in found.path.split("/")
     codec(found.compression)  # raises where there is no such codec

@@ -26,7 +26,6 @@ from hypothesis import strategies as st
 from capture import report
 from capture.boot import job
 from capture.console import Console
-from capture.dump import DumpOptions
 from capture.vmcore import open_vmcore
 from tests.builders import (
     MEMORY_AT,
@@ -44,7 +43,7 @@ from tests.builders import (
 )
 from tests.dumps import INCOMPLETE, STATUS
 from tests.faults import open_poisoned, raising, tmpfs, umask
-from tests.outcome import FILES, WHEN, Run, check_manifest, listing, manifest_of, the_directory
+from tests.outcome import FILES, WHEN, Run, check_manifest, dump_options, listing, manifest_of, the_directory
 from tests.readers import ElfPages, by_hand
 
 WriteFile = Callable[[bytes], str]
@@ -75,7 +74,7 @@ def parent(tmp_path: Path) -> Path:
 
 def save(source: str, parent: Path, **options: Any) -> job.SaveReport:
     with open_vmcore(source) as vmcore:
-        return job.save(vmcore, parent, DumpOptions(progress=False, **options), Console(file=io.StringIO()))
+        return job.save(vmcore, parent, dump_options(**options), Console(file=io.StringIO()))
 
 
 # --- a crash saved whole
@@ -368,7 +367,7 @@ def test_pages_that_cannot_be_read_are_zeros_and_named(vmcore_file: WriteFile, p
     for number in (5, 6):
         assert core[start + number * PAGE :].startswith(struct.pack("<Q", number))
     vmcore = open_poisoned(vmcore_file(core), range(start + 5 * PAGE + 10, start + 7 * PAGE - 10))
-    saved = job.save(vmcore, parent, DumpOptions(progress=False), Console(file=io.StringIO()))
+    saved = job.save(vmcore, parent, dump_options(), Console(file=io.StringIO()))
     assert job.exit_status(saved) == 3
     manifest = check_manifest(saved.directory)
     assert manifest["complete"] is False
@@ -385,7 +384,7 @@ def test_a_log_that_lies_in_unreadable_memory_costs_the_log_only(vmcore_file: Wr
     core = crashed_core()
     ring = struct.unpack_from("<Q", core, 64 + 56 + 8)[0]  # p_offset of the first PT_LOAD
     vmcore = open_poisoned(vmcore_file(core), range(ring, ring + 1))
-    saved = job.save(vmcore, parent, DumpOptions(progress=False), Console(file=io.StringIO()))
+    saved = job.save(vmcore, parent, dump_options(), Console(file=io.StringIO()))
     assert [failure.split(":")[0] for failure in saved.failures] == ["vmcore-dmesg.txt"]
     assert set(FILES) - listing(saved.directory) == {"vmcore-dmesg.txt"}
     assert check_manifest(saved.directory)["dump"]["unreadable_pfn_ranges"] == [[RING_AT // PAGE] * 2]
@@ -502,7 +501,7 @@ def test_a_file_in_place_of_the_target_is_refused_and_left_alone(
     assert "--force" not in ran.err, "save has no such option"
 
 
-@pytest.mark.parametrize("arguments", [("-d", "31"), ("-d", "2"), ("-c", "lzo"), ("-c", "zstd:99")], ids=" ".join)
+@pytest.mark.parametrize("arguments", [("-d", "32"), ("-d", "1,x"), ("-c", "lzo"), ("-c", "zstd:99")], ids=" ".join)
 def test_a_request_that_cannot_be_met_is_refused_before_anything_is_written(
     arguments: tuple[str, ...], vmcore_file: WriteFile, parent: Path, run: Run
 ) -> None:

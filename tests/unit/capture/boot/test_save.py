@@ -13,14 +13,13 @@ from capture.boot import job, targets
 from capture.boot.config import BootConfig
 from capture.boot.save import save_to_target
 from capture.console import Console
-from capture.dump import DumpOptions
 from capture.errors import CaptureError, SourceError, TargetError, UsageError
 from tests.builders import crashed_core
-from tests.outcome import FILES, WHEN, Run, listing, manifest_of
+from tests.outcome import FILES, WHEN, Run, dump_options, listing, manifest_of
 
 WriteFile = Callable[[bytes], str]
 
-QUIET = DumpOptions(progress=False)
+QUIET = dump_options()
 
 
 @pytest.fixture
@@ -94,7 +93,7 @@ def test_level_and_compression_come_from_the_command_line_of_the_kernel(
     vmcore_file: WriteFile, disk: Callable[..., Path], console: Console
 ) -> None:
     root = disk()
-    boot = BootConfig(target="LABEL=x", path="/", level=0, compression="zlib:3")
+    boot = BootConfig(target="LABEL=x", path="/", levels=(0,), compression="zlib:3")
     save_to_target(boot, console, source=vmcore_file(crashed_core()))
     dump = manifest_of(root / f"db7-{WHEN}")["dump"]
     assert (dump["level"], dump["compression"]) == (0, "zlib:3")

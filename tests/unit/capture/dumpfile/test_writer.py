@@ -37,7 +37,7 @@ NOTES = Notes(
 )
 UTSNAME = new_utsname("Linux", "host", "6.1.0", "#1 SMP", "x86_64", "(none)")
 PLAN = DumpPlan(
-    page_size=PAGE, max_mapnr=0x200, pages=0, level=1, compression=ZLIB, utsname=UTSNAME, crash_time=1_700_000_000,
+    page_size=PAGE, max_mapnr=0x200, level=1, compression=ZLIB, utsname=UTSNAME, crash_time=1_700_000_000,
     phys_base=0x1_2345_6000, cpus=1, notes=NOTES,
 )  # fmt: skip
 
@@ -76,7 +76,7 @@ def created(path: Path) -> closing[OutputFile]:
 
 def write_pages(file: OutputFile, pages: dict[int, bytes], plan: DumpPlan = PLAN, *, at_once: int = 3) -> KdumpWriter:
     """Write ``pages`` (by PFN) whole, ``at_once`` in a call."""
-    plan = replace(plan, pages=len(pages), max_mapnr=max([*pages, plan.max_mapnr - 1]) + 1)
+    plan = replace(plan, max_mapnr=max([*pages, plan.max_mapnr - 1]) + 1)
     made = KdumpWriter(file, plan)
     made.begin(runs_of(sorted(pages)))
     data = [pages[pfn] for pfn in sorted(pages)]
@@ -242,7 +242,7 @@ def test_bitmaps_have_a_bit_for_each_page_of_the_runs(
     path = tmp_path_factory.getbasetemp() / "bitmaps"
     with pytest.MonkeyPatch.context() as patch, created(path) as file:
         patch.setattr(writer, "_BITMAP_WINDOW", 8 * window_bytes)
-        KdumpWriter(file, replace(PLAN, max_mapnr=pfn, pages=sum(length for _, length in runs))).begin(runs)
+        KdumpWriter(file, replace(PLAN, max_mapnr=pfn)).begin(runs)
     raw = path.read_bytes()
     assert raw[2 * PAGE : 3 * PAGE] == raw[3 * PAGE : 4 * PAGE] == expect
 
@@ -282,7 +282,7 @@ def test_pages_whose_sync_failed_never_get_a_descriptor(
     """Linux tells of a failed write once: the sync after that succeeds, and the bytes are lost all the same."""
     data = [MANY[pfn] for pfn in sorted(MANY)]
     with created(tmp_path / "dump") as file:
-        made = KdumpWriter(file, replace(PLAN, pages=len(MANY)))
+        made = KdumpWriter(file, PLAN)
         made.begin(runs_of(sorted(MANY)))
         made.append(packed(data[:4]))
         made.finish(complete=False)
@@ -308,7 +308,7 @@ def test_the_mark_is_taken_off_last_when_all_is_on_the_disk(tmp_path: Path) -> N
 
 def test_bitmaps_and_room_for_descriptors_are_on_the_disk_before_the_first_page(tmp_path: Path) -> None:
     with recorded(tmp_path / "dump") as file:
-        made = KdumpWriter(file, replace(PLAN, pages=len(MANY)))
+        made = KdumpWriter(file, PLAN)
         made.begin(runs_of(sorted(MANY)))
         assert file.steps[-1].what == "sync"
         assert file.size >= made.layout.data
@@ -321,7 +321,7 @@ def test_bitmaps_and_room_for_descriptors_are_on_the_disk_before_the_first_page(
 def test_an_unfinished_dump_keeps_its_mark_and_every_page_that_was_appended(tmp_path: Path) -> None:
     data = [MANY[pfn] for pfn in sorted(MANY)]
     with created(tmp_path / "dump") as file:
-        made = KdumpWriter(file, replace(PLAN, pages=len(MANY)))
+        made = KdumpWriter(file, PLAN)
         made.begin(runs_of(sorted(MANY)))
         made.append(packed(data[:5]))
         made.append(packed(data[5:11]))
@@ -338,7 +338,7 @@ def test_what_is_held_back_is_bounded(unit: str, tmp_path: Path, monkeypatch: py
     """24 bytes a descriptor in memory, and data that may be lost with the power: neither grows with the dump."""
     monkeypatch.setattr(writer, "SYNC_PAGES" if unit == "pages" else "SYNC_BYTES", 100)
     with created(tmp_path / "dump") as file:
-        made = KdumpWriter(file, replace(PLAN, max_mapnr=1000, pages=1000))
+        made = KdumpWriter(file, replace(PLAN, max_mapnr=1000))
         made.begin([(0, 1000)])
         for first in range(0, 1000, 10):
             made.append(packed([filled(".") if unit == "pages" else filled("a")] * 10))
@@ -398,7 +398,7 @@ def test_a_descriptor_that_a_power_cut_halved_counts_as_not_written(tmp_path: Pa
     """24 does not divide a block: of a descriptor over its edge, the disk may have the offset and not the size."""
     pages = {pfn: filled("a") for pfn in range(400)}
     with created(tmp_path / "dump") as file:
-        made = KdumpWriter(file, replace(PLAN, max_mapnr=400, pages=400))
+        made = KdumpWriter(file, replace(PLAN, max_mapnr=400))
         made.begin([(0, 400)])
         made.append(packed(list(pages.values())))
         made.finish(complete=False)
