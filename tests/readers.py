@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import drgn
+import numpy as np
 import pytest
 import zstandard
+from numpy.typing import NDArray
 
 from tests.builders import PAGE, PHDR, PT_LOAD, PT_NOTE
 from tests.dumps import DESCRIPTOR, DESCRIPTOR_BYTES, INCOMPLETE, STATUS, ZLIB, ZSTD
@@ -164,7 +166,8 @@ def by_hand(path: Path) -> HandRead:
     status, block, sub_blocks, bitmap_blocks = struct.unpack_from("<IiiI", raw, STATUS)
     bitmap1 = (1 + sub_blocks) * block
     bitmap2, table = bitmap1 + bitmap_blocks // 2 * block, bitmap1 + bitmap_blocks * block
-    assert raw[bitmap1:bitmap2] == raw[bitmap2:table]  # every page that exists is in the dump
+    (level,) = struct.unpack_from("<i", raw, block + 8)
+    assert level > 1 or raw[bitmap1:bitmap2] == raw[bitmap2:table]  # every page that exists is in the dump
     pfns = [at * 8 + bit for at, byte in enumerate(raw[bitmap2:table]) if byte for bit in range(8) if byte >> bit & 1]
     descriptors = {
         pfn: struct.unpack_from(DESCRIPTOR, raw, table + DESCRIPTOR_BYTES * index) for index, pfn in enumerate(pfns)
@@ -175,8 +178,20 @@ def by_hand(path: Path) -> HandRead:
         if offset
     }
     assert all(len(page) == block for page in pages.values())
-    (level,), (max_mapnr,) = struct.unpack_from("<i", raw, block + 8), struct.unpack_from("<Q", raw, block + 96)
+    (max_mapnr,) = struct.unpack_from("<Q", raw, block + 96)
     return HandRead(status, level, max_mapnr, table + DESCRIPTOR_BYTES * len(pfns), descriptors, pages)
+
+
+def bitmaps(path: Path) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Both bitmaps of a dump: the page exists, the page is in the dump; one element a PFN."""
+    with path.open("rb") as file:
+        header = file.read(PAGE)
+        assert header[:8] == b"KDUMP   "
+        _, block, sub_blocks, bitmap_blocks = struct.unpack_from("<IiiI", header, STATUS)
+        file.seek((1 + sub_blocks) * block)
+        raw = np.frombuffer(file.read(bitmap_blocks * block), dtype=np.uint8)
+    bits = np.unpackbits(raw, bitorder="little").astype(np.bool_)
+    return bits[: len(bits) // 2], bits[len(bits) // 2 :]
 
 
 def drgn_reader(path: Path) -> Callable[[int, int], bytes]:

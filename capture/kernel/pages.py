@@ -23,8 +23,10 @@ from capture.kernel.pagerules import InSecondPage, PageRules, PageType
 KERNEL, FREE, CACHE, CACHE_PRIVATE, USER, HWPOISON, OFFLINE, UNKNOWN = range(8)
 """Classes. KERNEL is everything that no dump level leaves out; UNKNOWN has no struct page that can be read."""
 CLASS_NAMES = ("kernel", "free", "cache", "cache_private", "user", "hwpoison", "offline", "unknown")
-BLOCK_PAGES = 8192
-"""Struct pages looked at together: 512 KiB of them, and what is worked out of them fits in a second-level cache."""
+BLOCK_PAGES = 32768
+"""Struct pages looked at together: 2 MiB of them, as many as one entry of a page table maps on x86_64."""
+_NEAR_PAGES = 4096
+"""Struct pages whose fields are fetched together: 256 KiB of them stay in a second-level cache."""
 
 FREE_BIT, USER_BIT, CACHE_PRIVATE_BIT, CACHE_BIT = 16, 8, 4, 2
 
@@ -32,6 +34,7 @@ _LONG_SPAN = 64
 """Pages from which on filling a span by itself is cheaper than with others."""
 _PROBES = 256
 """Pages of a class and block whose links and references are looked at."""
+_NOTHING = np.zeros(0, dtype=np.intp)
 _NEVER_INITIALISED = 0xFFFF_FFFF_FFFF_FFFF
 """PAGE_POISON_PATTERN, mm/debug.c: what struct pages of memory that was never brought online are filled with."""
 
@@ -82,104 +85,115 @@ class PageClassifier:
         A head in the last row of a block cannot be understood without the row after it; it is taken for one page.
         """
         rules = self._rules
-        count = len(rows)
-        flags = _column(rows, rules.flags, "<u8").copy()
-        mapcount = _column(rows, rules.mapcount, "<u4").copy()
-        mapping = _column(rows, rules.mapping, "<u8").copy()
-        # Bit 0 alone: it is in the first byte.
-        whole = (_column(rows, rules.tail, "u1") & 1) == 0
-
-        typed = mapcount.view("<i4") < -1
-        slab = _is(mapcount, rules.slab) if rules.slab else (flags & np.uint64(rules.slab_flag)) != 0
-        anonymous = (mapping & np.uint64(1)).astype(np.bool_)
-        anonymous &= ~slab
-        cache = (flags & np.uint64(rules.lru)) != 0
+        flags, mapcount, tail, anonymous = self._columns(rows)
+        plain = mapcount >= -1
+        no_types = bool(plain.all())
+        if rules.slab_flag:
+            anonymous &= flags & rules.slab_flag == 0
+        cache = flags & rules.lru != 0
         if rules.swap_cache:
-            cache |= (flags & np.uint64(rules.swap_cache)) == rules.swap_cache
-        heads = (flags & np.uint64(rules.head)) == rules.head if rules.head else np.zeros(count, dtype=np.bool_)
-        untyped = ~typed
-        cache &= whole
-        cache &= untyped
-        user = anonymous & whole
-        user &= untyped
-        cache &= ~anonymous
-
-        kinds: NDArray[np.uint8] = user.view(np.uint8) * np.uint8(USER)
-        huge = self._hugetlb(rows, heads & whole, mapcount)
+            cache |= flags & rules.swap_cache == rules.swap_cache
+        cache = np.greater(cache, anonymous)  # of truth values: the one and not the other
+        undecided = tail if no_types else np.less_equal(plain, tail)
+        cache = np.greater(cache, undecided)
+        kinds: NDArray[np.uint8] = np.greater(anonymous, undecided).view(np.uint8) * np.uint8(USER)
+        head = np.uint32(rules.head)
+        compound = np.flatnonzero(np.greater(flags & head == head, tail)) if rules.head else _NOTHING
+        huge = self._hugetlb(rows, compound, mapcount)
         if len(huge):
             kinds[huge] = USER
-        private = (flags & np.uint64(rules.private_flag)) != 0
-        np.copyto(kinds, np.uint8(CACHE), where=cache)
-        np.copyto(kinds, np.uint8(CACHE_PRIVATE), where=cache & private)
+        if cache.any():
+            kinds[cache] = CACHE
+            kinds[cache & (flags & rules.private_flag != 0)] = CACHE_PRIVATE
 
-        heads &= kinds != KERNEL
         spans: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-        if typed.any():
-            typed &= whole
-            spans += self._free_blocks(first_pfn, rows, flags, mapcount, typed, slab, kinds)
+        if not no_types:
+            typed = np.flatnonzero(np.logical_not(plain | tail))
+            spans += self._free_blocks(first_pfn, rows, flags, mapcount, typed, kinds)
             if rules.offline:
-                offline = _is(mapcount, rules.offline) & typed & (kinds == KERNEL) & ~slab
+                offline = typed[_is(mapcount[typed], rules.offline)]
+                offline = offline[(kinds[offline] == KERNEL) & (flags[offline] & rules.slab_flag == 0)]
                 kinds[offline] = OFFLINE
-                heads |= offline & ((flags & np.uint64(rules.head)) == rules.head if rules.head else False)
-        if heads.any():
-            spans.append(self._compound(first_pfn, rows, np.flatnonzero(heads)))
-        self._probe(kinds, mapping)
+        compound = compound[kinds[compound] != KERNEL]
+        if len(compound):
+            spans.append(self._compound(first_pfn, rows, compound))
+        self._probe(rows, kinds)
         self._spread(first_pfn, kinds, spans)
 
         if rules.hwpoison:
-            poisoned = (flags & np.uint64(rules.hwpoison)) != 0
-            if poisoned.any():
-                poisoned &= flags != _NEVER_INITIALISED
-                self.poisoned_pages += int(np.count_nonzero(poisoned))
-                self._poison(first_pfn, kinds, np.flatnonzero(poisoned), huge, spans)
-        never = flags == _NEVER_INITIALISED
-        if never.any():
-            kinds[never] = UNKNOWN
+            marked = flags & rules.hwpoison != 0
+            if marked.any():
+                self._poison(first_pfn, rows, kinds, np.flatnonzero(marked), huge, spans)
         return kinds
 
+    def _columns(
+        self, rows: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int32], NDArray[np.bool_], NDArray[np.bool_]]:
+        """Return flags, _mapcount, tail and anonymous of every page.
+
+        Of the flags the lower half: no flag that is looked at is above it. All fields of some pages are fetched before
+        the next pages are: struct pages come from memory once.
+        """
+        rules, count = self._rules, len(rows)
+        flags, mapcount = np.empty(count, dtype=np.uint32), np.empty(count, dtype=np.int32)
+        tail, anonymous = np.empty(count, dtype=np.uint8), np.empty(count, dtype=np.uint8)
+        fields = (
+            (_column(rows, rules.flags, "<u4"), flags),
+            (_column(rows, rules.mapcount, "<i4"), mapcount),
+            (_column(rows, rules.tail, "u1"), tail),
+            (_column(rows, rules.mapping, "u1"), anonymous),  # PAGE_MAPPING_ANON is bit 0
+        )
+        for start in range(0, count, _NEAR_PAGES):
+            near = slice(start, start + _NEAR_PAGES)
+            for source, column in fields:
+                column[near] = source[near]
+        tail &= 1
+        anonymous &= 1
+        return flags, mapcount, tail.view(np.bool_), anonymous.view(np.bool_)
+
     def _hugetlb(
-        self, rows: NDArray[np.uint8], heads: NDArray[np.bool_], mapcount: NDArray[np.uint32]
+        self, rows: NDArray[np.uint8], heads: NDArray[np.intp], mapcount: NDArray[np.int32]
     ) -> NDArray[np.intp]:
-        """Return the indices of heads of hugetlb pages."""
+        """Return those of the heads of compound pages that are hugetlb."""
         rules = self._rules
         if rules.hugetlb:
-            return np.flatnonzero(_is(mapcount, rules.hugetlb) & heads)
-        if rules.hugetlb_second is None or not heads.any():
-            return np.zeros(0, dtype=np.intp)
-        found: NDArray[np.intp] = np.flatnonzero(heads[:-1])
-        huge: NDArray[np.intp] = found[_second(rows, found, rules.hugetlb_second) == rules.hugetlb_value]
+            return heads[_is(mapcount[heads], rules.hugetlb)]
+        if rules.hugetlb_second is None:
+            return _NOTHING
+        heads = heads[heads < len(rows) - 1]
+        huge: NDArray[np.intp] = heads[_second(rows, heads, rules.hugetlb_second) == rules.hugetlb_value]
         return huge
 
     def _free_blocks(
         self,
         first_pfn: int,
         rows: NDArray[np.uint8],
-        flags: NDArray[np.uint64],
-        mapcount: NDArray[np.uint32],
-        typed: NDArray[np.bool_],
-        slab: NDArray[np.bool_],
+        flags: NDArray[np.uint32],
+        mapcount: NDArray[np.int32],
+        typed: NDArray[np.intp],
         kinds: NDArray[np.uint8],
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Mark heads of free blocks and yield (indices, pages) of them."""
+        """Mark heads of free blocks among pages that have a type, and yield (indices, pages) of them."""
         rules = self._rules
         if rules.unaccepted and rules.max_order:
-            heads = np.flatnonzero(_is(mapcount, rules.unaccepted) & typed)
+            heads = typed[_is(mapcount[typed], rules.unaccepted)]
             if len(heads):
                 kinds[heads] = FREE
                 yield _aligned(first_pfn, heads, np.full(len(heads), rules.max_order - 1, dtype=np.int64))
         if not rules.buddy or rules.private is None or not rules.max_order:
             return
-        heads = np.flatnonzero(_is(mapcount, rules.buddy) & typed & ~slab)
+        heads = typed[_is(mapcount[typed], rules.buddy)]
+        heads = heads[flags[heads] & rules.slab_flag == 0]
         if not len(heads):
             return
         order = _column(rows, rules.private, "<u8")[heads]
         impossible = order >= rules.max_order
         order = np.where(impossible, 0, order).astype(np.int64)
         impossible |= (first_pfn + heads) & ((1 << order) - 1) != 0
-        impossible |= (flags[heads] & np.uint64(rules.lru | rules.head)) != 0
+        impossible |= flags[heads] & (rules.lru | rules.head) != 0
         if rules.refcount is not None:
             impossible |= _column(rows, rules.refcount, "<u4")[heads] != 0
-        self.oddities.add(FREE, len(heads), int(impossible.sum()))
+        self.oddities.add(FREE, len(heads), int(np.count_nonzero(impossible)))
         heads, order = heads[~impossible], order[~impossible]
         kinds[heads] = FREE
         pages = np.int64(1) << order
@@ -196,14 +210,15 @@ class PageClassifier:
         order = _second(rows, heads, self._rules.order).astype(np.int64)
         return _aligned(first_pfn, heads, order)
 
-    def _probe(self, kinds: NDArray[np.uint8], mapping: NDArray[np.uint64]) -> None:
+    def _probe(self, rows: NDArray[np.uint8], kinds: NDArray[np.uint8]) -> None:
         """Look closely at some pages of user and cache: a mapping is a kernel pointer; cache may have none."""
+        some = kinds[:: max(1, len(kinds) // _PROBES)]
         for kind in (USER, CACHE, CACHE_PRIVATE):
-            some = np.flatnonzero(kinds == kind)[:_PROBES]
-            if len(some):
-                pointer = mapping[some]
+            chosen = np.flatnonzero(some == kind)
+            if len(chosen):
+                pointer = _column(rows, self._rules.mapping, "<u8")[:: max(1, len(kinds) // _PROBES)][chosen]
                 impossible = (pointer >> np.uint64(56) != 0xFF) & (pointer > 3)  # (1 to 3: freed while we crashed)
-                self.oddities.add(kind, len(some), int(impossible.sum()))
+                self.oddities.add(kind, len(chosen), int(np.count_nonzero(impossible)))
 
     def _spread(
         self, first_pfn: int, kinds: NDArray[np.uint8], spans: list[tuple[NDArray[np.int64], NDArray[np.int64]]]
@@ -242,22 +257,25 @@ class PageClassifier:
     def _poison(
         self,
         first_pfn: int,
+        rows: NDArray[np.uint8],
         kinds: NDArray[np.uint8],
-        poisoned: NDArray[np.intp],
+        marked: NDArray[np.intp],
         huge: NDArray[np.intp],
         spans: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
     ) -> None:
-        """Mark poisoned pages, and all of a hugetlb page whose head is."""
+        """Mark poisoned pages, and all of a hugetlb page whose head is; set those aside that were never initialised."""
+        never = _column(rows, self._rules.flags, "<u8")[marked] == _NEVER_INITIALISED
+        poisoned = marked[~never]
+        self.poisoned_pages += len(poisoned)
         kinds[poisoned] = HWPOISON
-        whole = np.intersect1d(poisoned, huge)
-        if not len(whole):
-            return
-        for starts, pages in spans:
+        whole = set(np.intersect1d(poisoned, huge).tolist())
+        for starts, pages in spans if whole else ():
             for start, length in zip(starts.tolist(), pages.tolist(), strict=True):
                 if start in whole:
                     kinds[start : start + length] = HWPOISON
                     if start + length > len(kinds):
                         self._carried_to, self._carried_kind = first_pfn + start + length, HWPOISON
+        kinds[marked[never]] = UNKNOWN
 
 
 def _column(rows: NDArray[np.uint8], offset: int, dtype: str) -> NDArray[Any]:
@@ -272,9 +290,8 @@ def _second(rows: NDArray[np.uint8], heads: NDArray[np.intp], where: InSecondPag
     return values
 
 
-def _is(mapcount: NDArray[np.uint32], kind: PageType) -> NDArray[np.bool_]:
-    masked = mapcount if kind.mask == 0xFFFF_FFFF else mapcount & np.uint32(kind.mask)
-    found: NDArray[np.bool_] = masked == np.uint32(kind.value)
+def _is(mapcount: NDArray[np.int32], kind: PageType) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = mapcount.view(np.uint32) & np.uint32(kind.mask) == np.uint32(kind.value)
     return found
 
 
