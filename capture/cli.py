@@ -124,7 +124,7 @@ def progress_wanted(args: argparse.Namespace) -> bool:
 def _add_source(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     parser.add_argument(
         "source", metavar="SOURCE", nargs=None if required else "?", default="/proc/vmcore",
-        help="/proc/vmcore, an ELF core file, or oldmem: for old memory through elfcorehdr=",
+        help="/proc/vmcore, an ELF core file, a kdump-compressed dump, or oldmem: for old memory through elfcorehdr=",
     )  # fmt: skip
 
 

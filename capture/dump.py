@@ -67,12 +67,12 @@ class Filtered:
     asked: int
     level: int
     doubts: tuple[str, ...]
-    overridden: bool
-    classes: dict[str, int]
-    rescued: dict[str, int]
-    protects: tuple[str, ...]
-    free_found: int
-    free_counted: int | None
+    overridden: bool = False
+    classes: dict[str, int] = field(default_factory=dict)
+    rescued: dict[str, int] = field(default_factory=dict)
+    protects: tuple[str, ...] = ()
+    free_found: int = 0
+    free_counted: int | None = None
     vmemmap_pages: int = 0
     predicted: dict[int, int] = field(default_factory=dict)
     """Bytes that were predicted, by level, where several were to be tried."""
@@ -181,10 +181,10 @@ def write_dump(vmcore: Vmcore, path: Path, options: DumpOptions, say: Callable[[
         writer = KdumpWriter(output, plan)
         try:
             writer.map_memory(image.runs())
-            filtered = _select(vmcore, writer, codec, options, path.parent)
+            filtered = _select_or_all(vmcore, writer, codec, options, path.parent)
             for line in filtered.lines():
                 say(line)
-            writer.start(filtered.level)
+            writer.start(filtered.level | vmcore.level & ~1)
             sync_directory(path.parent)  # from here on a power cut leaves a dump under its name
         except (TargetError, KeyboardInterrupt):
             with contextlib.suppress(OSError):  # not a page is in it, perhaps not even a header
@@ -217,6 +217,20 @@ def write_dump(vmcore: Vmcore, path: Path, options: DumpOptions, say: Callable[[
             raise target_error(path, f"renaming {unfinished.name}", error) from None
     sync_directory(path.parent)
     return report
+
+
+def _select_or_all(
+    vmcore: Vmcore, writer: KdumpWriter, codec: codecs.Codec, options: DumpOptions, target: Path
+) -> Filtered:
+    """Select pages; all of them when the filter itself fails: a bug in it must not cost the dump."""
+    try:
+        return _select(vmcore, writer, codec, options, target)
+    except CaptureError:
+        raise
+    except Exception as error:
+        writer.select_all()
+        level, reason = options.levels[0], f"internal error: {type(error).__name__}: {error}"
+        return Filtered(asked=level, level=level & 1, doubts=(reason,))
 
 
 def _select(vmcore: Vmcore, writer: KdumpWriter, codec: codecs.Codec, options: DumpOptions, target: Path) -> Filtered:

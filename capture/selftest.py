@@ -18,7 +18,7 @@ from capture.boot import job
 from capture.boot.config import BootConfig
 from capture.boot.save import save_to_target
 from capture.console import Console
-from capture.dump import DumpOptions
+from capture.dump import DumpOptions, write_dump
 from capture.dumpfile.reader import KdumpFile
 from capture.errors import CaptureError
 from capture.memory import elfcore
@@ -60,11 +60,12 @@ def elf_core(notes: Sequence[bytes], loads: Sequence[tuple[int, int, bytes]], *,
 
 
 def run() -> None:
-    """Save and verify, with every codec.
+    """Save and verify, with every codec; filter pages of every class.
 
     Raises:
         CaptureError: something does not work here.
     """
+    _filter()
     pages = bytes(PAGE) + b"kernel memory ".ljust(PAGE, b"x") + np.random.default_rng(1).bytes(PAGE)
     vmcoreinfo = b"OSRELEASE=0.0.0-selftest\nPAGESIZE=4096\nCRASHTIME=1\n"
     core = elf_core([note(b"CORE", 1, bytes(336)) + note(b"VMCOREINFO", 0, vmcoreinfo)], [(0, 0x10_0000, pages)])
@@ -86,3 +87,36 @@ def run() -> None:
         except CaptureError:
             return
     raise CaptureError("selftest: a target that does not exist was found")
+
+
+def _filter() -> None:
+    """Filter a kernel of 64 pages with one or a few of each class, the size predicted first."""
+    direct_map, size, count, orders = 0xFFFF_8880_0000_0000, 64, 64, 11
+    info = (
+        f"PAGESIZE=4096\nSIZE(page)={size}\nOFFSET(page.flags)=0\nOFFSET(page.compound_head)=8\n"
+        "OFFSET(page.mapping)=24\nOFFSET(page.private)=40\nOFFSET(page._mapcount)=48\nOFFSET(page._refcount)=52\n"
+        f"LENGTH(zone.free_area)={orders}\nSYMBOL(mem_map)={direct_map:x}\nNUMBER(PG_lru)=1\nNUMBER(PG_private)=2\n"
+        "NUMBER(PG_hwpoison)=3\nNUMBER(PG_head_mask)=16\nNUMBER(PAGE_BUDDY_MAPCOUNT_VALUE)=-129\n"
+        "NUMBER(PAGE_OFFLINE_MAPCOUNT_VALUE)=-257\nNUMBER(PAGE_SLAB_MAPCOUNT_VALUE)=-513\n"
+        "NUMBER(PAGE_HUGETLB_MAPCOUNT_VALUE)=-1025\n"
+    )
+    table = bytearray(count * size)
+    lru, private, poison, head, anonymous = 1 << 1, 1 << 2, 1 << 3, 1 << 4, direct_map + 1
+    for pfn, flags, mapping, order, mapcount in (
+        (16, 0, 0, 4, -129), (2, lru, 0, 0, -1), (3, lru | private, 0, 0, -1), (4, lru, anonymous, 0, 0),
+        (5, poison, 0, 0, -1), (6, 0, 0, 0, -257), (7, 0, 0, 0, -513), (8, head | poison, 0, 0, -1025),
+        (9, 3, 0, 0, -1), (32, head | lru, anonymous, 0, 0), (33, 5, 0, 0, -1),
+    ):  # fmt: skip
+        struct.pack_into("<QQQQQQi", table, pfn * size, flags, 0, 0, mapping, 0, order, mapcount)
+    pages = struct.pack("<Q", direct_map + PAGE).ljust(PAGE, b"x") + bytes(table).ljust(62 * PAGE, b"y") + bytes(PAGE)
+    core = elf_core([note(b"VMCOREINFO", 0, info.encode())], [(direct_map, 0, pages)])
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "core", Path(folder) / "dump"
+        source.write_bytes(core)
+        options = DumpOptions(levels=(1, 31), progress=False, exclude_vmemmap=True)
+        with open_vmcore(str(source)) as vmcore:
+            report = write_dump(vmcore, target, options)
+            whole = write_dump(vmcore, target.with_name("31"), DumpOptions(levels=(31,), progress=False))
+    # Left out: 16 free pages, 2 of cache, 1 and 32 of user, 1 and 8 that are poisoned, 1 offline.
+    if report.level != 1 or whole.pages != count - 61:
+        raise CaptureError(f"selftest: level {report.level}, {whole.pages} pages kept of a small kernel")

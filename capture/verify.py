@@ -16,6 +16,7 @@ from capture.progress import Progress
 
 MAX_NAMED = 20
 """Bad pages that are named; the rest is counted."""
+_WINDOW_PAGES = 1 << 19
 
 
 @dataclass(slots=True)
@@ -23,8 +24,8 @@ class VerifyReport:
     """What became of the pages of a dump.
 
     ``damaged`` ones cannot be read back, ``unwritten`` ones have no data yet, ``different`` ones are not what the
-    source has, ``absent`` ones are only in the source, ``extra`` only in the dump. ``named`` are the first of them, a
-    line each.
+    source has, ``absent`` ones are only in the source, ``extra`` only in the dump. ``left_out`` by its dump level are
+    pages that the dump knows of. ``named`` are the first of those that are wrong, a line each.
     """
 
     pages: int = 0
@@ -33,6 +34,8 @@ class VerifyReport:
     different: int = 0
     absent: int = 0
     extra: int = 0
+    left_out: int = 0
+    level: int = 0
     incomplete: bool = False
     compared: bool = False
     named: list[str] = field(default_factory=list)
@@ -69,7 +72,8 @@ class VerifyReport:
             if count
         ]
         how = "equal the source" if self.compared else "read back well"
-        state = "; marked incomplete" if self.incomplete else ""
+        state = f"; {self.left_out} left out by level {self.level}" if self.left_out else ""
+        state += "; marked incomplete" if self.incomplete else ""
         summary = f"{self.pages} pages" + (f": {', '.join(found)}" if found else f" {how}") + state
         return "\n".join([summary, *self.named])
 
@@ -80,7 +84,9 @@ class VerifyReport:
 
 
 def verify(dump: KdumpFile, image: MemoryImage | None, *, progress: bool) -> VerifyReport:
-    """Check every page of ``dump``; with ``image``, that it holds exactly the pages of it, byte for byte.
+    """Check every page of ``dump``; with ``image``, that each is the same there, and that the dump knows of all others.
+
+    Pages that the dump left out are not read: they may be poisoned.
 
     Raises:
         SourceError: the dump and ``image`` have pages of different sizes.
@@ -90,8 +96,8 @@ def verify(dump: KdumpFile, image: MemoryImage | None, *, progress: bool) -> Ver
             f"{dump.path}: page size {dump.page_size}, but that of {image.source.name} is {image.page_size}: "
             "they are not of the same crash"
         )
-    report = VerifyReport(incomplete=dump.incomplete, compared=image is not None)
-    source = _SourcePages(image) if image else None
+    report = VerifyReport(incomplete=dump.incomplete, compared=image is not None, level=dump.level)
+    source = _SourcePages(image, dump) if image else None
     total = dump.page_count() * dump.page_size if progress else 0  # counting reads all of bitmap 2
     with Progress("verifying", total, enabled=progress) as meter:
         for batch in dump.pages():
@@ -105,22 +111,35 @@ def verify(dump: KdumpFile, image: MemoryImage | None, *, progress: bool) -> Ver
             if source is not None:
                 source.compare(batch, report)
             meter.advance(len(batch.pfns) * dump.page_size)
-    if source is not None:
-        source.rest(report)
+    if image is not None:
+        _count_others(dump, image, report)
     return report
+
+
+def _count_others(dump: KdumpFile, image: MemoryImage, report: VerifyReport) -> None:
+    """Count pages of the source that the dump left out, and those that it does not know."""
+    for first in range(0, image.max_pfn, _WINDOW_PAGES):
+        there = image.holds(first, min(_WINDOW_PAGES, image.max_pfn - first))
+        existing, kept = (dump.bits(bitmap, first, len(there)) for bitmap in (dump.bitmap1, dump.bitmap2))
+        report.left_out += int(np.count_nonzero(there & existing & ~kept))
+        absent = np.flatnonzero(there & ~existing & ~kept)
+        report.absent += len(absent)
+        for pfn in absent[:MAX_NAMED].tolist():
+            report.name(f"PFN {first + pfn:#x}: not in the dump")
 
 
 class _SourcePages:
     """The pages of the source, walked in step with those of the dump. Both are in PFN order."""
 
-    def __init__(self, image: MemoryImage) -> None:
+    def __init__(self, image: MemoryImage, dump: KdumpFile) -> None:
         self._image = image
+        self._dump = dump
         self._chunks = self._read()
         self._current: tuple[NDArray[np.int64], NDArray[np.uint8]] | None = next(self._chunks, None)
 
     def _read(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
         size = self._image.page_size
-        for chunk in self._image.chunks():
+        for chunk in self._image.chunks(self._dump.runs(self._dump.bitmap2)):
             block = self._image.fetch(chunk)
             for first, end in contiguous(block.offsets, size):
                 start = int(block.offsets[first])
@@ -136,7 +155,6 @@ class _SourcePages:
         while self._current is not None and int(self._current[0][0]) <= last:
             pfns, data = self._current
             here = pfns <= last
-            self._absent(np.setdiff1d(pfns[here], batch.pfns, assume_unique=True), report)
             _, ours, theirs = np.intersect1d(pfns, batch.pfns, assume_unique=True, return_indices=True)
             seen[theirs] = True
             wrong = (data.view("<u8")[ours] != batch.data.view("<u8")[theirs]).any(axis=1) & good[theirs]
@@ -150,14 +168,3 @@ class _SourcePages:
         for pfn in batch.pfns[~seen]:
             report.extra += 1
             report.name(f"PFN {int(pfn):#x}: not in {self._image.source.name}")
-
-    def rest(self, report: VerifyReport) -> None:
-        """Count what the source has beyond the dump's last page."""
-        while self._current is not None:
-            self._absent(self._current[0], report)
-            self._current = next(self._chunks, None)
-
-    def _absent(self, pfns: NDArray[np.int64], report: VerifyReport) -> None:
-        for pfn in pfns[:MAX_NAMED]:
-            report.name(f"PFN {int(pfn):#x}: not in the dump")
-        report.absent += len(pfns)

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from capture.dumpfile.source import DumpImage, KdumpSource, is_kdump
 from capture.memory import elfcore
 from capture.memory.elfcore import ElfCore
 from capture.memory.image import MemoryImage
-from capture.memory.source import Source, open_source
+from capture.memory.source import ByteSource, open_source
 from capture.notes import vmcoreinfo
 from capture.notes.elfnote import Notes, read_notes
 from capture.notes.vmcoreinfo import VmcoreInfo
@@ -19,11 +20,13 @@ from capture.notes.vmcoreinfo import VmcoreInfo
 class Vmcore:
     """What the capture side knows of a dead kernel before it looks into its memory."""
 
-    source: Source
+    source: ByteSource
     core: ElfCore
     notes: Notes
     info: VmcoreInfo
     image: MemoryImage
+    level: int = 0
+    """The dump level that was used already, where SOURCE is a dump."""
 
     @property
     def problems(self) -> list[str]:
@@ -40,14 +43,24 @@ class Vmcore:
 
 @contextmanager
 def open_vmcore(name: str) -> Iterator[Vmcore]:
-    """Open SOURCE (a path, or ``oldmem:``) for reading.
+    """Open SOURCE (a path to a vmcore or a kdump-compressed dump, or ``oldmem:``) for reading.
 
     Raises:
-        SourceError: it is not a usable vmcore.
+        SourceError: it is neither, or cannot be used.
     """
+    if is_kdump(name):
+        with KdumpSource(name) as dump:
+            core = dump.core()
+            notes, info = _notes(dump, core)
+            yield Vmcore(dump, core, notes, info, DumpImage(dump, core.loads), level=dump.dump.level)
+        return
     with open_source(name) as source:
         core = elfcore.parse(source)
-        notes = read_notes(source, core.notes)
-        note = notes.vmcoreinfo()
-        info = vmcoreinfo.parse(note.descriptor) if note else VmcoreInfo()
+        notes, info = _notes(source, core)
         yield Vmcore(source, core, notes, info, MemoryImage(source, core.loads, info.page_size))
+
+
+def _notes(source: ByteSource, core: ElfCore) -> tuple[Notes, VmcoreInfo]:
+    notes = read_notes(source, core.notes)
+    note = notes.vmcoreinfo()
+    return notes, vmcoreinfo.parse(note.descriptor) if note else VmcoreInfo()

@@ -136,6 +136,8 @@ ADDED = (
     "mce=off",
     "numa=off",
     "novmcoredd",
+    # Memory that was plugged in is dead memory to be saved; a capture kernel that finds it anew would use it.
+    "acpi_no_memhotplug",
     "iomem=relaxed",
     f"panic={PANIC_SECONDS}",
 )

@@ -17,7 +17,7 @@ from tests.structpages import ERAS, MAPCOUNT, MAX_ORDER, PRIVATE, SIZE, Era, Pag
 
 PAGES = 4096
 IMAGE_PFN, IMAGE_PAGES = 0x100, 0x80
-TABLES_PFN = 0x200
+TABLES_PFN, TABLES = 0x200, 8
 ROOTS_PFN, SECTIONS_PFN, NODE_PFN = 0x240, 0x241, 0x244
 MEM_MAP_PFN, MEM_MAP_PAGES = 0x400, PAGES * SIZE // PAGE
 STACK_PFN, STACK_VIRTUAL = 0x500, 0xFFFF_C900_0000_4000
@@ -75,11 +75,17 @@ class SmallKernel:
 
         for pfn in [*range(TABLES_PFN, TABLES_PFN + 16), *range(ROOTS_PFN, NODE_PFN + 4)]:
             put(pfn, bytes(PAGE))
-        root, upper, middle, upper2, middle2, lower = range(TABLES_PFN, TABLES_PFN + 6)
-        for virtual, path in ((VMEMMAP, (root, upper, middle)), (VMALLOC, (root, upper2, middle2, lower))):
+        root, upper, middle, upper2, middle2, lower, upper3, middle3 = range(TABLES_PFN, TABLES_PFN + TABLES)
+        paths = (
+            (VMEMMAP, (root, upper, middle)), (VMALLOC, (root, upper2, middle2, lower)),
+            (DIRECT_MAP, (root, upper3, middle3)),
+        )  # fmt: skip
+        for virtual, path in paths:
             for shift, (table, following) in zip((39, 30, 21), pairwise(path), strict=False):
                 put(table, struct.pack("<Q", following * PAGE | PRESENT), (virtual >> shift & 511) * 8)
         put(middle, struct.pack("<Q", MEM_MAP_PFN * PAGE | LARGE), (VMEMMAP >> 21 & 511) * 8)
+        for large in range(PAGES * PAGE >> 21):
+            put(middle3, struct.pack("<Q", large << 21 | LARGE), (DIRECT_MAP >> 21 & 511) * 8 + large * 8)
         for page in range(4):
             put(lower, struct.pack("<Q", (STACK_PFN + page) * PAGE | PRESENT), ((STACK_VIRTUAL >> 12) + page & 511) * 8)
         put(ROOTS_PFN, struct.pack("<Q", DIRECT_MAP + SECTIONS_PFN * PAGE))

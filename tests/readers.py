@@ -167,7 +167,8 @@ def by_hand(path: Path) -> HandRead:
     bitmap1 = (1 + sub_blocks) * block
     bitmap2, table = bitmap1 + bitmap_blocks // 2 * block, bitmap1 + bitmap_blocks * block
     (level,) = struct.unpack_from("<i", raw, block + 8)
-    assert level > 1 or raw[bitmap1:bitmap2] == raw[bitmap2:table]  # every page that exists is in the dump
+    existing, kept = (int.from_bytes(raw[start:end], "little") for start, end in ((bitmap1, bitmap2), (bitmap2, table)))
+    assert kept & ~existing == 0  # every page of the dump exists
     pfns = [at * 8 + bit for at, byte in enumerate(raw[bitmap2:table]) if byte for bit in range(8) if byte >> bit & 1]
     descriptors = {
         pfn: struct.unpack_from(DESCRIPTOR, raw, table + DESCRIPTOR_BYTES * index) for index, pfn in enumerate(pfns)

@@ -1,11 +1,13 @@
 """Reads kdump-compressed dumps back: header, bitmaps, descriptors, pages in batches.
 
-Reads what this program and makedumpfile write as version 6 (zstd, zlib, raw pages; not LZO or snappy). The file may be
-damaged, cut short or hostile: everything that steers memory or time is checked against the file's size first.
+Reads what this program and makedumpfile write as version 6: zstd, zlib, raw pages; LZO and snappy where the system has
+a library for them. The file may be damaged, cut short or hostile: everything that steers memory or time is checked
+against the file's size first.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import zlib
@@ -19,13 +21,16 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from capture.dumpfile import kdump
+from capture.dumpfile import foreign, kdump
 from capture.errors import SourceError
+from capture.notes.elfnote import NOTE_HEADER
 
 BATCH_PAGES, BATCH_BYTES = 1024, 4 << 20
 """What is decoded together at most."""
 NOT_WRITTEN = "not written"
 """Why a page of an incomplete dump has no data."""
+_RANK_BYTES = 1 << 12
+"""Bytes of bitmap 2 between two numbers that say how many pages come before."""
 _WINDOW_BYTES = 1 << 16
 """Bytes of bitmap 2 looked at together."""
 _MAX_BLOCK = 1 << 16
@@ -52,6 +57,7 @@ class KdumpFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._ranks: NDArray[np.int64] | None = None
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else a pipe would be waited for
         except OSError as error:
@@ -73,7 +79,8 @@ class KdumpFile:
         sub = self._read(self.page_size, kdump.KDUMP_SUB_HEADER.itemsize, "sub-header")
         self.sub_header = np.frombuffer(sub, kdump.KDUMP_SUB_HEADER)[0]
         self.bitmap_bytes = int(self.header["bitmap_blocks"]) // 2 * self.page_size
-        self.bitmap2 = (1 + int(self.header["sub_hdr_size"])) * self.page_size + self.bitmap_bytes
+        self.bitmap1 = (1 + int(self.header["sub_hdr_size"])) * self.page_size
+        self.bitmap2 = self.bitmap1 + self.bitmap_bytes
         self.descriptor_table = self.bitmap2 + self.bitmap_bytes
         if self.max_mapnr > 8 * self.bitmap_bytes or not self.bitmap_bytes:
             raise SourceError(f"{self.path}: bitmaps of {self.bitmap_bytes} bytes for {self.max_mapnr} PFNs: damaged")
@@ -111,6 +118,61 @@ class KdumpFile:
                 yield self._read_batch(batch, done)
                 done += len(batch)
 
+    def bits(self, bitmap: int, first_pfn: int, pages: int) -> NDArray[np.bool_]:
+        """Return the bits of a bitmap from ``first_pfn`` (a multiple of 8) on; zeros beyond its end."""
+        room = max(0, min(-(-pages // 8), self.bitmap_bytes - first_pfn // 8))
+        raw = os.pread(self._fd, room, bitmap + first_pfn // 8).ljust(-(-pages // 8), b"\0")
+        return np.unpackbits(np.frombuffer(raw, dtype=np.uint8), bitorder="little")[:pages].astype(np.bool_)
+
+    def runs(self, bitmap: int) -> Iterator[tuple[int, int]]:
+        """Yield (first PFN, pages) of every run of ``bitmap1`` or ``bitmap2``."""
+        first, end = 0, 0
+        for pfns in self._pfns(bitmap):
+            breaks = np.flatnonzero(np.diff(pfns) != 1) + 1
+            for low, high in zip(pfns[[0, *breaks]].tolist(), pfns[[*(breaks - 1), -1]].tolist(), strict=True):
+                if low != end:
+                    if end > first:
+                        yield first, end - first
+                    first = low
+                end = high + 1
+        if end > first:
+            yield first, end - first
+
+    def read_run(self, first_pfn: int, pages: int) -> Iterator[bytes]:
+        """Yield the bytes of pages that follow each other, a batch at a time.
+
+        Raises:
+            OSError: EIO: one is not in the dump, or damaged.
+        """
+        index = self._rank(first_pfn, pages)
+        limit = min(BATCH_PAGES, BATCH_BYTES // self.page_size)
+        for start in range(0, pages, limit):
+            pfns = np.arange(first_pfn + start, first_pfn + min(pages, start + limit), dtype=np.int64)
+            batch = self._read_batch(pfns, index + start)
+            if batch.bad:
+                number, reason = next(iter(batch.bad.items()))
+                raise OSError(errno.EIO, f"PFN {int(pfns[number]):#x}: {reason}")
+            yield batch.data.tobytes()
+
+    def notes(self) -> bytes:
+        """Return the ELF notes; of old dumps that have none, VMCOREINFO as a note.
+
+        Raises:
+            SourceError: they lie outside of the file.
+        """
+        sub = self.sub_header
+        size, text_size = int(sub["size_note"]), int(sub["size_vmcoreinfo"])
+        if max(size, text_size) > self.size:
+            raise SourceError(f"{self.path}: notes of {max(size, text_size)} bytes in a file of {self.size}: damaged")
+        if size:
+            return self._read(int(sub["offset_note"]), size, "notes")
+        if not text_size:
+            return b""
+        text = self._read(int(sub["offset_vmcoreinfo"]), text_size, "VMCOREINFO")
+        name = b"VMCOREINFO\0"
+        head = NOTE_HEADER.pack(len(name), len(text), 0) + name.ljust(12, b"\0")
+        return head + text.ljust(-(-len(text) // 4) * 4, b"\0")
+
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
@@ -143,16 +205,42 @@ class KdumpFile:
         if self.page_size not in (4096, 16384, _MAX_BLOCK):
             raise SourceError(f"{self.path}: page size {self.page_size}: the header is damaged")
 
-    def _pfns(self) -> Iterator[NDArray[np.int64]]:
-        """Yield the PFNs of bitmap 2, window by window. Bits from max_mapnr on are padding."""
+    def _rank(self, first_pfn: int, pages: int) -> int:
+        """Return the number of the descriptor of a page of bitmap 2, of which ``pages`` have to follow each other.
+
+        Raises:
+            OSError: EIO: they are not all in the dump.
+        """
+        if self._ranks is None:
+            bits = [0]
+            for start in range(0, -(-self.max_mapnr // 8), _RANK_BYTES):
+                piece = os.pread(self._fd, _RANK_BYTES, self.bitmap2 + start)
+                bits.append(int.from_bytes(piece, "little").bit_count())
+            self._ranks = np.cumsum(np.array(bits, dtype=np.int64))
+        start = first_pfn // (8 * _RANK_BYTES)
+        length = -(-(first_pfn + pages) // 8) - start * _RANK_BYTES
+        if first_pfn < 0 or first_pfn + pages > self.max_mapnr:
+            raise OSError(errno.EIO, f"PFN {first_pfn:#x} is beyond the dump")
+        bitmap = int.from_bytes(os.pread(self._fd, length, self.bitmap2 + start * _RANK_BYTES), "little")
+        within = first_pfn - start * 8 * _RANK_BYTES
+        wanted = (1 << pages) - 1
+        if bitmap >> within & wanted != wanted:
+            raise OSError(errno.EIO, f"PFN {first_pfn:#x} is not in the dump")
+        return int(self._ranks[start]) + (bitmap & (1 << within) - 1).bit_count()
+
+    def _pfns(self, bitmap: int | None = None) -> Iterator[NDArray[np.int64]]:
+        """Yield the PFNs of a bitmap (bitmap 2), window by window. Bits from max_mapnr on are padding."""
+        place = self.bitmap2 if bitmap is None else bitmap
         end = -(-self.max_mapnr // 8)
         for start in range(0, end, _WINDOW_BYTES):
-            window = os.pread(self._fd, min(_WINDOW_BYTES, end - start), self.bitmap2 + start)
+            window = os.pread(self._fd, min(_WINDOW_BYTES, end - start), place + start)
             if not any(window):
                 continue
             bits = np.unpackbits(np.frombuffer(window, dtype=np.uint8), bitorder="little")
             pfns = np.flatnonzero(bits).astype(np.int64) + start * 8
-            yield pfns[pfns < self.max_mapnr]
+            pfns = pfns[pfns < self.max_mapnr]
+            if len(pfns):
+                yield pfns
 
     def _read_batch(self, pfns: NDArray[np.int64], first: int) -> ReadPages:
         """Decode the pages of descriptors ``first`` and following; data that several share is decoded once."""
@@ -197,10 +285,13 @@ class KdumpFile:
             pages[index] = np.frombuffer(window, dtype=np.uint8, count=self.page_size, offset=int(offsets[index]))
         for index in map(int, np.flatnonzero(~zstd & ~raw)):
             content = window[int(offsets[index]) : int(offsets[index]) + int(sizes[index])]
-            if int(flags[index]) == kdump.COMPRESSED_ZLIB:
+            flag = int(flags[index])
+            if flag == kdump.COMPRESSED_ZLIB:
                 reason = _put_zlib(content, pages[index])
+            elif flag in foreign.PACKAGES:
+                reason = _put_foreign(flag, content, pages[index])
             else:
-                reason = f"flags {int(flags[index]):#x}, {len(content)} bytes: no codec for it here"
+                reason = f"flags {flag:#x}, {len(content)} bytes: no codec for it here"
             if reason is not None:
                 failed[number + index] = reason
 
@@ -226,6 +317,15 @@ def _put_zlib(content: bytes, page: NDArray[np.uint8]) -> str | None:
         return f"zlib: {error}"
     if len(found) != len(page) or not decompressor.eof:
         return f"zlib: {len(found)} bytes instead of {len(page)}"
+    page[:] = np.frombuffer(found, dtype=np.uint8)
+    return None
+
+
+def _put_foreign(flag: int, content: bytes, page: NDArray[np.uint8]) -> str | None:
+    """Decompress into ``page``; return why not, where that fails."""
+    found = foreign.decompress(flag, content, len(page))
+    if isinstance(found, str):
+        return found
     page[:] = np.frombuffer(found, dtype=np.uint8)
     return None
 

@@ -91,7 +91,7 @@ class KdumpWriter:
     def begin(self, runs: Iterable[tuple[int, int]]) -> None:
         """Write everything but page data and descriptors, and sync it. ``runs`` are the pages of memory and dump."""
         self.map_memory(runs)
-        self.select(_windows_of(self._runs(self.layout.bitmap1)))
+        self.select_all()
         self.start(self._plan.level)
 
     def map_memory(self, runs: Iterable[tuple[int, int]]) -> None:
@@ -105,6 +105,10 @@ class KdumpWriter:
         """
         self.pages = self._write_bitmap(self.layout.bitmap2, windows)
         return self.pages
+
+    def select_all(self) -> None:
+        """Select every page of bitmap 1."""
+        self.select(_windows_of(self._runs(self.layout.bitmap1)))
 
     def selected(self) -> Iterator[tuple[int, int]]:
         """Yield (first PFN, pages) of every run of bitmap 2, read back from the file."""

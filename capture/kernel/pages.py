@@ -268,7 +268,7 @@ class PageClassifier:
         poisoned = marked[~never]
         self.poisoned_pages += len(poisoned)
         kinds[poisoned] = HWPOISON
-        whole = set(np.intersect1d(poisoned, huge).tolist())
+        whole = set(poisoned.tolist()) & set(huge.tolist()) if len(huge) else set()
         for starts, pages in spans if whole else ():
             for start, length in zip(starts.tolist(), pages.tolist(), strict=True):
                 if start in whole:

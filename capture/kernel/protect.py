@@ -41,7 +41,8 @@ _SECTIONS = (
 (free_kernel_image_pages; arch/x86/kernel/vmlinux.lds.S, arch/arm64/kernel/vmlinux.lds.S)."""
 _FREED_IN_BSS = ("__start_bss_decrypted_unused", "__end_bss_decrypted")
 """What is freed out of .bss without memory encryption (mem_encrypt_free_decrypted_mem, x86_64)."""
-_PER_CPU_SYMBOLS = ("pcpu_base_addr", "pcpu_unit_size", "pcpu_nr_units")
+_PER_CPU_SYMBOLS = ("__per_cpu_offset", "__per_cpu_start", "__per_cpu_end", "nr_cpu_ids")
+_MAX_CPUS = 1 << 14
 _VMALLOC_BYTES_X86_64 = {False: 32 << 40, True: 12800 << 40}
 """VMALLOC_SIZE_TB by 5-level paging; arch/x86/include/asm/pgtable_64_types.h."""
 _X86_64_MODULES = (0xFFFF_FFFF_A000_0000, 0xFFFF_FFFF_FEFF_FFFF)
@@ -94,8 +95,8 @@ def find_protected(
     for pointer in stack_pointers:
         start = pointer - pointer % _STACK_BYTES
         finder.virtual(STACKS, start, start + _STACK_BYTES)
-    start, length = _per_cpu(memory, symbols)
-    finder.virtual(PER_CPU, start, start + length)
+    for start, end in _per_cpu(memory, symbols):
+        finder.virtual(PER_CPU, start, end)
     for first, last in _vmalloc(info, machine):
         finder.mapped(VMALLOC, first, last)
     if memory.tables is not None:
@@ -213,18 +214,22 @@ def _log_ranges(memory: KernelMemory, info: VmcoreInfo) -> Iterator[tuple[int, i
         return
 
 
-def _per_cpu(memory: KernelMemory, symbols: dict[str, int]) -> tuple[int, int]:
-    """Return (virtual address, bytes) of the first chunk of per-CPU areas (mm/percpu.c); no bytes where not known."""
-    places = [symbols.get(name) for name in _PER_CPU_SYMBOLS]
-    if None in places:
-        return 0, 0
+def _per_cpu(memory: KernelMemory, symbols: dict[str, int]) -> Iterator[tuple[int, int]]:
+    """Yield the virtual range of every CPU's copy of the kernel's own per-CPU variables (setup_per_cpu_areas).
+
+    What comes after them in a CPU's area is given back in part (pcpu_embed_first_chunk, mm/percpu.c).
+    """
+    offsets, start, end, count_at = (symbols.get(name) for name in _PER_CPU_SYMBOLS)
+    if offsets is None or start is None or end is None or count_at is None or not 0 < end - start <= _MAX_RING:
+        return
     try:
-        base, unit, units = (
-            memory.read_unsigned(place or 0, size) for place, size in zip(places, (8, 4, 4), strict=True)
-        )
+        count = min(memory.read_unsigned(count_at, 4), _MAX_CPUS)
+        table = np.frombuffer(memory.read(offsets, 8 * count), dtype="<u8")
     except UnreadableMemory:
-        return 0, 0
-    return (base, unit * units) if unit * units <= _MAX_RING else (0, 0)
+        return
+    for offset in table.tolist():
+        if offset:
+            yield (start + offset) % (1 << 64), (end + offset) % (1 << 64)
 
 
 def _vmalloc(info: VmcoreInfo, machine: str) -> Iterator[tuple[int, int]]:

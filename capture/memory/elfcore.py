@@ -20,7 +20,7 @@ from elftools.elf.structs import ELFStructs
 from numpy.typing import NDArray
 
 from capture.errors import SourceError
-from capture.memory.source import Source
+from capture.memory.source import ByteSource
 
 PROGRAM_HEADER = np.dtype(
     [
@@ -66,7 +66,7 @@ class ElfCore:
     problems: tuple[str, ...] = ()
 
 
-def parse(source: Source) -> ElfCore:
+def parse(source: ByteSource) -> ElfCore:
     """Parse the ELF core header of ``source``.
 
     Raises:
@@ -92,7 +92,7 @@ def parse(source: Source) -> ElfCore:
     return ElfCore(machine, loads, table[table["p_type"] == PT_NOTE].copy(), missing, problems)
 
 
-def _read(source: Source, offset: int, length: int, what: str) -> bytes:
+def _read(source: ByteSource, offset: int, length: int, what: str) -> bytes:
     """Read a part of the header whole, or say what is missing."""
     where = source.header_offset + offset
     try:
@@ -106,7 +106,7 @@ def _read(source: Source, offset: int, length: int, what: str) -> bytes:
     return data
 
 
-def _elf_header(source: Source) -> Any:  # noqa: ANN401  (pyelftools' Container)
+def _elf_header(source: ByteSource) -> Any:  # noqa: ANN401  (pyelftools' Container)
     if source.size == 0:
         raise SourceError(f"{source.name}: empty file, not a vmcore")
     magic = _read(source, 0, 8, "the first bytes")
@@ -129,14 +129,12 @@ def _elf_header(source: Source) -> Any:  # noqa: ANN401  (pyelftools' Container)
 
 
 def _what_else(magic: bytes) -> str:
-    if magic.startswith(b"KDUMP"):
-        return "a kdump-compressed dump already: open it with crash or drgn; re-filtering is not supported yet"
     if magic.startswith(b"makedump"):
         return "a flattened makedumpfile stream: not supported yet; rearrange it with `makedumpfile -R` first"
     return f"not an ELF file (it begins with {magic.hex(' ')})"
 
 
-def _segment_count(source: Source, header: Any) -> int:  # noqa: ANN401
+def _segment_count(source: ByteSource, header: Any) -> int:  # noqa: ANN401
     count = int(header["e_phnum"])
     if count == PN_XNUM:
         where = int(header["e_shoff"])
@@ -155,12 +153,12 @@ def _segment_count(source: Source, header: Any) -> int:  # noqa: ANN401
     return count
 
 
-def _program_headers(source: Source, offset: int, count: int) -> NDArray[np.void]:
+def _program_headers(source: ByteSource, offset: int, count: int) -> NDArray[np.void]:
     raw = _read(source, offset, count * PROGRAM_HEADER.itemsize, f"the table of {count} program headers")
     return np.frombuffer(raw, dtype=PROGRAM_HEADER)
 
 
-def _possible(source: Source, loads: NDArray[np.void]) -> tuple[NDArray[np.void], str | None]:
+def _possible(source: ByteSource, loads: NDArray[np.void]) -> tuple[NDArray[np.void], str | None]:
     """Return the segments that lie where memory can be, and a line about those that do not.
 
     One damaged row must not cost the good ones: what is left of a machine is worth saving without it.
@@ -181,7 +179,7 @@ def _possible(source: Source, loads: NDArray[np.void]) -> tuple[NDArray[np.void]
     )
 
 
-def _cut_to_source(source: Source, loads: NDArray[np.void]) -> int:
+def _cut_to_source(source: ByteSource, loads: NDArray[np.void]) -> int:
     """Shorten segments that run past the end of the source, in place; return the bytes that are missing."""
     if source.size is None:
         return 0
@@ -201,7 +199,7 @@ def _structs() -> Any:  # noqa: ANN401
     return structs
 
 
-def _structure(source: Source, layout: Any, raw: bytes, what: str) -> Any:  # noqa: ANN401
+def _structure(source: ByteSource, layout: Any, raw: bytes, what: str) -> Any:  # noqa: ANN401
     try:
         return struct_parse(layout, io.BytesIO(raw))
     except (ELFError, ELFParseError, ConstructError, ValueError) as error:

@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from capture.memory.source import Source
+from capture.memory.source import ByteSource
 
 EXTENT = np.dtype([("pfn", "<i8"), ("pages", "<i8"), ("offset", "<u8")])
 """Whole pages that are contiguous both as PFNs and in the source; ``offset`` of the first in the source, in bytes."""
@@ -105,7 +105,7 @@ class MemoryImage:
     ``extents`` are the whole pages, sorted by PFN, disjoint. ``max_pfn`` is the highest PFN plus one.
     """
 
-    def __init__(self, source: Source, loads: NDArray[np.void], page_size: int) -> None:
+    def __init__(self, source: ByteSource, loads: NDArray[np.void], page_size: int) -> None:
         self.source = source
         self.page_size = page_size
         self.linear_maps = tuple(

@@ -21,6 +21,7 @@ import re
 import stat
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from capture.errors import SourceError
 
@@ -36,6 +37,22 @@ MADV_POPULATE_READ = 22
 
 _MMAP_REFUSED = frozenset({errno.EINVAL, errno.ENODEV, errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP})
 _SIZE_SUFFIX = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+class ByteSource(Protocol):
+    """What the dead kernel's bytes are read from, by offset. See Source, and capture.dumpfile.source."""
+
+    name: str
+    size: int | None
+    header_offset: int
+    remedy: str
+    map_refused: str | None
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return bytes, fewer only at the end of the source; raises OSError."""
+
+    def map(self, offset: int, length: int) -> memoryview | None:
+        """Return a read-only view, None where this source cannot be mapped; raises OSError."""
 
 
 class Source:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from capture.memory.source import Source
+from capture.memory.source import ByteSource
 
 NOTE_HEADER = struct.Struct("<III")
 """Elf64_Nhdr: n_namesz, n_descsz, n_type (include/uapi/linux/elf.h)."""
@@ -60,7 +60,7 @@ class Notes:
         return max(found, key=lambda note: len(note.descriptor), default=None)
 
 
-def read_notes(source: Source, segments: NDArray[np.void]) -> Notes:
+def read_notes(source: ByteSource, segments: NDArray[np.void]) -> Notes:
     """Read and merge PT_NOTE ``segments`` (an array of PROGRAM_HEADER).
 
     Never raises for what the segments hold: a part that cannot be read or parsed is named in ``problems``.

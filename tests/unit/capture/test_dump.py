@@ -29,11 +29,14 @@ from capture.dumpfile import writer as writer_module
 from capture.dumpfile.output import OutputFile
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile
 from capture.memory import image as image_module
+from capture.pagefilter import PageFilter
 from capture.selftest import elf_core
 from capture.vmcore import open_vmcore
 from tests.builders import DIRECT_MAP, PAGE, filled, numbered, prstatus_note, simple_core, vmcoreinfo_note
 from tests.dumps import ZLIB, ZSTD
 from tests.faults import PowerCut, failing, failing_codec, file_size_limit, interrupted_after, tmpfs, umask
+from tests.kernels import MEM_MAP_PAGES, MEM_MAP_PFN, SmallKernel, busy_kernel
+from tests.kernels import PAGES as PAGES_OF_KERNEL
 from tests.outcome import Run, dump_options, read_back, sha256_blocks
 from tests.readers import ElfPages, by_hand, drgn_reader, makedumpfile, mapped, model, read_by_drgn
 
@@ -696,3 +699,111 @@ def test_makedumpfile_takes_the_log_from_our_zlib_dump(twins: tuple[Path, Path, 
         makedumpfile("--dump-dmesg", source, tmp_path / name)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     assert b"Linux version 6.1" in (tmp_path / "ours").read_bytes()
+
+
+# --- the page filter and the dump
+
+
+def test_a_filter_that_fails_costs_the_level_and_not_the_dump(
+    vmcore_file: WriteFile, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'numpy.ma'")
+
+    monkeypatch.setattr(PageFilter, "verdict", fail)
+    ran = run("dump", "-d", "31", vmcore_file(busy_kernel().core()), tmp_path / "dump")
+    assert ran.status == 0
+    assert "filter check failed: internal error: ModuleNotFoundError" in ran.err
+    assert "making level 1 instead of 31" in ran.err
+    assert by_hand(tmp_path / "dump").pages.keys() == set(range(PAGES_OF_KERNEL))
+
+
+@pytest.fixture
+def distrusted(vmcore_file: WriteFile) -> str:
+    """A kernel whose free pages are not those that it counts."""
+    return vmcore_file(busy_kernel().core(free={10: 6}))
+
+
+def test_a_level_that_is_not_trusted_is_lowered_and_said(distrusted: str, tmp_path: Path, run: Run) -> None:
+    ran = run("dump", "-d", "31", distrusted, tmp_path / "dump")
+    assert ran.status == 0
+    lines = [line.removeprefix("vmcapture: ") for line in ran.err.splitlines()]
+    assert lines[:2] == [
+        "filter check failed: 2056 free pages found, the kernel counts 6144",
+        "making level 15 instead of 31: saving more rather than less",
+    ]
+    dump = by_hand(tmp_path / "dump")
+    assert dump.level == 15
+    assert set(range(2048, 4096)) <= dump.pages.keys()
+
+
+def test_trust_filter_makes_the_level_all_the_same(distrusted: str, tmp_path: Path, run: Run) -> None:
+    ran = run("dump", "-d", "31", "--trust-filter", distrusted, tmp_path / "dump")
+    assert ran.status == 0
+    assert "making level 31 all the same (--trust-filter)" in ran.err
+    dump = by_hand(tmp_path / "dump")
+    assert dump.level == 31
+    assert not set(range(2048, 4096)) & dump.pages.keys()
+
+
+def test_the_manifest_says_what_the_filter_did(distrusted: str, tmp_path: Path, run: Run) -> None:
+    assert run("save", "-q", "-d", "31", "--source", distrusted, tmp_path).status == 3  # it has no log
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    found = json.loads((folder / "manifest.json").read_text())["dump"]
+    assert found["level"] == 15
+    assert found["filter"]["level_asked"] == 31
+    assert found["filter"]["checks_failed"] == ["2056 free pages found, the kernel counts 6144"]
+    assert found["filter"]["classes"]["free"] == 2056
+    assert sum(found["filter"]["classes"].values()) == PAGES_OF_KERNEL
+
+
+@pytest.mark.parametrize(("room", "taken"), [(1 << 40, 0), (220_000, 27), (1000, 31)])
+def test_of_several_levels_the_first_that_fits_is_made(
+    room: int, taken: int, vmcore_file: WriteFile, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dump of this kernel has 250 KB at level 0; the last level is made whatever the room is."""
+    monkeypatch.setattr(module, "_room", lambda _directory: room)
+    kernel = vmcore_file(busy_kernel().core())
+    ran = run("dump", "-d", "0,27,31", "-c", "zstd", kernel, tmp_path / "dump")
+    assert ran.status == 0
+    assert f"taking level {taken}" in ran.err
+    assert by_hand(tmp_path / "dump").level == taken
+
+
+def test_the_size_that_is_predicted_is_about_the_size_that_is_made(
+    corpus_vmcore: Path, tmp_path: Path, run: Run
+) -> None:
+    predicted = {entry["asked"]: entry for entry in json.loads(run("info", "--json", corpus_vmcore).out)["predicted"]}
+    for level in (1, 17, 31):
+        report = dumped(str(corpus_vmcore), tmp_path / str(level), level=level)
+        assert predicted[level]["pages"] == report.pages
+        assert 0.9 < predicted[level]["bytes"] / report.size < 1.1
+
+
+def test_mem_map_of_pages_that_are_left_out_can_be_left_out(vmcore_file: WriteFile, tmp_path: Path, run: Run) -> None:
+    """A page of mem_map describes 64 pages: it stays when the dump has one of them."""
+    kernel = vmcore_file(busy_kernel().core())
+    assert run("dump", "-q", "-d", "31", kernel, tmp_path / "with").status == 0
+    assert run("dump", "-q", "-d", "31", "--exclude-vmemmap", kernel, tmp_path / "without").status == 0
+    kept, fewer = (set(by_hand(tmp_path / name).pages) for name in ("with", "without"))
+    assert fewer < kept
+    table = range(MEM_MAP_PFN, MEM_MAP_PFN + MEM_MAP_PAGES)
+    gone = kept - fewer
+    assert gone
+    assert gone <= set(table)
+    for page, pfn in enumerate(table):
+        described = set(range(page * 64, page * 64 + 64))
+        assert (pfn in fewer) == bool(described & fewer), page
+    assert by_hand(tmp_path / "without").status & 0x10  # DUMP_DH_EXCLUDED_VMEMMAP
+    assert not by_hand(tmp_path / "with").status & 0x10
+
+
+def test_memory_does_not_grow_with_fragmentation_of_what_is_kept(vmcore_file: WriteFile, tmp_path: Path) -> None:
+    """Every second page is kept: as many runs as there can be."""
+    kernel = SmallKernel()
+    for pfn in range(2048, 4096, 2):
+        kernel.array.free(pfn, 0)
+    report = dumped(vmcore_file(kernel.core()), tmp_path / "dump", level=31)
+    assert report.whole
+    assert report.pages == 4096 - 1024
+    assert len(by_hand(tmp_path / "dump").pages) == report.pages

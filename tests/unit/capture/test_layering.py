@@ -11,7 +11,7 @@ import graphlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -135,3 +135,33 @@ def test_importing_all_of_it_loads_nothing_else() -> None:
 def test_the_command_line_starts_without_numpy() -> None:
     """``vmcapture status`` and ``--help`` should not wait for it."""
     assert loaded_by("import capture.cli") == {"capture"}
+
+
+def test_the_job_loads_no_module_that_importing_it_has_not_loaded(corpus_file: Callable[[str], Path]) -> None:
+    """The capture image has what was loaded when it was built: NumPy loads some of its modules when they are needed."""
+    vmcore = corpus_file("linux-6.12")
+    names = [name for name in MODULES if not name.endswith("__main__")]
+    program = (
+        f"import {', '.join(names)}\n"
+        "import sys, tempfile, capture.selftest, capture.cli\n"
+        "capture.selftest.run()\n"
+        "before = set(sys.modules)\n"
+        "with tempfile.TemporaryDirectory() as folder:\n"
+        f"    status = capture.cli.main(['save', '-q', '--source', {str(vmcore)!r}, '-d', '1,31', folder])\n"
+        "    from tests.kernels import busy_kernel\n"
+        "    from tests.structpages import ERAS\n"
+        "    before |= {name for name in sys.modules if name.startswith(('tests', 'dataclasses'))}\n"
+        "    for era in ERAS:\n"
+        "        kernel = busy_kernel(era)\n"
+        "        kernel.array.hugetlb(0x800, 9)\n"
+        "        kernel.array.poison(0x800)\n"
+        "        open(folder + '/core', 'wb').write(kernel.core(free={}))\n"
+        "        words = 'dump -q --force -d 31 --exclude-vmemmap'.split()\n"
+        "        status |= capture.cli.main([*words, folder + '/core', folder + '/dump'])\n"
+        "        status |= capture.cli.main(['verify', '-q', folder + '/dump', '--against', folder + '/core'])\n"
+        "print(status, sorted(set(sys.modules) - before))\n"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout
+    assert answer == "0 []\n"

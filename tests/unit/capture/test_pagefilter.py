@@ -166,7 +166,7 @@ def kept_pfns(page_filter: PageFilter, level: int) -> set[int]:
 
 PRECIOUS = {
     *range(IMAGE_PFN, IMAGE_PFN + IMAGE_PAGES),
-    *range(TABLES_PFN, TABLES_PFN + 6),
+    *range(TABLES_PFN, TABLES_PFN + 6),  # (the direct map's are not walked: the ELF header has it)
     *range(MEM_MAP_PFN, MEM_MAP_PFN + MEM_MAP_PAGES),
     *range(STACK_PFN, STACK_PFN + 4),
 }

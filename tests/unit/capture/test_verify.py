@@ -24,7 +24,9 @@ from capture.verify import MAX_NAMED, VerifyReport, verify
 from capture.vmcore import open_vmcore
 from tests.builders import PAGE, filled, numbered, patched, prstatus_note, vmcoreinfo_note
 from tests.dumps import BLOCK_SIZE, INCOMPLETE, STATUS, dump_of
+from tests.kernels import busy_kernel
 from tests.outcome import Run, dump_options
+from tests.readers import bitmaps
 
 WriteFile = Callable[..., str]
 
@@ -175,7 +177,8 @@ def test_json_has_every_count(pair: tuple[Path, Path], run: Run) -> None:
     ran = run("verify", dump, "--against", source, "--json")
     found = json.loads(ran.out)
     assert {key: found[key] for key in found if key != "named"} == {
-        "pages": 6, "damaged": 0, "unwritten": 1, "different": 0, "absent": 0, "extra": 0, "incomplete": False,
+        "pages": 6, "damaged": 0, "unwritten": 1, "different": 0, "absent": 0, "extra": 0, "left_out": 0,
+        "level": 1, "incomplete": False,
         "compared": True, "good": False,
     }  # fmt: skip
     assert found["named"] == ["PFN 0x105: not written"]
@@ -201,9 +204,10 @@ def test_what_is_no_dump_is_refused(content: bytes, vmcore_file: WriteFile, run:
     assert ran.out == ""
 
 
-def test_a_source_that_is_no_vmcore_is_refused(pair: tuple[Path, Path], run: Run) -> None:
+def test_a_source_that_is_no_vmcore_is_refused(pair: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
     _, dump = pair
-    ran = run("verify", dump, "--against", dump)
+    (tmp_path / "text").write_text("not a vmcore\n")
+    ran = run("verify", dump, "--against", tmp_path / "text")
     assert ran.status == 4
     assert ran.err.count("\n") == 1
 
@@ -281,3 +285,16 @@ def test_only_a_report_without_a_fault_is_good() -> None:
     assert VerifyReport(pages=5, incomplete=True).exit_status == 3
     assert VerifyReport(pages=5, incomplete=True, unwritten=1, absent=1).exit_status == 3
     assert VerifyReport(pages=5, incomplete=True, different=1).exit_status == 1
+
+
+def test_pages_that_the_level_leaves_out_are_counted_and_not_read(
+    tmp_path: Path, vmcore_file: WriteFile, run: Run
+) -> None:
+    source, dump = vmcore_file(busy_kernel().core()), tmp_path / "filtered"
+    assert run("dump", "-q", "-d", "31", source, dump).status == 0
+    existing, kept = bitmaps(dump)
+    ran = run("verify", dump, "--against", source)
+    assert ran.status == 0
+    left_out = int((existing & ~kept).sum())
+    assert left_out > 2000
+    assert ran.out.endswith(f"{int(kept.sum())} pages equal the source; {left_out} left out by level 31\n")

@@ -138,6 +138,7 @@ def test_what_a_capture_kernel_needs_is_added_once() -> None:
         "mce=off",
         "numa=off",
         "novmcoredd",
+        "acpi_no_memhotplug",
         "iomem=relaxed",
         "panic=10",
         "vmcapture.target=UUID=0123",

@@ -77,7 +77,6 @@ def test_a_truncated_vmcore_gives_what_is_there_and_says_how_much_is_missing(vmc
         pytest.param(b"", "empty", id="empty"),
         pytest.param(b"\x7fEL", "truncated", id="3 bytes"),
         pytest.param(b"MZ" + bytes(100), "not an ELF file", id="another format"),
-        pytest.param(b"KDUMP   " + bytes(500), "kdump-compressed", id="a dump already"),
         pytest.param(b"makedumpfile" + bytes(4096), "flattened", id="flattened"),
         pytest.param(patched(simple_core("a"), builders.E_CLASS, "B", 1), "64-bit", id="ELF32"),
         pytest.param(patched(simple_core("a"), builders.E_CLASS, "B", 0xEE), "class 238", id="no such class"),
