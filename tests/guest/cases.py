@@ -23,6 +23,10 @@ class Case:
     filesystem: str = "ext4"
     target_size: str = "2G"
     append: str = ""  # more for the capture kernel's command line
+    healthy_append: str = ""  # more for the healthy kernel's
+    level: str = ""  # vmcapture.level=; as it is when nobody asks where empty
+    arguments: tuple[str, ...] = ()  # more for QEMU
+    workloads: tuple[str, ...] = ()  # functions of tests/guest/workload.py, and "tmpfs", "balloon", "offline"
     old_memory: Literal["same", "refused", "not asked"] = "not asked"  # what is expected of oldmem:
 
     def __str__(self) -> str:
@@ -40,12 +44,34 @@ LINUX_6_12 = "linux-image-6.12-cloud-amd64"
 # Every pair of kernel, CPUs, paging and system call occurs.
 CASES: tuple[Case, ...] = (
     Case("6.1-la57-file", LINUX_6_1, 1, LA57, "file"),
-    Case("6.1-la48-smp-load", LINUX_6_1, 4, LA48, "load", old_memory="same"),
+    Case("6.1-la48-smp-load", LINUX_6_1, 4, LA48, "load", level="1", old_memory="same"),
     Case("6.1-la57-smp-file", LINUX_6_1, 4, LA57, "file", memory="1G"),
-    Case("6.12-la48-file", LINUX_6_12, 1, LA48, "file", old_memory="same"),
+    Case("6.12-la48-file", LINUX_6_12, 1, LA48, "file", level="0", old_memory="same"),
     Case("6.12-la48-load", LINUX_6_12, 1, LA48, "load", append="iomem=strict", old_memory="refused"),
     Case("6.12-la57-smp-load", LINUX_6_12, 4, LA57, "load", old_memory="same"),
 )
+
+LINUX_6_1_FULL = "linux-image-amd64"  # the cloud kernel of 6.1 is built without hwpoison
+LINUX_6_1_RT = "linux-image-rt-amd64"
+
+BALLOON = ("-device", "virtio-balloon-pci,id=balloon")
+NUMA = (
+    "-object", "memory-backend-ram,id=memory0,size=3G", "-numa", "node,nodeid=0,cpus=0-7,memdev=memory0",
+    "-object", "memory-backend-ram,id=memory1,size=2G", "-numa", "node,nodeid=1,cpus=8-15,memdev=memory1",
+)  # fmt: skip
+EVERYTHING = ("tmpfs", "plain", "thp", "hugetlb", "swap", "balloon", "poison")
+
+# Machines that have pages of every class: what is left out of their dumps is held against makedumpfile.
+FILTER_CASES: tuple[Case, ...] = (
+    Case("filter-6.1", LINUX_6_1_FULL, 4, LA57, memory="1536M", arguments=BALLOON,
+         workloads=("offline", *EVERYTHING)),
+    Case("filter-6.1-hvo", LINUX_6_1, 2, LA48, memory="1G", healthy_append="hugetlb_free_vmemmap=on",
+         workloads=("tmpfs", "plain", "thp", "hugetlb")),
+    Case("filter-6.12", LINUX_6_12, 2, LA48, memory="1536M", arguments=BALLOON,
+         workloads=("offline", *EVERYTHING)),
+    Case("filter-6.1-rt", LINUX_6_1_RT, 2, LA48, memory="1G", workloads=("tmpfs", "plain", "hugetlb", "poison")),
+    Case("filter-6.1-numa", LINUX_6_1, 16, LA48, memory="5G", arguments=NUMA, workloads=("tmpfs", "plain", "thp")),
+)  # fmt: skip
 
 # Where a person has to help, or the power fails: one small machine.
 RESCUE = Case("rescue", LINUX_6_1)

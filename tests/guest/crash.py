@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from tests.guest.host import HostError
 from tests.guest.qemu import BOOT_TIMEOUT, Disk, GuestError, Hardware, Machine
 
 MODULES = ("virtio_pci", "virtio_blk", "ext4")  # a dump disk in QEMU; what is built in needs no module
+HEALTHY_MODULES = ("virtio_balloon",)  # more for the healthy system, where its kernel has them
+WORKLOAD_PROGRAM = Path(__file__).with_name("workload.py")
 
 TARGET_LABEL = "crash"
 TARGET_FOLDER = "/var/crash"
@@ -38,6 +41,31 @@ WORKLOAD = (
     "dd if=/dev/urandom of=/run/workload/random bs=1M count=16",
     "cat /run/healthy/vmlinuz /run/healthy/capture.img > /dev/null",
     "sh -c 'anonymous=$(dd if=/dev/urandom bs=1M count=8 | base64); while sleep 3600; do echo $anonymous; done' &",
+)
+
+
+HOST_WORKLOADS = ("tmpfs", "balloon", "offline")  # not made by the program
+SWAP_BYTES, BALLOON_BYTES = 256 << 20, 64 << 20
+PROOFS = {
+    "plain": (r"AnonPages [1-9]\d{3}",),
+    "thp": (r"AnonHugePages [1-9]\d{3}",),
+    "hugetlb": (r"HugePages_Total 12", r"HugePages_Free 6"),
+    "swap": (r"SwapCached [1-9]\d{2}", r"swapped [1-9]\d{3}"),
+    "poison": (r"HardwareCorrupted [1-9]",),
+}
+"""What a workload has to say: sizes in KiB, as /proc/meminfo has them."""
+HOTPLUG_BYTES = 256 << 20  # two blocks of memory
+# Both blocks are brought online, then one is taken offline again.
+OFFLINE_A_BLOCK = (
+    "for i in $(seq 60); do new=$(grep -l offline /sys/devices/system/memory/memory*/state);"
+    " [ $(echo $new | wc -w) = 2 ] && break; sleep 1; done;"
+    " for state in $new; do echo online_movable > $state || exit 1; done;"
+    " last=${new##*memory}; last=/sys/devices/system/memory/memory${last%%/*}/state;"
+    " for i in $(seq 10); do echo offline > $last && break; sleep 1; done; grep offline $last"
+)
+BALLOON_FILLED = (
+    "for i in $(seq 60); do inflated=$(sed -n 's/^balloon_inflate //p' /proc/vmstat);"
+    f" [ ${{inflated:-0}} -ge {BALLOON_BYTES // 4096 // 2} ] && break; sleep 1; done; [ $i != 60 ]"
 )
 
 
@@ -87,6 +115,27 @@ class Crashed(Saved):
     old_memory: tuple[tuple[int, str], ...]  # status and output of each of ``old_memory_commands``
 
 
+@dataclass(frozen=True, slots=True)
+class CrashOfKinds(Saved):
+    """What a machine with pages of every class left behind, and what was known of them before it crashed."""
+
+    elf: Path  # /proc/vmcore of the same capture boot
+    said: dict[str, str]  # by workload; "kinds" is the summary of /proc/kpageflags
+
+    def kpageflags(self, name: str) -> int:
+        """How many pages had a flag right before the crash."""
+        found = re.search(rf"\b{name} (\d+)", self.said["kinds"])
+        if found is None:
+            raise GuestError(f"no {name} in {self.said['kinds']!r}")
+        return int(found[1])
+
+    @property
+    def poisoned(self) -> list[int]:
+        """PFNs that were marked poisoned."""
+        found = re.search(r"poisoned \[(.*)\]", self.said["kinds"])
+        return [int(pfn) for pfn in found[1].split(",") if pfn] if found else []
+
+
 class ImageStore:
     """The images of each kernel, built when they are first asked for."""
 
@@ -121,11 +170,13 @@ class ImageStore:
                 output=images.healthy,
                 squashfs=None,
                 python_roots=("capture", "initramfs"),
+                optional_modules=HEALTHY_MODULES,
                 launcher_module="initramfs",
                 binaries=(host.find("kexec"), host.find("blkid")),
             )
         )
         shutil.copy(kernel.vmlinuz, contents / "vmlinuz")
+        shutil.copy(WORKLOAD_PROGRAM, contents)
         disk.make(images.disk, "256M", "healthy", content=contents)
         return images
 
@@ -155,10 +206,11 @@ def healthy(
     hardware = Hardware(
         kernel=kernel.vmlinuz,
         initrd=images.healthy,
-        append=f"console=ttyS0 crashkernel={case.crashkernel}",
-        memory=case.memory,
+        append=f"console=ttyS0 crashkernel={case.crashkernel} {case.healthy_append}",
+        memory=case.memory + (",slots=1,maxmem=8G" if "offline" in case.workloads else ""),
         cpus=case.cpus,
         cpu_model=case.cpu_model,
+        arguments=case.arguments,
         disks=(
             Disk(images.disk, read_only=True),
             *([Disk(target_image(workdir))] if target_attached else []),
@@ -190,7 +242,9 @@ def panicked(
     started = healthy(case, store, workdir, target_attached=target_attached, more_disks=more_disks, steps=steps)
     with started as machine:
         with steps.step("giving it something to remember"):
-            for command in WORKLOAD:
+            if case.workloads:
+                make_workloads(machine, case)
+            for command in () if case.workloads else WORKLOAD:
                 demand(machine, command)
         with steps.step("vmcapture load"):
             demand(machine, load_command(case, final, target, append), timeout=BOOT_TIMEOUT)
@@ -254,6 +308,79 @@ def crash_with_evidence(
     return Crashed(**values, elf=elf, verified=verified, old_memory=old_memory)
 
 
+def crash_of_kinds(case: Case, store: ImageStore, workdir: Path, *, steps: Steps | None = None) -> CrashOfKinds:
+    """Crash a machine that has the workloads of ``case``; copy its /proc/vmcore, besides what it saves.
+
+    Raises:
+        GuestError: a step did not end as it should, or a workload had no effect.
+        HostError: the host lacks something.
+    """
+    steps = steps or Steps()
+    workdir.mkdir(parents=True, exist_ok=True)
+    elf, swap = workdir / "vmcore.elf", workdir / "swap.raw"
+    for image, size in ((elf, memory_bytes(case.memory) + HOTPLUG_BYTES), (swap, SWAP_BYTES)):
+        with image.open("wb") as disk_image:
+            disk_image.truncate(size)
+    more_disks = (Disk(elf), Disk(swap))
+    with panicked(case, store, workdir, final="shell", more_disks=more_disks, steps=steps) as machine:
+        with steps.step("the capture kernel boots"):
+            machine.expect(r"^vmcapture: ", BOOT_TIMEOUT)
+        with steps.step("it saves"):
+            machine.expect(r"^vmcapture: saved in ", SAVE_TIMEOUT)
+            machine.shell()
+        with steps.step("copying /proc/vmcore"):
+            demand(machine, "dd if=/proc/vmcore of=/dev/vdc bs=1M && sync", timeout=2 * SAVE_TIMEOUT)
+            size = int(demand(machine, "stat -c %s /proc/vmcore"))
+        machine.send("poweroff -f")
+        machine.wait_exit(BOOT_TIMEOUT)
+    os.truncate(elf, size)
+    swap.unlink()
+    saved = _collect(case, workdir, machine, steps)
+    values = {entry.name: getattr(saved, entry.name) for entry in fields(saved)}
+    return CrashOfKinds(**values, elf=elf, said=workload_lines(machine.console))
+
+
+def workload_lines(console: str) -> dict[str, str]:
+    """What each workload said of itself: the last line that begins with ``workload NAME:``."""
+    return dict(re.findall(r"^workload (\w+): (.*)$", console, re.MULTILINE))
+
+
+def make_workloads(machine: Machine, case: Case) -> None:
+    """Give a healthy machine pages of the kinds that ``case`` asks for, and hold each to its word.
+
+    Raises:
+        GuestError: one had no effect.
+    """
+    wanted = [name for name in case.workloads if name not in HOST_WORKLOADS]
+    python = "/run/python"
+    demand(machine, f'sed \'s/-m [a-z.]* "$@"/"$@"/\' $(command -v vmcapture) > {python} && chmod 755 {python}')
+    if "offline" in case.workloads:
+        demand(machine, "echo offline > /sys/devices/system/memory/auto_online_blocks")
+        machine.qmp("object-add", **{"qom-type": "memory-backend-ram", "id": "added", "size": HOTPLUG_BYTES})
+        machine.qmp("device_add", driver="pc-dimm", id="dimm", memdev="added")
+        demand(machine, f"( {OFFLINE_A_BLOCK} )", timeout=BOOT_TIMEOUT)
+    if "tmpfs" in case.workloads:
+        for command in WORKLOAD:
+            demand(machine, command)
+    if "swap" in case.workloads:
+        demand(machine, "mkswap /dev/vdd && swapon /dev/vdd")
+    machine.send(f"{python} /run/healthy/workload.py {' '.join(wanted)} > /run/said 2>&1 &")
+    demand(machine, "until grep -q '^workload held' /run/said || ! kill -0 $!; do sleep 1; done", timeout=BOOT_TIMEOUT)
+    said = workload_lines(demand(machine, "cat /run/said"))
+    for name, patterns in PROOFS.items():
+        if name in wanted:
+            for pattern in patterns:
+                if not re.search(pattern, said.get(name, "")):
+                    raise GuestError(
+                        f"workload {name} of {case.name} had no effect: {said.get(name)!r}, no {pattern!r}"
+                    )
+    if "balloon" in case.workloads:
+        machine.qmp("balloon", value=memory_bytes(case.memory) - BALLOON_BYTES)
+        demand(machine, BALLOON_FILLED, timeout=BOOT_TIMEOUT)
+    demand(machine, f"{python} /run/healthy/workload.py kinds", timeout=SAVE_TIMEOUT)
+    demand(machine, "sed 's/^/meminfo /' /proc/meminfo")
+
+
 def old_memory_commands(case: Case) -> tuple[str, ...]:
     """What to do with old memory itself in the capture kernel."""
     dump = "/run/target/oldmem.kdump"
@@ -312,7 +439,8 @@ def memory_bytes(size: str) -> int:
 
 def load_command(case: Case, final: str, target: str, append: str) -> str:
     """How the healthy system arms itself."""
-    more = " ".join(filter(None, ("console=ttyS0", case.append, append)))
+    level = f"vmcapture.level={case.level}" if case.level else ""
+    more = " ".join(filter(None, ("console=ttyS0", level, case.append, append)))
     return (
         f"vmcapture load {case.kexec_option} --kernel-image /run/healthy/vmlinuz --image /run/healthy/capture.img"
         f" --target {target} --path {TARGET_FOLDER} --final {final} --append '{more}'"

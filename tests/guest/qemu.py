@@ -68,6 +68,7 @@ class Hardware:
     cpus: int = 1
     cpu_model: str = "max"
     disks: tuple[Disk, ...] = ()
+    arguments: tuple[str, ...] = ()  # more for QEMU: a balloon, NUMA nodes
 
     def command(self, qmp_descriptor: int) -> list[str]:
         """QEMU's command line. The PC machine's ACPI hot-plug is what Debian's cloud kernels have built in."""
@@ -77,6 +78,7 @@ class Hardware:
         command += ["-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", self.append]
         command += ["-serial", "stdio", "-monitor", "none"]
         command += ["-chardev", f"socket,id=qmp,fd={qmp_descriptor}", "-mon", "chardev=qmp,mode=control"]
+        command += self.arguments
         for number, disk in enumerate(self.disks):
             node = f"disk{number}"
             command += ["-blockdev", json.dumps(disk.blockdev(node))]
