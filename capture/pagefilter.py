@@ -177,7 +177,7 @@ class PageFilter:
         blocks = self._mem_map.blocks() if self._mem_map is not None else iter(())
         groups = groupby(blocks, key=lambda block: block.pfn - block.pfn % WINDOW_PAGES)
         group = next(groups, None)
-        for first_pfn in self.inhabited():
+        for first_pfn in self._image.inhabited(WINDOW_PAGES):
             while group is not None and group[0] < first_pfn:  # memory that came after the crash kernel was loaded
                 yield group
                 group = next(groups, None)
@@ -219,15 +219,6 @@ class PageFilter:
         if not poison:
             reasons.append(f"{self.census.poisoned} pages are marked poisoned: mem_map is damaged; reading them too")
         return Verdict(level & ~refused, tuple(reasons), poison)
-
-    def inhabited(self) -> Iterator[int]:
-        """Yield the first PFN of every window in which there is memory."""
-        last = -1
-        for run_first, pages in self._image.runs():
-            first = max(run_first - run_first % WINDOW_PAGES, last + WINDOW_PAGES if last >= 0 else 0)
-            for window in range(first, run_first + pages, WINDOW_PAGES):
-                yield window
-                last = window
 
     def _doubts(self) -> Iterator[tuple[int, str]]:
         """Yield (level bit, why pages of its class cannot be trusted)."""

@@ -16,7 +16,7 @@ from capture.dumpfile import kdump
 from capture.dumpfile.codec import Codec
 from capture.kernel.pages import CLASS_NAMES, HWPOISON, OFFLINE, excluded_classes
 from capture.memory.image import MemoryImage
-from capture.pagefilter import Census, PageFilter
+from capture.pagefilter import WINDOW_PAGES, Census, PageFilter
 
 SAMPLE_PAGES = 512
 """Pages of a class that are read and compressed."""
@@ -69,7 +69,7 @@ class Survey:
 def take_survey(image: MemoryImage, page_filter: PageFilter, codec: Codec, notes_size: int) -> Survey:
     """Scan, and read a sample. Poisoned and offline pages are never read."""
     chosen: dict[int, list[NDArray[np.int64]]] = {kind: [] for kind in range(len(CLASS_NAMES))}
-    count = sum(1 for _ in page_filter.inhabited())
+    count = sum(1 for _ in image.inhabited(WINDOW_PAGES))
     quota = max(_LEAST_PER_WINDOW, SAMPLE_PAGES // max(1, count))
     for window in page_filter.windows():
         for kind, some in chosen.items():

@@ -118,7 +118,7 @@ def verify(dump: KdumpFile, image: MemoryImage | None, *, progress: bool) -> Ver
 
 def _count_others(dump: KdumpFile, image: MemoryImage, report: VerifyReport) -> None:
     """Count pages of the source that the dump left out, and those that it does not know."""
-    for first in range(0, image.max_pfn, _WINDOW_PAGES):
+    for first in image.inhabited(_WINDOW_PAGES):
         there = image.holds(first, min(_WINDOW_PAGES, image.max_pfn - first))
         existing, kept = (dump.bits(bitmap, first, len(there)) for bitmap in (dump.bitmap1, dump.bitmap2))
         report.left_out += int(np.count_nonzero(there & existing & ~kept))

@@ -111,6 +111,15 @@ class SmallKernel:
                 counts[order] = counts.get(order, 0) + 1
         return counts
 
+    def parts(self) -> bytes:
+        """Return a vmcore of nothing but what a filter looks at: tables, mem_section, nodes, mem_map; 350 KB."""
+        memory = bytes(self.memory())
+        ranges = ((TABLES_PFN, TABLES), (ROOTS_PFN, NODE_PFN + 4 - ROOTS_PFN), (MEM_MAP_PFN, MEM_MAP_PAGES))
+        return elf_core(
+            [prstatus_note(1, STACK_VIRTUAL + 0x2000 - RSP) + vmcoreinfo_note(self.keys())],
+            [(DIRECT_MAP + pfn * PAGE, pfn * PAGE, memory[pfn * PAGE : (pfn + count) * PAGE]) for pfn, count in ranges],
+        )
+
     def core(self, *, free: Mapping[int, int] | None = None, keys: Mapping[str, str | int] | None = None) -> bytes:
         """Return the vmcore: two segments, as the kernel writes them: its image, then all of memory."""
         memory = bytes(self.memory(free=free))

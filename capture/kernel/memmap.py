@@ -30,6 +30,7 @@ _GAP = 4096
 """Step in bytes over addresses that are not mapped."""
 _MAX_ROOTS = 1 << 22
 _POINTER = 8
+_ROOTS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,10 +219,16 @@ class MemMap:
 
     def _root_sections(self) -> Iterator[tuple[int, int]]:
         sections = -(-self._image.max_pfn // self._section_pages)
-        for number in range(min(self._count, -(-sections // self._per_root))):
-            root = self._pointer(self._roots + number * _POINTER)
-            if root:
-                yield from self._table(root, number * self._per_root, min(sections, (number + 1) * self._per_root))
+        count = min(self._count, -(-sections // self._per_root))
+        for first in range(0, count, _ROOTS_AT_ONCE):
+            some = min(count - first, _ROOTS_AT_ONCE)
+            try:
+                roots = np.frombuffer(self._memory.read(self._roots + first * _POINTER, some * _POINTER), dtype="<u8")
+            except UnreadableMemory:
+                continue
+            for number in (np.flatnonzero(roots) + first).tolist():
+                start = number * self._per_root
+                yield from self._table(int(roots[number - first]), start, min(sections, start + self._per_root))
 
     def _array_sections(self, sections: int) -> Iterator[tuple[int, int]]:
         for first in range(0, min(self._count, sections), self._per_root):

@@ -7,6 +7,7 @@ other tasks (CONFIG_VMAP_STACK), modules. What cannot be found is not guessed at
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ _FREED_IN_BSS = ("__start_bss_decrypted_unused", "__end_bss_decrypted")
 """What is freed out of .bss without memory encryption (mem_encrypt_free_decrypted_mem, x86_64)."""
 _PER_CPU_SYMBOLS = ("__per_cpu_offset", "__per_cpu_start", "__per_cpu_end", "nr_cpu_ids")
 _MAX_CPUS = 1 << 14
+_VMALLOC_SYMBOL = "vmalloc_base"
+"""The variable behind VMALLOC_START on x86_64, which VMCOREINFO names since 6.9."""
 _VMALLOC_BYTES_X86_64 = {False: 32 << 40, True: 12800 << 40}
 """VMALLOC_SIZE_TB by 5-level paging; arch/x86/include/asm/pgtable_64_types.h."""
 _X86_64_MODULES = (0xFFFF_FFFF_A000_0000, 0xFFFF_FFFF_FEFF_FFFF)
@@ -84,7 +87,12 @@ def find_protected(
     symbols = find_symbols(
         memory,
         info,
-        [*(name for pair in _SECTIONS for names in pair for name in names), *_FREED_IN_BSS, *_PER_CPU_SYMBOLS],
+        [
+            *(name for pair in _SECTIONS for names in pair for name in names),
+            *_FREED_IN_BSS,
+            *_PER_CPU_SYMBOLS,
+            _VMALLOC_SYMBOL,
+        ],
     )
     stays = list(_image_ranges(symbols))
     for start, end in stays or _whole_image(image, info):
@@ -97,7 +105,7 @@ def find_protected(
         finder.virtual(STACKS, start, start + _STACK_BYTES)
     for start, end in _per_cpu(memory, symbols):
         finder.virtual(PER_CPU, start, end)
-    for first, last in _vmalloc(info, machine):
+    for first, last in _vmalloc(memory, info, symbols, machine):
         finder.mapped(VMALLOC, first, last)
     if memory.tables is not None:
         size = image.page_size
@@ -232,9 +240,14 @@ def _per_cpu(memory: KernelMemory, symbols: dict[str, int]) -> Iterator[tuple[in
             yield (start + offset) % (1 << 64), (end + offset) % (1 << 64)
 
 
-def _vmalloc(info: VmcoreInfo, machine: str) -> Iterator[tuple[int, int]]:
+def _vmalloc(
+    memory: KernelMemory, info: VmcoreInfo, symbols: dict[str, int], machine: str
+) -> Iterator[tuple[int, int]]:
     """Yield the virtual ranges [first, last] of vmalloc and of modules."""
     start, end = info.number("VMALLOC_START"), info.number("VMALLOC_END")
+    if start is None and _VMALLOC_SYMBOL in symbols:
+        with contextlib.suppress(UnreadableMemory):
+            start = memory.read_unsigned(symbols[_VMALLOC_SYMBOL], 8)
     if start is not None:
         start %= 1 << 64
         if end is None and machine == "x86_64":

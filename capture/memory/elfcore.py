@@ -48,6 +48,9 @@ MAX_SEGMENTS = 1 << 18
 MAX_PHYSICAL_BITS = 52
 """The widest physical address of x86_64 and of aarch64 with LPA/LPA2."""
 
+NO_PHYSICAL = np.uint64((1 << 64) - 1)
+"""p_paddr in /proc/kcore of what is no memory of its own: vmalloc, vmemmap (fs/proc/kcore.c)."""
+
 MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
 
 
@@ -79,7 +82,7 @@ def parse(source: ByteSource) -> ElfCore:
     count = _segment_count(source, header)
     table = _program_headers(source, int(header["e_phoff"]), count)
     loads = table[table["p_type"] == PT_LOAD].copy()
-    loads = loads[loads["p_filesz"] > 0]
+    loads = loads[(loads["p_filesz"] > 0) & (loads["p_paddr"] != NO_PHYSICAL)]
     loads, problem = _possible(source, loads)
     missing = _cut_to_source(source, loads)
     loads = loads[loads["p_filesz"] > 0]

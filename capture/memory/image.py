@@ -228,6 +228,14 @@ class MemoryImage:
                 there[pfn - first_pfn] = True
         return there
 
+    def inhabited(self, pages: int) -> Iterator[int]:
+        """Yield the first PFN of every window of so many pages in which there is memory, ascending."""
+        after = 0
+        for run_first, run_pages in self.runs():
+            for window in range(max(after, run_first - run_first % pages), run_first + run_pages, pages):
+                yield window
+                after = window + pages
+
     def _find(self, address: int) -> tuple[int, int] | None:
         """Return where in the source a physical address lies, and how many bytes follow in the same extent."""
         pfn, within = divmod(address, self.page_size)

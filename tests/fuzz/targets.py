@@ -37,6 +37,7 @@ from capture.memory.source import Source
 from capture.notes import vmcoreinfo
 from capture.notes.elfnote import read_notes
 from capture.notes.vmcoreinfo import PAGE_SIZES
+from capture.pagefilter import PageFilter
 from capture.selftest import elf_core, note
 from capture.vmcore import open_vmcore
 from tests import builders, dumps
@@ -51,6 +52,8 @@ from tests.builders import (
     simple_core,
     vmcoreinfo_note,
 )
+from tests.kernels import TABLES_PFN, busy_kernel
+from tests.structpages import ERAS
 
 MAX_SECONDS = 2.0
 """Processor time for one input, with the memory of every allocation being traced."""
@@ -395,6 +398,19 @@ def kdump_seeds() -> list[Seed]:
     return seeds
 
 
+@cache
+def filter_seeds() -> list[Seed]:
+    """A small kernel of each era; its page tables, mem_section and VMCOREINFO are most of what is changed."""
+    seeds = []
+    for era in ERAS[::2]:
+        data = busy_kernel(era).parts()
+        table = data.index(struct.pack("<Q", (TABLES_PFN + 1) * PAGE | 0x63))
+        start = table - table % 8 - 8 * 512
+        fields = [(at, 8) for at in range(max(0, start), len(data) - 8, 8) if any(data[at : at + 8])][:200]
+        seeds.append(Seed(data, (*_elf_fields(data), *fields)))
+    return seeds
+
+
 def _with_content_size(seed: Seed, table: int) -> Seed:
     """Give the first page a zstd frame that says how long its content is, in 8 bytes (RFC 8878, 3.1.1.1)."""
     plain = zstandard.ZstdCompressor(write_content_size=False).compress(b"x" * PAGE)
@@ -479,6 +495,21 @@ def run_kdump(path: Path) -> list[str]:
     return lines
 
 
+def run_filter(path: Path) -> list[str]:
+    with open_vmcore(str(path)) as vmcore:
+        page_filter = PageFilter(vmcore)
+        pages = sum(int(window.there.sum()) for window in page_filter.windows())
+        if pages != vmcore.image.page_count or pages != int(page_filter.census.classes.sum()):
+            raise FindingError(f"{pages} of {vmcore.image.page_count} pages have a class")
+        return [reason for level in range(32) for reason in page_filter.verdict(level).reasons]
+
+
+def run_dump_as_source(path: Path) -> list[str]:
+    with open_vmcore(str(path)) as vmcore:
+        _every_page(vmcore.image)
+        return [*vmcore.problems, *run_filter(path)]
+
+
 def run_cli(path: Path) -> list[str]:
     lines: list[str] = []
     for command in ("info", "dmesg"):
@@ -512,6 +543,8 @@ TARGETS: dict[str, Target] = {
         Target("vmcoreinfo", run_vmcoreinfo, text_seeds),
         Target("printk", run_printk, printk_seeds),
         Target("kdump", run_kdump, kdump_seeds),
+        Target("filter", run_filter, filter_seeds),
+        Target("dump as source", run_dump_as_source, kdump_seeds),
         Target("cli", run_cli, lambda: [*elf_seeds(), *note_seeds(), *printk_seeds()]),
     )
 }

@@ -121,6 +121,7 @@ class CrashOfKinds(Saved):
 
     elf: Path  # /proc/vmcore of the same capture boot
     said: dict[str, str]  # by workload; "kinds" is the summary of /proc/kpageflags
+    meminfo: dict[str, int]  # /proc/meminfo right before the crash; KiB, or numbers of huge pages
 
     def kpageflags(self, name: str) -> int:
         """How many pages had a flag right before the crash."""
@@ -337,7 +338,13 @@ def crash_of_kinds(case: Case, store: ImageStore, workdir: Path, *, steps: Steps
     swap.unlink()
     saved = _collect(case, workdir, machine, steps)
     values = {entry.name: getattr(saved, entry.name) for entry in fields(saved)}
-    return CrashOfKinds(**values, elf=elf, said=workload_lines(machine.console))
+    meminfo = re.findall(r"^meminfo (\w+): +(\d+)", machine.console, re.MULTILINE)
+    return CrashOfKinds(
+        **values,
+        elf=elf,
+        said=workload_lines(machine.console),
+        meminfo={name: int(value) for name, value in meminfo},
+    )
 
 
 def workload_lines(console: str) -> dict[str, str]:

@@ -4,8 +4,8 @@ Started with the words of the kinds wanted; prints a line for each, with what /p
 stays. It has the few modules of the image's Python: no argparse, no subprocess.
 """
 
+import contextlib
 import mmap
-import os
 import signal
 import sys
 import time
@@ -23,6 +23,12 @@ def anonymous(size: int, flags: int = 0) -> mmap.mmap:
     memory = mmap.mmap(-1, size, flags=PRIVATE_ANONYMOUS | flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     held.append(memory)
     return memory
+
+
+def huge_pages(memory: mmap.mmap, advice: int) -> None:
+    """Say whether huge pages are wanted; a kernel without them (PREEMPT_RT) knows neither advice."""
+    with contextlib.suppress(OSError):
+        memory.madvise(advice)
 
 
 def touch(memory: mmap.mmap, content: bytes = b"") -> None:
@@ -43,7 +49,7 @@ def meminfo(key: str) -> int:
 def plain() -> str:
     """Anonymous memory in small pages."""
     memory = anonymous(16 * MIB)
-    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    huge_pages(memory, mmap.MADV_NOHUGEPAGE)
     touch(memory)
     return f"AnonPages {meminfo('AnonPages')}"
 
@@ -51,7 +57,7 @@ def plain() -> str:
 def thp() -> str:
     """Transparent huge pages."""
     memory = anonymous(32 * MIB)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    huge_pages(memory, mmap.MADV_HUGEPAGE)
     touch(memory)
     return f"AnonHugePages {meminfo('AnonHugePages')}"
 
@@ -67,7 +73,7 @@ def hugetlb() -> str:
 def swap() -> str:
     """Memory that was swapped out, of which a half was read again: it stays in the swap cache."""
     memory = anonymous(24 * MIB)
-    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    huge_pages(memory, mmap.MADV_NOHUGEPAGE)
     touch(memory)
     memory.madvise(MADV_PAGEOUT)
     deadline = time.monotonic() + 30
@@ -85,7 +91,7 @@ def poison() -> str:
     touch(small)
     small.madvise(MADV_HWPOISON, mmap.PAGESIZE, mmap.PAGESIZE)
     huge = anonymous(4 * HUGE)
-    huge.madvise(mmap.MADV_HUGEPAGE) if os.path.exists("/sys/kernel/mm/transparent_hugepage") else None  # noqa: PTH110
+    huge_pages(huge, mmap.MADV_HUGEPAGE)
     touch(huge)
     huge.madvise(MADV_HWPOISON, 2 * HUGE + 5 * mmap.PAGESIZE, mmap.PAGESIZE)
     if meminfo("HugePages_Free") > 0:

@@ -132,3 +132,11 @@ def test_a_directory_and_a_missing_file_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", ["/dev/null", "/dev/zero"])
 def test_devices_that_hold_no_vmcore_are_refused(device: str) -> None:
     refusal(device)
+
+
+def test_segments_of_kcore_that_are_no_memory_of_their_own_are_passed_over(vmcore_file: WriteFile) -> None:
+    """vmalloc and vmemmap name the same bytes once more; on a live machine they are no damage."""
+    data = elf_core([], [(0, 0x10_0000, filled("a")), (0xFFFF_C900_0000_0000, 0, filled("b"))])
+    core = parse(vmcore_file(patched(data, program_header(1, builders.P_PADDR), "Q", 2**64 - 1)))
+    assert core.loads["p_paddr"].tolist() == [0x10_0000]
+    assert core.problems == ()
