@@ -121,7 +121,8 @@ class PageFilter:
         self.unusable: str | None = None
         self.census = Census()
         self._memory = KernelMemory(vmcore.image, vmcore.info, vmcore.core.machine)
-        self._free_counted = zones.free_pages(self._memory, vmcore.info)
+        # A kernel that runs frees and takes pages meanwhile: there is nothing to hold against each other.
+        self._free_counted = None if vmcore.live else zones.free_pages(self._memory, vmcore.info)
         self._rules: PageRules | None = None
         self._mem_map: MemMap | None = None
         self._protected: protect.ProtectedPages | None = None

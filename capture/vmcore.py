@@ -10,7 +10,7 @@ from capture.dumpfile.source import DumpImage, KdumpSource, is_kdump
 from capture.memory import elfcore
 from capture.memory.elfcore import ElfCore
 from capture.memory.image import MemoryImage
-from capture.memory.source import ByteSource, open_source
+from capture.memory.source import PROC_KCORE, ByteSource, open_source
 from capture.notes import vmcoreinfo
 from capture.notes.elfnote import Notes, read_notes
 from capture.notes.vmcoreinfo import VmcoreInfo
@@ -27,6 +27,11 @@ class Vmcore:
     image: MemoryImage
     level: int = 0
     """The dump level that was used already, where SOURCE is a dump."""
+
+    @property
+    def live(self) -> bool:
+        """Whether this is the running kernel, whose memory changes while it is read."""
+        return self.source.name == PROC_KCORE
 
     @property
     def problems(self) -> list[str]:

@@ -27,6 +27,8 @@ from capture.errors import SourceError
 
 OLDMEM = "oldmem:"
 PROC_VMCORE = "/proc/vmcore"
+PROC_KCORE = "/proc/kcore"
+"""The running kernel's own memory, as an ELF core."""
 COMMAND_LINE = Path("/proc/cmdline")
 DEVICE_TREE_HEADER = Path("/proc/device-tree/chosen/linux,elfcorehdr")
 """Where arm64's kexec hands the ELF core header over: address and size, big endian, 64 bits each

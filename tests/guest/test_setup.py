@@ -99,3 +99,14 @@ def test_the_modules_behind_a_real_disk_are_those_that_the_kernel_loaded_for_it(
     for module in ("virtio_pci", "virtio_blk"):
         assert f"'{module}'" in said
         assert module in loaded
+
+
+def test_info_on_the_running_kernel_plans_a_dump(machine: Machine) -> None:
+    found = json.loads(demand(machine, "vmcapture info --json /proc/kcore", timeout=180))
+    free = int(demand(machine, "sed -n 's/^nr_free_pages //p' /proc/vmstat"))
+    assert found["filter_unusable"] is None
+    assert found["problems"] == []
+    assert abs(found["classes"]["free"] - free) < 0.1 * free
+    sizes = {entry["asked"]: (entry["level"], entry["bytes"]) for entry in found["predicted"]}
+    assert {asked: made for asked, (made, _) in sizes.items()} == {level: level for level in (0, 1, 16, 17, 31)}
+    assert sizes[31][1] < sizes[17][1] < sizes[1][1] <= sizes[0][1]
