@@ -217,7 +217,7 @@ class PageClassifier:
             chosen = np.flatnonzero(some == kind)
             if len(chosen):
                 pointer = _column(rows, self._rules.mapping, "<u8")[:: max(1, len(kinds) // _PROBES)][chosen]
-                impossible = (pointer >> np.uint64(56) != 0xFF) & (pointer > 3)  # (1 to 3: freed while we crashed)
+                impossible = (pointer >> np.uint64(60) != 0xF) & (pointer > 3)  # (1 to 3: freed while we crashed)
                 self.oddities.add(kind, len(chosen), int(np.count_nonzero(impossible)))
 
     def _spread(

@@ -31,7 +31,7 @@ SHOWN = {
     "bt": ["sysrq_handle_crash", "panic", "COMMAND: "],
     "bt -a": ["sysrq_handle_crash", "COMMAND: ", "CPU: "],
     "kmem -i": ["TOTAL MEM", "FREE", "CACHED", "SLAB"],
-    "mod": ["virtio_blk", "ext4", "MODULE"],
+    "mod": ["virtio_blk", "squashfs", "MODULE"],
     "ps": ["[swapper/0]", "PPID", "COMM"],
     "log": ["Kernel panic - not syncing: sysrq triggered crash", "Linux version "],
 }
