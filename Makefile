@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help venv guest-host readers-host demo test test-unit test-guest test-debuginfo fuzz check format clean
+.PHONY: help venv guest-host readers-host demo test test-unit test-guest test-debuginfo bench fuzz check format clean
 
 help:
 	@echo 'make demo            crash a real kernel in QEMU, save it, show what was saved'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test-guest      those that crash real kernels'
 	@echo 'make test-debuginfo  crash and drgn on real dumps; downloads about 600 MB of debug symbols once'
 	@echo 'make check           ruff, mypy --strict'
+	@echo "make bench           the page filter's speed against makedumpfile's, on a 4 GiB guest"
 	@echo 'make fuzz            fuzz the parsers for FUZZ_SECONDS (default 60)'
 	@echo 'make clean           remove what the above made here (the cache of downloads stays)'
 
@@ -49,6 +50,9 @@ test-guest: guest-host readers-host venv
 
 test-debuginfo: guest-host readers-host venv
 	$(PYTEST) -m debuginfo
+
+bench: guest-host readers-host venv
+	@$(BIN)/python -m tests.bench.filter
 
 FUZZ_SECONDS ?= 60
 fuzz: venv

@@ -74,23 +74,25 @@ def _tokens(memory: KernelMemory, table_at: int, index_at: int) -> list[bytes]:
 def _names(memory: KernelMemory, address: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], bytes]:
     """Return where each compressed name begins, its length in tokens, and all of them."""
     data = bytearray()
-    starts: list[int] = []
-    lengths: list[int] = []
+    begins: list[int] = []  # of each name with its length before it
     position = 0
     for _ in range(count):
         if position + 2 > len(data):
             data += memory.read(address + len(data), _READ)
+        begins.append(position)
         length = data[position]
-        position += 1
-        if length & _LONG:
-            length = (length & ~_LONG) | data[position] << 7
-            position += 1
-        starts.append(position)
-        lengths.append(length)
-        position += length
+        position += length + 1 if length < _LONG else (length & ~_LONG | data[position + 1] << 7) + 2
     if position > len(data):
         data += memory.read(address + len(data), position - len(data))
-    return np.array(starts, dtype=np.int64), np.array(lengths, dtype=np.int64), bytes(data[:position])
+    names = bytes(data[:position])
+    codes = np.frombuffer(names, dtype=np.uint8)
+    starts = np.array(begins, dtype=np.int64)
+    lengths = codes[starts].astype(np.int64)
+    starts += 1
+    long = np.flatnonzero(lengths & _LONG)
+    lengths[long] += (codes[starts[long]].astype(np.int64) << 7) - _LONG
+    starts[long] += 1
+    return starts, lengths, names
 
 
 def _matching(
@@ -104,7 +106,7 @@ def _matching(
     # A length byte between two names is counted as a token by the sum, but lies outside of each of them.
     last = np.array([token[-1] if token else 0 for token in tokens], dtype=np.uint8)
     endings = last[codes[np.maximum(starts + lengths - 1, 0)]]
-    likely = np.isin(decoded, [len(name) + 1 for name in wanted]) & np.isin(endings, [name[-1] for name in wanted])
+    likely = np.isin(decoded << 8 | endings, [(len(name) + 1) << 8 | name[-1] for name in wanted])
     found: dict[bytes, int] = {}
     for index in np.flatnonzero(likely).tolist():
         code = names[int(starts[index]) : int(starts[index] + lengths[index])]

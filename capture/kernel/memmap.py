@@ -24,8 +24,8 @@ SECTION_BITS = {"x86_64": 27, "aarch64": 30}
 _PRESENT = 1
 _FLAG_BITS = 6
 """Low bits of section_mem_map that are flags: SECTION_MAP_LAST_BIT is 5, or 6 (6.15 on, with ZONE_DEVICE)."""
-_WINDOW_BYTES = 4 << 20
-"""Struct pages mapped at once."""
+_PIECE_PAGES = 8192
+"""Struct pages put together where mappings meet; a compound page's first two are never apart."""
 _GAP = 4096
 """Step in bytes over addresses that are not mapped."""
 _MAX_ROOTS = 1 << 22
@@ -93,23 +93,25 @@ class MemMap:
             yield last
 
     def blocks(self) -> Iterator[StructPages]:
-        """Yield all struct pages, ascending, in blocks that end at multiples of BLOCK_PAGES."""
+        """Yield all struct pages, ascending, in blocks that end at multiples of _PIECE_PAGES, most at BLOCK_PAGES."""
+        size = self.struct_size
         for span in self.spans():
-            window, window_start = memoryview(b""), 0
             pfn, end = span.pfn, span.pfn + span.pages
             while pfn < end:
-                count = min(end, pfn - pfn % BLOCK_PAGES + BLOCK_PAGES) - pfn
-                start, length = span.virtual + (pfn - span.pfn) * self.struct_size, count * self.struct_size
-                if not (window_start <= start and start + length <= window_start + len(window)):
-                    window, window_start = self._window(start, (end - pfn) * self.struct_size), start
+                start = span.virtual + (pfn - span.pfn) * size
+                stop = min(end, pfn - pfn % BLOCK_PAGES + BLOCK_PAGES)
+                data: memoryview | bytearray = self._window(start, (stop - pfn) * size)
                 unknown: tuple[tuple[int, int], ...] = ()
-                if start + length <= window_start + len(window):
-                    data: memoryview | bytearray = window[start - window_start :][:length]
-                else:
-                    data, unknown = self._assemble(start, length)
-                rows = np.frombuffer(data, dtype=np.uint8, count=length).reshape(count, self.struct_size)
+                if len(data) < (stop - pfn) * size:
+                    stop = pfn + len(data) // size
+                    stop -= stop % _PIECE_PAGES
+                if stop <= pfn:  # where mappings meet
+                    stop = min(end, pfn - pfn % _PIECE_PAGES + _PIECE_PAGES)
+                    data, unknown = self._assemble(start, (stop - pfn) * size)
+                count = stop - pfn
+                rows = np.frombuffer(data, dtype=np.uint8, count=count * size).reshape(count, size)
                 yield StructPages(pfn, rows, unknown)
-                pfn += count
+                pfn = stop
 
     def physical_ranges(self) -> Iterator[tuple[int, int]]:
         """Yield (physical address, bytes) of where the struct pages themselves lie."""
@@ -133,8 +135,13 @@ class MemMap:
         mapping = self._memory.mapping(start)
         if mapping is None:
             return memoryview(b"")
-        room = mapping.virtual + mapping.size - start
-        return self._view(mapping.physical + start - mapping.virtual, min(room, length, _WINDOW_BYTES))
+        physical, room = mapping.physical + start - mapping.virtual, mapping.virtual + mapping.size - start
+        while room < length:
+            mapping = self._memory.mapping(start + room)
+            if mapping is None or mapping.physical + start + room - mapping.virtual != physical + room:
+                break
+            room = mapping.virtual + mapping.size - start
+        return self._view(physical, min(room, length))
 
     def _view(self, physical: int | None, length: int) -> memoryview:
         """Return physical memory, nothing of it where it is not all there."""

@@ -35,6 +35,8 @@ from capture.notes.vmcoreinfo import VmcoreInfo
 
 MAX_STRUCT_PAGE = 256
 """Bytes; struct page has 56 to 80, more with debugging."""
+_FLAGS = 0xFFFF_FFFF
+"""The half of a page's flags in which they are; above lie node, zone, section."""
 _PAGE_TYPE_OWNER_BITS = (1 << 24) - 1
 """Since 6.12 a page type is the top byte of _mapcount, and the rest belongs to the page's owner."""
 
@@ -127,6 +129,7 @@ def _choose(info: VmcoreInfo, size: int) -> PageRules:
     slab = _page_type(info, "SLAB")
     slab_flag = 0 if slab else _flag(info, "PG_slab")
     head = info.number("PG_head_mask") or 0
+    head = head if 0 < head <= _FLAGS else 0
     buddy = _page_type(info, "BUDDY")
     private = info.offset("page.private")
     max_order = info.length("zone.free_area")
@@ -215,7 +218,7 @@ def _page_type(info: VmcoreInfo, name: str) -> PageType | None:
 def _flag(info: VmcoreInfo, name: str) -> int:
     """Return the mask of a page flag, 0 where this kernel does not name it."""
     bit = info.number(name)
-    return 1 << bit if bit is not None and 0 <= bit < 64 else 0
+    return 1 << bit & _FLAGS if bit is not None and 0 <= bit < 64 else 0
 
 
 def _needed(value: int | None, key: str) -> int:

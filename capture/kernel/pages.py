@@ -23,18 +23,19 @@ from capture.kernel.pagerules import InSecondPage, PageRules, PageType
 KERNEL, FREE, CACHE, CACHE_PRIVATE, USER, HWPOISON, OFFLINE, UNKNOWN = range(8)
 """Classes. KERNEL is everything that no dump level leaves out; UNKNOWN has no struct page that can be read."""
 CLASS_NAMES = ("kernel", "free", "cache", "cache_private", "user", "hwpoison", "offline", "unknown")
-BLOCK_PAGES = 32768
-"""Struct pages looked at together: 2 MiB of them, as many as one entry of a page table maps on x86_64."""
-_NEAR_PAGES = 4096
-"""Struct pages whose fields are fetched together: 256 KiB of them stay in a second-level cache."""
+BLOCK_PAGES = 65536
+"""Struct pages looked at together: 4 MiB of them; what is worked out of them fits in a second-level cache."""
+_NEAR_PAGES = 8192
+"""Struct pages whose fields are fetched together: 512 KiB of them stay in a second-level cache."""
 
 FREE_BIT, USER_BIT, CACHE_PRIVATE_BIT, CACHE_BIT = 16, 8, 4, 2
 
-_LONG_SPAN = 64
+_LONG_SPAN = 32
 """Pages from which on filling a span by itself is cheaper than with others."""
-_PROBES = 256
+_PROBES = 512
 """Pages of a class and block whose links and references are looked at."""
 _NOTHING = np.zeros(0, dtype=np.intp)
+_ALL_FLAGS = 0xFFFF_FFFF
 _NEVER_INITIALISED = 0xFFFF_FFFF_FFFF_FFFF
 """PAGE_POISON_PATTERN, mm/debug.c: what struct pages of memory that was never brought online are filled with."""
 
@@ -86,44 +87,45 @@ class PageClassifier:
         """
         rules = self._rules
         flags, mapcount, tail, anonymous = self._columns(rows)
-        plain = mapcount >= -1
-        no_types = bool(plain.all())
-        if rules.slab_flag:
+        seen = int(np.bitwise_or.reduce(flags))  # a flag that none of these pages has needs no look at each
+        typed = mapcount < -1
+        elsewhere = typed | tail  # what tells the class of these is looked for further down, or in their head
+        if rules.slab_flag & seen:
             anonymous &= flags & rules.slab_flag == 0
         cache = flags & rules.lru != 0
-        if rules.swap_cache:
+        if rules.swap_cache and rules.swap_cache & seen == rules.swap_cache:
             cache |= flags & rules.swap_cache == rules.swap_cache
-        cache = np.greater(cache, anonymous)  # of truth values: the one and not the other
-        undecided = tail if no_types else np.less_equal(plain, tail)
-        cache = np.greater(cache, undecided)
-        kinds: NDArray[np.uint8] = np.greater(anonymous, undecided).view(np.uint8) * np.uint8(USER)
-        head = np.uint32(rules.head)
-        compound = np.flatnonzero(np.greater(flags & head == head, tail)) if rules.head else _NOTHING
-        huge = self._hugetlb(rows, compound, mapcount)
-        if len(huge):
-            kinds[huge] = USER
-        if cache.any():
-            kinds[cache] = CACHE
-            kinds[cache & (flags & rules.private_flag != 0)] = CACHE_PRIVATE
+        cache = np.greater(cache, anonymous | elsewhere)  # of truth values: the one and not the other
+        user = np.greater(anonymous, elsewhere)
+        kinds: NDArray[np.uint8] = user.view(np.uint8) * np.uint8(USER)
+        kinds += cache.view(np.uint8) * np.uint8(CACHE)
+        if rules.private_flag & seen:
+            kinds += (cache & (flags & rules.private_flag != 0)).view(np.uint8) * np.uint8(CACHE_PRIVATE - CACHE)
+        compound = huge = _NOTHING
+        if rules.head and rules.head & seen == rules.head:
+            compound = np.flatnonzero(np.greater(flags & rules.head == rules.head, tail))
+            huge = self._hugetlb(rows, compound, mapcount)
+            kinds[huge[kinds[huge] == KERNEL]] = USER
 
         spans: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-        if not no_types:
-            typed = np.flatnonzero(np.logical_not(plain | tail))
-            spans += self._free_blocks(first_pfn, rows, flags, mapcount, typed, kinds)
+        types = np.flatnonzero(np.greater(typed, tail))
+        if len(types):
+            spans += self._free_blocks(first_pfn, rows, flags, mapcount, types, kinds)
             if rules.offline:
-                offline = typed[_is(mapcount[typed], rules.offline)]
+                offline = types[_is(mapcount[types], rules.offline)]
                 offline = offline[(kinds[offline] == KERNEL) & (flags[offline] & rules.slab_flag == 0)]
                 kinds[offline] = OFFLINE
-        compound = compound[kinds[compound] != KERNEL]
+        compound = compound[(kinds[compound] != KERNEL) & (kinds[compound] != FREE)]
         if len(compound):
             spans.append(self._compound(first_pfn, rows, compound))
         self._probe(rows, kinds)
         self._spread(first_pfn, kinds, spans)
 
-        if rules.hwpoison:
-            marked = flags & rules.hwpoison != 0
-            if marked.any():
-                self._poison(first_pfn, rows, kinds, np.flatnonzero(marked), huge, spans)
+        if rules.hwpoison & seen:
+            marked = np.flatnonzero(flags & rules.hwpoison)
+            self._poison(first_pfn, rows, kinds, marked, huge, spans)
+        if seen == _ALL_FLAGS:
+            kinds[_column(rows, rules.flags, "<u8") == _NEVER_INITIALISED] = UNKNOWN
         return kinds
 
     def _columns(
@@ -194,7 +196,8 @@ class PageClassifier:
         if rules.refcount is not None:
             impossible |= _column(rows, rules.refcount, "<u4")[heads] != 0
         self.oddities.add(FREE, len(heads), int(np.count_nonzero(impossible)))
-        heads, order = heads[~impossible], order[~impossible]
+        if impossible.any():
+            heads, order = heads[~impossible], order[~impossible]
         kinds[heads] = FREE
         pages = np.int64(1) << order
         self.free_pages += int(pages.sum())
@@ -212,13 +215,14 @@ class PageClassifier:
 
     def _probe(self, rows: NDArray[np.uint8], kinds: NDArray[np.uint8]) -> None:
         """Look closely at some pages of user and cache: a mapping is a kernel pointer; cache may have none."""
-        some = kinds[:: max(1, len(kinds) // _PROBES)]
+        step = max(1, len(kinds) // _PROBES)
+        some, pointer = kinds[::step], _column(rows, self._rules.mapping, "<u8")[::step]
+        odd = (pointer >> np.uint64(60) != 0xF) & (pointer > 3)  # (1 to 3: freed while we crashed)
+        looked_at = np.bincount(some, minlength=len(CLASS_NAMES)).tolist()
+        impossible = np.bincount(some[odd], minlength=len(CLASS_NAMES)).tolist()
         for kind in (USER, CACHE, CACHE_PRIVATE):
-            chosen = np.flatnonzero(some == kind)
-            if len(chosen):
-                pointer = _column(rows, self._rules.mapping, "<u8")[:: max(1, len(kinds) // _PROBES)][chosen]
-                impossible = (pointer >> np.uint64(60) != 0xF) & (pointer > 3)  # (1 to 3: freed while we crashed)
-                self.oddities.add(kind, len(chosen), int(np.count_nonzero(impossible)))
+            if looked_at[kind]:
+                self.oddities.add(kind, looked_at[kind], impossible[kind])
 
     def _spread(
         self, first_pfn: int, kinds: NDArray[np.uint8], spans: list[tuple[NDArray[np.int64], NDArray[np.int64]]]
@@ -227,30 +231,34 @@ class PageClassifier:
         count = len(kinds)
         carried = min(count, max(0, self._carried_to - first_pfn))
         kind_before = self._carried_kind
-        starts = np.concatenate([span[0] for span in spans]) if spans else np.zeros(0, dtype=np.int64)
-        pages = np.concatenate([span[1] for span in spans]) if spans else np.zeros(0, dtype=np.int64)
-        more = pages > 1
-        starts, pages = starts[more], pages[more]
-        if len(starts):
-            order = np.argsort(starts, kind="stable")
-            starts, pages = starts[order], pages[order]
-            ends = starts + pages
+        starts = np.concatenate([span[0] for span in spans]) if spans else _NOTHING
+        pages = np.concatenate([span[1] for span in spans]) if spans else _NOTHING
+        more = np.flatnonzero(pages > 1)
+        if len(more):
+            more = more[np.argsort(starts[more], kind="stable")]
+            starts = starts[more]
+            ends = starts + pages[more]
             # Blocks are aligned to their size: one that begins in another lies in it whole, and is its part.
-            inside = starts < np.concatenate([[carried], np.maximum(np.maximum.accumulate(ends)[:-1], carried)])
+            reached = np.maximum.accumulate(np.concatenate([[carried], ends[:-1]]))
+            inside = starts < reached
             if inside.any():
-                starts, pages, ends = starts[~inside], pages[~inside], ends[~inside]
+                starts, ends = starts[~inside], ends[~inside]
+        else:
+            starts = ends = _NOTHING
         if len(starts):
             if int(ends[-1]) > count:
                 self._carried_to, self._carried_kind = first_pfn + int(ends[-1]), int(kinds[starts[-1]])
+                ends[-1] = count
+            pages = ends - starts
             long = pages >= _LONG_SPAN
-            for start, end in zip(starts[long].tolist(), ends[long].tolist(), strict=True):
+            alone = np.flatnonzero(long)
+            for start, end in zip(starts[alone].tolist(), ends[alone].tolist(), strict=True):
                 kinds[start:end] = kinds[start]
-            starts, pages = starts[~long], pages[~long]
-            if len(starts):
-                head = np.repeat(starts, pages)
-                place = head + np.arange(len(head)) - np.repeat(np.cumsum(pages) - pages, pages)
-                fits = place < count
-                kinds[place[fits]] = kinds[head[fits]]
+            short = np.flatnonzero(~long)
+            starts, pages = starts[short], pages[short]
+            places = np.repeat(starts - np.cumsum(pages) + pages, pages)
+            places += np.arange(len(places))
+            kinds[places] = np.repeat(kinds[starts], pages)
         if carried:
             kinds[:carried] = kind_before
 
@@ -263,9 +271,8 @@ class PageClassifier:
         huge: NDArray[np.intp],
         spans: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
     ) -> None:
-        """Mark poisoned pages, and all of a hugetlb page whose head is; set those aside that were never initialised."""
-        never = _column(rows, self._rules.flags, "<u8")[marked] == _NEVER_INITIALISED
-        poisoned = marked[~never]
+        """Mark poisoned pages, and all of a hugetlb page whose head is; not those that were never initialised."""
+        poisoned = marked[_column(rows, self._rules.flags, "<u8")[marked] != _NEVER_INITIALISED]
         self.poisoned_pages += len(poisoned)
         kinds[poisoned] = HWPOISON
         whole = set(poisoned.tolist()) & set(huge.tolist()) if len(huge) else set()
@@ -275,7 +282,6 @@ class PageClassifier:
                     kinds[start : start + length] = HWPOISON
                     if start + length > len(kinds):
                         self._carried_to, self._carried_kind = first_pfn + start + length, HWPOISON
-        kinds[marked[never]] = UNKNOWN
 
 
 def _column(rows: NDArray[np.uint8], offset: int, dtype: str) -> NDArray[Any]:

@@ -19,9 +19,11 @@ _LARGE_SHIFTS = (30, 21)
 
 def kernel_image_physical(address: int, info: VmcoreInfo) -> int | None:
     """Translate an address of the kernel image: NUMBER(phys_base) already includes KASLR. None outside of it."""
+    if address < START_KERNEL_MAP:
+        return None
     phys_base = info.number("phys_base")
     size = info.number("KERNEL_IMAGE_SIZE") or DEFAULT_IMAGE_SIZE
-    if phys_base is None or not START_KERNEL_MAP <= address < START_KERNEL_MAP + size:
+    if phys_base is None or address >= START_KERNEL_MAP + size:
         return None
     physical = address - START_KERNEL_MAP + phys_base
     return physical if physical >= 0 else None

@@ -174,13 +174,27 @@ def test_what_is_mapped_to_no_memory_is_unknown(numbered_memory: list[tuple[int,
     assert unknown == ((0, 128),)
 
 
-def test_blocks_end_at_multiples_of_the_block_size() -> None:
-    table = (section() + section()).ljust(4096, b"\0")
-    memory = Memory({ROOTS: struct.pack("<Q", TABLE) + bytes(16376), TABLE: table}, [Leaf(VMEMMAP, 0, 1 << 30)])
-    with image_of([((SECTION + 99) * PAGE, bytes(PAGE))]) as image:
+def blocks_of(sections: int, leaves: list[Leaf], loads: list[tuple[int, bytes]]) -> list[tuple[int, int]]:
+    table = (section() * sections).ljust(4096, b"\0")
+    memory = Memory({ROOTS: struct.pack("<Q", TABLE) + bytes(16376), TABLE: table}, leaves)
+    with image_of([*loads, (((sections - 1) * SECTION + 99) * PAGE, bytes(PAGE))]) as image:
         found = MemMap(image, memory, info(EXTREME), "x86_64", 64)  # type: ignore[arg-type]
-        blocks = [(block.pfn, len(block.rows)) for block in found.blocks()]
-    assert blocks == [(0, BLOCK_PAGES), (BLOCK_PAGES, SECTION + 100 - BLOCK_PAGES)]
+        return [(block.pfn, len(block.rows)) for block in found.blocks()]
+
+
+def test_blocks_end_at_multiples_of_the_block_size() -> None:
+    struct_pages = [(0, bytes(4 * SECTION * 64))]
+    whole = blocks_of(4, [Leaf(VMEMMAP, 0, 1 << 30)], struct_pages)
+    assert whole == [(0, BLOCK_PAGES), (BLOCK_PAGES, 3 * SECTION + 100 - BLOCK_PAGES)]
+
+
+def test_blocks_are_joined_over_mappings_that_lie_together_and_end_where_they_do_not() -> None:
+    struct_pages = [(0, bytes(4 * SECTION * 64))]
+    size = 1 << 21
+    near = [Leaf(VMEMMAP + number * size, number * size, size) for number in range(4)]
+    assert blocks_of(4, near, struct_pages)[0] == (0, BLOCK_PAGES)
+    apart = [Leaf(VMEMMAP + number * size, (3 - number) * size, size) for number in range(4)]
+    assert [pages for _, pages in blocks_of(4, apart, struct_pages)] == [SECTION, SECTION, SECTION, 100]
 
 
 def test_the_memory_of_mem_map_itself_is_named(numbered_memory: list[tuple[int, bytes]]) -> None:
