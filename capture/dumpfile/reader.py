@@ -124,10 +124,10 @@ class KdumpFile:
         raw = os.pread(self._fd, room, bitmap + first_pfn // 8).ljust(-(-pages // 8), b"\0")
         return np.unpackbits(np.frombuffer(raw, dtype=np.uint8), bitorder="little")[:pages].astype(np.bool_)
 
-    def runs(self, bitmap: int) -> Iterator[tuple[int, int]]:
-        """Yield (first PFN, pages) of every run of ``bitmap1`` or ``bitmap2``."""
+    def runs(self, *bitmaps: int) -> Iterator[tuple[int, int]]:
+        """Yield (first PFN, pages) of every run of pages that are in any of ``bitmap1`` and ``bitmap2``."""
         first, end = 0, 0
-        for pfns in self._pfns(bitmap):
+        for pfns in self._pfns(*bitmaps):
             breaks = np.flatnonzero(np.diff(pfns) != 1) + 1
             for low, high in zip(pfns[[0, *breaks]].tolist(), pfns[[*(breaks - 1), -1]].tolist(), strict=True):
                 if low != end:
@@ -228,15 +228,17 @@ class KdumpFile:
             raise OSError(errno.EIO, f"PFN {first_pfn:#x} is not in the dump")
         return int(self._ranks[start]) + (bitmap & (1 << within) - 1).bit_count()
 
-    def _pfns(self, bitmap: int | None = None) -> Iterator[NDArray[np.int64]]:
-        """Yield the PFNs of a bitmap (bitmap 2), window by window. Bits from max_mapnr on are padding."""
-        place = self.bitmap2 if bitmap is None else bitmap
+    def _pfns(self, *bitmaps: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the PFNs of bitmaps (bitmap 2), window by window. Bits from max_mapnr on are padding."""
         end = -(-self.max_mapnr // 8)
         for start in range(0, end, _WINDOW_BYTES):
-            window = os.pread(self._fd, min(_WINDOW_BYTES, end - start), place + start)
-            if not any(window):
+            length = min(_WINDOW_BYTES, end - start)
+            window = np.zeros(length, dtype=np.uint8)
+            for bitmap in bitmaps or (self.bitmap2,):
+                window |= np.frombuffer(os.pread(self._fd, length, bitmap + start).ljust(length, b"\0"), dtype=np.uint8)
+            if not window.any():
                 continue
-            bits = np.unpackbits(np.frombuffer(window, dtype=np.uint8), bitorder="little")
+            bits = np.unpackbits(window, bitorder="little")
             pfns = np.flatnonzero(bits).astype(np.int64) + start * 8
             pfns = pfns[pfns < self.max_mapnr]
             if len(pfns):

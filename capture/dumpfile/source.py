@@ -137,8 +137,8 @@ class DumpImage(MemoryImage):
         self.max_pfn = source.dump.max_mapnr
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        """Yield (first PFN, pages) of bitmap 1."""
-        return self._dump.runs(self._dump.bitmap1)
+        """Yield (first PFN, pages) of bitmap 1; a damaged one may lack pages that the dump has."""
+        return self._dump.runs(self._dump.bitmap1, self._dump.bitmap2)
 
 
 def is_kdump(name: str) -> bool:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from capture.kernel.address import KernelMemory
 from capture.kernel.pages import BLOCK_PAGES
+from capture.kernel.pagetable import MAX_PHYSICAL_BITS
 from capture.memory.image import MemoryImage, UnreadableMemory
 from capture.notes.vmcoreinfo import VmcoreInfo
 
@@ -187,7 +188,9 @@ class MemMap:
             self._per_root = self._image.page_size // entry
             sections = -(-self._image.max_pfn // self._section_pages)
             width = info.number("MAX_PHYSMEM_BITS")
-            every = None if width is None else 1 << max(0, width - self._bits)
+            every = (
+                1 << (width - self._bits) if width is not None and self._bits <= width <= MAX_PHYSICAL_BITS else None
+            )
             if length is not None and every is not None and length == every and length != -(-every // self._per_root):
                 self._array, self._count = symbol, length
                 self.kind = "SPARSEMEM"

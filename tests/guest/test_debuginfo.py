@@ -152,11 +152,12 @@ def test_the_log_is_drgns_line_for_line(crashed: Crashed, vmlinux: Path) -> None
 
 
 def crash_output(vmlinux: Path, core: Path, command: str) -> str:
-    """What crash prints for one command, less the line that names the file."""
+    """What crash prints for one command, less the lines that name the file (of vmemmap it warns, whatever it does)."""
     if (line := host.missing(["crash"])) is not None:
         unavailable(line)
     answer = subprocess.run(
         [str(host.find("crash")), "-s", str(vmlinux), str(core)],
         input=f"{command}\nquit\n", capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
-    return re.sub(r"^ +DUMPFILE: .*\n", "", answer.stdout, flags=re.MULTILINE)
+    said = re.sub(r"^\nWARNING: \S+:\n(?: {9}.*\n)+\n?", "", answer.stdout)
+    return re.sub(r"^ +DUMPFILE: .*\n", "", said, flags=re.MULTILINE)
