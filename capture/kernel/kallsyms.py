@@ -100,8 +100,9 @@ def _matching(
 ) -> dict[bytes, int]:
     """Return wanted names with their index. The first letter of each decompressed name is the type of the symbol."""
     codes = np.frombuffer(names, dtype=np.uint8)
-    sizes = np.array([len(token) for token in tokens], dtype=np.int64)
-    total = np.concatenate([[0], np.cumsum(sizes[codes])])
+    sizes = np.array([len(token) for token in tokens], dtype=np.int32)  # (half the memory; there are 2 MB of names)
+    total = np.zeros(len(codes) + 1, dtype=np.int32)
+    np.cumsum(sizes[codes], out=total[1:])
     decoded = total[starts + lengths] - total[starts]
     # A length byte between two names is counted as a token by the sum, but lies outside of each of them.
     last = np.array([token[-1] if token else 0 for token in tokens], dtype=np.uint8)
