@@ -73,7 +73,8 @@ def test_a_save_by_hand_completes_once_the_missing_target_is_attached(
 def test_a_power_cut_leaves_a_dump_whose_written_pages_are_all_right(
     case: Case, image_store: ImageStore, tmp_path: Path
 ) -> None:
-    with panicked(case, image_store, tmp_path) as machine:
+    every_page = replace(case, level="1")  # more than one step of 16 MiB, or of 16,384 pages
+    with panicked(every_page, image_store, tmp_path) as machine:
         machine.expect(r"saving memory: +[6-8]\d%", BOOT_TIMEOUT + SAVE_TIMEOUT)  # a first step is synced by then
         machine.kill()
     image = target_image(tmp_path)
@@ -91,7 +92,7 @@ def test_a_power_cut_leaves_a_dump_whose_written_pages_are_all_right(
 def test_a_target_that_is_too_small_keeps_what_fits_and_a_shell_says_so(
     case: Case, image_store: ImageStore, tmp_path: Path
 ) -> None:
-    small = replace(case, target_size="64M")
+    small = replace(case, target_size="64M", level="1")
     with rescue_shell(small, image_store, tmp_path) as machine:
         (line,) = [line for line in machine.console.splitlines() if line.startswith("vmcapture: saved in part")]
         assert "no room left" in line
