@@ -98,18 +98,22 @@ def test_by_default_it_goes_to_standard_error(clock: Clock, capsys: pytest.Captu
 def on_a_terminal(*, enabled: bool = True) -> str:
     """What a terminal of 80 columns gets from a job of two halves."""
     master, slave = os.openpty()
-    with os.fdopen(slave, "w") as terminal:
-        with Progress("saving memory", 100 * MIB, enabled=enabled, file=terminal) as progress:
-            progress.advance(50 * MIB)
-            progress.advance(50 * MIB)
-        terminal.flush()
-        os.set_blocking(master, False)
-        try:
-            shown = os.read(master, 1 << 16)
-        except BlockingIOError:
-            shown = b""
-    os.close(master)
-    return shown.decode()
+    with (
+        os.fdopen(slave, "w") as terminal,
+        Progress("saving memory", 100 * MIB, enabled=enabled, file=terminal) as progress,
+    ):
+        progress.advance(50 * MIB)
+        progress.advance(50 * MIB)
+    with os.fdopen(master, "rb", buffering=0) as screen:
+        return b"".join(iter(lambda: read_until_hung_up(screen), b"")).decode()
+
+
+def read_until_hung_up(screen: io.RawIOBase) -> bytes:
+    """What the kernel has brought over by now; it needs a moment, and says EIO once all is there and no one writes."""
+    try:
+        return screen.read(1 << 16) or b""
+    except OSError:
+        return b""
 
 
 def test_a_terminal_gets_one_bar_that_ends_at_100_percent() -> None:
