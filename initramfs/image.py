@@ -12,7 +12,7 @@ from pathlib import Path
 from initramfs import cpio, runtime, tools
 from initramfs.errors import ImageError, ToolError
 from initramfs.modules import LoadPlan, ModuleTree, firmware, modinfo, read_module, read_tree
-from initramfs.tree import Device, Directory, File, Symlink, Tree, host_file
+from initramfs.tree import Device, Directory, File, Symlink, Tree, host_file, host_program
 
 SQUASHFS_MODULES = ("loop", "squashfs")
 BUSYBOX_PACKAGE = "busybox-static (Fedora calls it busybox)"
@@ -73,7 +73,8 @@ def build_image(request: ImageRequest) -> ImageReport:
     try:
         with tempfile.TemporaryDirectory(prefix="vmcapture-") as name:
             scratch = Path(name)
-            root = _runtime_tree(request, busybox, scratch)
+            # Stage one has a busybox of its own, and lends it to the squashfs (a bind mount).
+            root = _runtime_tree(request, busybox, File(b"", 0o755) if squashfs else host_program(busybox), scratch)
             if squashfs:
                 stage_one = Tree()
                 stage_one.add(ROOT_IMAGE, File(_make_squashfs(root, scratch)))
@@ -113,8 +114,11 @@ def _busybox() -> Path:
     return found.resolve()
 
 
-def _runtime_tree(request: ImageRequest, busybox: Path, scratch: Path) -> Tree:
-    """Lay out the system that the job runs in; the extra files win over ours, real programs over busybox's."""
+def _runtime_tree(request: ImageRequest, busybox: Path, program: File, scratch: Path) -> Tree:
+    """Lay out the system that the job runs in; the extra files win over ours, real programs over busybox's.
+
+    ``program`` is what stands for ``busybox`` in it.
+    """
     tree = Tree()
     for name in ("bin", "sbin", "lib", "lib64"):
         tree.add(f"/usr/{name}", Directory())
@@ -126,7 +130,7 @@ def _runtime_tree(request: ImageRequest, busybox: Path, scratch: Path) -> Tree:
     runtime.lay_out(runtime.trace(request.python_roots), tree, request.launcher_module, scratch)
     for binary in request.binaries:
         runtime.add_executable(tree, binary)
-    tree.add("/bin/busybox", File(busybox, 0o755))
+    tree.add("/bin/busybox", program)
     for applet in set(tools.run([busybox, "--list-full"]).split()) - {"linuxrc"}:
         tree.add(f"/{applet}", Symlink("/bin/busybox"))
     return tree
@@ -166,7 +170,7 @@ def _make_squashfs(tree: Tree, scratch: Path) -> Path:
 
 def _add_stage_one(tree: Tree, busybox: Path) -> None:
     tree.add("/init", File(Path(__file__).with_name("init"), 0o755))
-    tree.add("/bin/busybox", File(busybox, 0o755))
+    tree.add("/bin/busybox", host_program(busybox))
     for directory in ("/proc", "/sys", "/dev", NEW_ROOT):
         tree.add(directory, Directory())
     tree.add("/dev/console", CONSOLE)

@@ -23,7 +23,7 @@ from initramfs import bytecode, tools
 from initramfs.bytecode import Compilation
 from initramfs.errors import ImageError, ToolError
 from initramfs.imports import named_imports
-from initramfs.tree import Directory, File, Tree, host_file
+from initramfs.tree import Directory, File, Tree, host_program
 
 LIBRARY = "/usr/lib/vmcapture"
 LAUNCHER = "/usr/bin/vmcapture"
@@ -124,7 +124,7 @@ def lay_out(runtime: Runtime, tree: Tree, launcher_module: str, scratch: Path) -
     for path in (*runtime.objects, *runtime.data):
         place = runtime.in_image(path)
         if place is not None:
-            tree.add(place, host_file(path))
+            tree.add(place, host_program(path))
         elif path in runtime.objects:
             system_objects.append(path)
             tree.add_host(path)
@@ -139,7 +139,7 @@ def _add_modules(runtime: Runtime, tree: Tree, scratch: Path) -> None:
         if place is None:
             raise ImageError(f"{path}: a Python module outside of the module search path")
         if path.suffix != ".py":
-            tree.add(place, host_file(path))
+            tree.add(place, host_program(path))
             continue
         compiled = scratch / f"{number}.pyc"
         compilations.append(Compilation(str(path), place, str(compiled)))

@@ -8,24 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from initramfs.errors import ImageError
+from initramfs.strip import strip
 
 MAX_LINKS = 40  # the kernel's own limit for one path walk (MAXSYMLINKS, include/linux/namei.h)
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A regular file: its bytes, or the host file that has them."""
+    """A regular file: its bytes, or the host file that has them; with ``stripped``, only what running it needs."""
 
     content: bytes | Path
     mode: int = 0o644
+    stripped: bool = False
 
     def read(self) -> bytes:
         """Return the bytes."""
-        return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+        content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+        return strip(content) if self.stripped else content
 
     def size(self) -> int:
         """Return the number of bytes."""
-        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+        if isinstance(self.content, bytes) or self.stripped:
+            return len(self.read())
+        return self.content.stat().st_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,7 @@ class Tree:
         self._entries.setdefault(str(place), entry)
 
     def add_host(self, path: Path) -> None:
-        """Take a file from the host to the same path, with each symbolic link that leads to it."""
+        """Take a program or shared object to the same path, with each symbolic link that leads to it."""
         here = Path("/")
         pending = list(Path(os.path.normpath(path.absolute())).parts[1:])
         links = 0
@@ -125,7 +130,7 @@ class Tree:
             self.add(str(host), Symlink(os.path.normpath(here / target) if "/" in target else target))
             pending = [*Path(os.path.normpath(here / target)).parts[1:], *pending]
             here = Path("/")
-        self.add(str(here), host_file(here))
+        self.add(str(here), host_program(here))
 
     def write(self, directory: Path) -> None:
         """Write the tree below an empty directory (devices are left out: only root may make them)."""
@@ -143,8 +148,13 @@ class Tree:
                     pass
 
 
-def host_file(path: Path) -> File:
+def host_file(path: Path, *, stripped: bool = False) -> File:
     """Return an entry for a file of the host; only whether it may be executed is kept of its mode."""
     if not path.is_file():
         raise ImageError(f"{path}: no such file")
-    return File(path, 0o755 if path.stat().st_mode & 0o111 else 0o644)
+    return File(path, 0o755 if path.stat().st_mode & 0o111 else 0o644, stripped)
+
+
+def host_program(path: Path) -> File:
+    """Return an entry for a program or a shared object of the host, without its symbols and debug data."""
+    return host_file(path, stripped=True)
