@@ -143,7 +143,13 @@ def _add_dump_options(parser: argparse.ArgumentParser, *, levels: tuple[int, ...
         "--exclude-vmemmap", action="store_true",
         help="leave out what of mem_map describes only pages that are left out",
     )  # fmt: skip
-    parser.add_argument("-c", "--compress", metavar="CODEC", help="zstd[:LEVEL] (default), zlib[:LEVEL] or none")
+    parser.add_argument(
+        "-c",
+        "--compress",
+        metavar="CODEC",
+        help="zstd:auto (the level that disk and CPUs keep up with; default of save), zstd[:LEVEL] (default of dump), "
+        "zlib[:LEVEL] or none",
+    )
     parser.add_argument(
         "--threads",
         type=positive(1024),
@@ -182,7 +188,9 @@ def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
 # What a command needs is imported when it runs: `vmcapture status` should not wait for NumPy.
 
 
-def _dump_options(args: argparse.Namespace, levels: tuple[int, ...], compression: str, *, replace: bool) -> Any:  # noqa: ANN401
+def _dump_options(
+    args: argparse.Namespace, levels: tuple[int, ...], compression: str, *, replace: bool = False, hashed: bool = True
+) -> Any:  # noqa: ANN401
     from capture.dump import DumpOptions
 
     options = DumpOptions(
@@ -190,6 +198,7 @@ def _dump_options(args: argparse.Namespace, levels: tuple[int, ...], compression
         compression=args.compress or compression,
         threads=args.threads,
         replace=replace,
+        hashed=hashed,
         progress=progress_wanted(args),
         trust_filter=args.trust_filter,
         exclude_vmemmap=args.exclude_vmemmap,
@@ -206,7 +215,7 @@ def _dump(args: argparse.Namespace) -> int:
     if str(args.out) == "-":
         raise UsageError("OUT -: the flattened format is not supported yet; name a file")
     console = Console(quiet=args.quiet)
-    options = _dump_options(args, args.level, codec.DEFAULT, replace=args.force)
+    options = _dump_options(args, args.level, codec.DEFAULT, replace=args.force, hashed=False)
     with open_vmcore(args.source) as vmcore:
         for line in vmcore.problems:
             console.say(line)
@@ -297,7 +306,7 @@ def _save(args: argparse.Namespace) -> int:
 
     console = Console(quiet=args.quiet)
     boot = config.parse(COMMAND_LINE.read_text(errors="replace"))
-    options = _dump_options(args, boot.levels, boot.compression, replace=False)
+    options = _dump_options(args, boot.levels, boot.compression)
     if args.directory is None:
         saved = save_to_target(boot, console, options, args.source)
     else:

@@ -25,6 +25,7 @@ _AHEAD = 2
 """Chunks in flight beyond one a thread: what keeps a thread busy while the writer writes."""
 _SAMPLES = 8
 """Words of a page looked at before all of it is."""
+_WORD = 8
 
 
 @dataclass(slots=True)
@@ -75,6 +76,9 @@ class Copier:
             TargetError: the writer could not write; all chunks before are written.
         """
         self._writer = writer
+        if self._codec.pace is not None:
+            self._codec.pace.threads = self._threads
+            writer.on_step = self._codec.pace.stepped
         waiting: deque[Future[_Worked]] = deque()
         with ThreadPoolExecutor(self._threads, thread_name_prefix="copier") as pool:
             try:
@@ -136,14 +140,22 @@ class Copier:
 
 
 def find_zero_pages(block: PageBlock, page_size: int) -> NDArray[np.bool_]:
-    """Return which pages of a block hold nothing but zeros. One pass over the pages that begin like zeros."""
+    """Return which pages of a block hold nothing but zeros. One pass over the pages that look so at a few words."""
     zero = np.zeros(len(block.pfns), dtype=np.bool_)
-    words = page_size // 8
-    for first, end in contiguous(block.offsets, page_size):
-        start = int(block.offsets[first])
-        pages = np.frombuffer(block.buffer, dtype="<u8", count=(end - first) * words, offset=start).reshape(-1, words)
-        likely = np.flatnonzero(~pages[:, :: words // _SAMPLES].any(axis=1))
-        zero[first + likely] = np.bitwise_or.reduce(pages[likely], axis=1) == 0
+    skew = int(block.offsets[0]) % _WORD
+    if (block.offsets % _WORD != skew).any():  # pieces of a damaged source: nothing else lies so
+        zero[:] = [not any(block.buffer[start : start + page_size]) for start in block.offsets.tolist()]
+        return zero
+    words = np.frombuffer(block.buffer, dtype="<u8", count=(len(block.buffer) - skew) // _WORD, offset=skew)
+    first = (block.offsets // _WORD).astype(np.intp)
+    per_page = page_size // _WORD
+    sampled = words[first[:, np.newaxis] + np.arange(0, per_page, per_page // _SAMPLES)]
+    likely = np.flatnonzero(~sampled.any(axis=1))
+    if len(likely):
+        for low, high in contiguous(block.offsets[likely], page_size):
+            run = likely[low:high]
+            pages = words[first[run[0]] : first[run[-1]] + per_page].reshape(-1, per_page)
+            zero[run] = np.bitwise_or.reduce(pages, axis=1) == 0
     return zero
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from capture import footprint
 from capture.copier import Copier, CopyStatistics
 from capture.dumpfile import codec as codecs
 from capture.dumpfile.output import OutputFile, sync_directory, target_error
 from capture.dumpfile.writer import DumpPlan, KdumpWriter
 from capture.errors import CaptureError, TargetError
+from capture.footprint import Footprint
 from capture.kernel.address import KernelMemory
 from capture.kernel.utsname import read_utsname
 from capture.levels import parse_levels
+from capture.memory.image import Chunk
 from capture.pagefilter import PageFilter
 from capture.progress import Progress
 from capture.survey import take_survey
@@ -25,6 +28,7 @@ from capture.vmemmap import exclude_vmemmap
 MANIFEST_ROOM = 4 << 20
 """Left free on the target when a level is chosen by size: for the manifest and the capture log."""
 INCOMPLETE_SUFFIX = ".incomplete"
+_SAMPLE_CHUNKS = 64
 THREAD_MEMORY = 16 << 20
 """What a thread takes at the worst: chunks that were read, not mapped, and do not shrink; measured with 4 and 16."""
 
@@ -44,6 +48,8 @@ class DumpOptions:
     progress: bool = True
     trust_filter: bool = False
     exclude_vmemmap: bool = False
+    hashed: bool = True
+    """Whether SHA-256 of the dump is taken while it is written."""
 
     def check(self) -> None:
         """Refuse what cannot be made, before anything is opened.
@@ -104,6 +110,10 @@ class DumpReport:
     size: int
     digests: list[str]
     compression: str
+    zstd_levels: dict[int, int]
+    """Pages by the zstd level that they were compressed with, where the codec chose it."""
+    target_speed: float | None
+    """Bytes a second that the target took, as far as that was looked at."""
     filtered: Filtered
     statistics: CopyStatistics
     pages: int
@@ -135,24 +145,26 @@ class DumpReport:
 
 def default_threads() -> int:
     """Return one thread for each CPU that this process may run on, as far as there is memory for them."""
-    cpus = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-        cpus = min(cpus, available // THREAD_MEMORY)
-    return max(1, cpus)
+    available = footprint.memory("MemAvailable")
+    return max(1, footprint.cpus() if available is None else min(footprint.cpus(), available // THREAD_MEMORY))
 
 
 def _nothing(_line: str) -> None:
     pass
 
 
-def write_dump(vmcore: Vmcore, path: Path, options: DumpOptions, say: Callable[[str], object] = _nothing) -> DumpReport:
+def write_dump(
+    vmcore: Vmcore,
+    path: Path,
+    options: DumpOptions,
+    say: Callable[[str], object] = _nothing,
+    taken: Footprint | None = None,
+) -> DumpReport:
     """Write ``vmcore`` to ``path``, which gets its name only when everything is in it.
 
     Until then the file is ``path`` + ".incomplete": readable, and marked incomplete. It stays when the dump is cut
     short (no room, an error, Ctrl-C), with every page written so far. ``say`` is told, line by line, what a person has
-    to know before it is done.
+    to know before it is done. ``taken`` is brought up to date along the way.
 
     Raises:
         UsageError: level, compression or threads are wrong.
@@ -176,9 +188,10 @@ def write_dump(vmcore: Vmcore, path: Path, options: DumpOptions, say: Callable[[
         notes=vmcore.notes,
         excluded_vmemmap=options.exclude_vmemmap,
     )
-    output = OutputFile(unfinished)
-    try:
-        writer = KdumpWriter(output, plan)
+    with (
+        contextlib.closing(OutputFile(unfinished, hashed=options.hashed)) as output,
+        contextlib.closing(KdumpWriter(output, plan)) as writer,
+    ):
         try:
             writer.map_memory(image.runs())
             filtered = _select_or_all(vmcore, writer, codec, options, path.parent)
@@ -192,7 +205,7 @@ def write_dump(vmcore: Vmcore, path: Path, options: DumpOptions, say: Callable[[
             raise
         copier = Copier(image, codec, share_zero_pages=bool(filtered.level & 1), threads=threads)
         with Progress("saving memory", writer.pages * image.page_size, enabled=options.progress) as progress:
-            failure = _copy(copier, writer, vmcore, progress)
+            failure = _copy(copier, writer, vmcore, progress, taken or Footprint())
             seconds = progress.seconds
         failure = _finish(writer, copier, vmcore, failure)
         report = DumpReport(
@@ -200,6 +213,8 @@ def write_dump(vmcore: Vmcore, path: Path, options: DumpOptions, say: Callable[[
             size=output.size,
             digests=output.digests(),
             compression=codec.name,
+            zstd_levels={} if codec.pace is None else dict(sorted(codec.pace.pages.items())),
+            target_speed=None if codec.pace is None else codec.pace.target_speed,
             filtered=filtered,
             statistics=copier.statistics,
             pages=writer.pages,
@@ -208,8 +223,6 @@ def write_dump(vmcore: Vmcore, path: Path, options: DumpOptions, say: Callable[[
             seconds=seconds,
             failure=failure,
         )
-    finally:
-        output.close()
     if failure is None:
         try:
             unfinished.rename(path)
@@ -238,7 +251,7 @@ def _select(vmcore: Vmcore, writer: KdumpWriter, codec: codecs.Codec, options: D
     page_filter = PageFilter(vmcore)
     asked, predicted, room = options.levels[0], {}, None
     if len(options.levels) > 1:
-        survey = take_survey(vmcore.image, page_filter, codec, len(vmcore.notes.blob))
+        survey = take_survey(vmcore.image, page_filter, codec.largest, len(vmcore.notes.blob))
         for level in options.levels:
             made = level if options.trust_filter else page_filter.verdict(level).level
             predicted[level] = survey.size(made)
@@ -296,10 +309,10 @@ def _unfinished(path: Path, *, replace: bool) -> Path:
     return unfinished
 
 
-def _copy(copier: Copier, writer: KdumpWriter, vmcore: Vmcore, progress: Progress) -> str | None:
+def _copy(copier: Copier, writer: KdumpWriter, vmcore: Vmcore, progress: Progress, taken: Footprint) -> str | None:
     """Copy all pages; return why it ended early, if it did."""
     try:
-        copier.run(vmcore.image.chunks(writer.selected()), writer, progress)
+        copier.run(_sampled(vmcore.image.chunks(writer.selected()), taken), writer, progress)
     except CaptureError as error:
         return str(error)
     except KeyboardInterrupt:
@@ -309,6 +322,14 @@ def _copy(copier: Copier, writer: KdumpWriter, vmcore: Vmcore, progress: Progres
     except Exception as error:  # (a codec or a bug; what was copied so far is worth its descriptors)
         return f"internal error: {type(error).__name__}: {error}"
     return None
+
+
+def _sampled(chunks: Iterable[Chunk], taken: Footprint) -> Iterator[Chunk]:
+    """Pass chunks on, and look at the memory that is left every now and then."""
+    for number, chunk in enumerate(chunks):
+        if number % _SAMPLE_CHUNKS == 0:
+            taken.sample()
+        yield chunk
 
 
 def _finish(writer: KdumpWriter, copier: Copier, vmcore: Vmcore, failure: str | None) -> str | None:

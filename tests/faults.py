@@ -11,6 +11,8 @@ import random
 import resource
 import signal
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -140,8 +142,22 @@ def failing(kind: type[BaseException], after: int, torn: bool) -> type[OutputFil
     return Failing
 
 
+@functools.cache
 def interrupted_after(writes: int) -> type[OutputFile]:
-    return failing(KeyboardInterrupt, writes, False)
+    """An output whose ``writes``-th write is followed by Ctrl-C, which only ever reaches the main thread."""
+
+    class Interrupted(OutputFile):
+        done = 0
+
+        def write(self, pieces: Sequence[bytes | memoryview], offset: int) -> int:
+            written = super().write(pieces, offset)
+            self.done += 1
+            if self.done >= writes and threading.current_thread() is threading.main_thread():
+                self.done = -sys.maxsize
+                raise KeyboardInterrupt
+            return written
+
+    return Interrupted
 
 
 def failing_codec(error: Exception) -> Callable[[str], Codec]:

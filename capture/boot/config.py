@@ -8,7 +8,7 @@
 | ``vmcapture.failure=`` | what to do when something failed | shell |
 | ``vmcapture.wait=`` | seconds to wait for the target to appear | 30 |
 | ``vmcapture.level=`` | dump level 0 to 31; or several, ``1,17,31``: the first that fits | 31 |
-| ``vmcapture.compress=`` | zstd[:N], zlib[:N] or none | zstd |
+| ``vmcapture.compress=`` | zstd:auto, zstd[:N], zlib[:N] or none | zstd:auto |
 
 A word that makes no sense is said on the console and replaced by its default: at this point nobody can mend it.
 """
@@ -37,7 +37,7 @@ class BootConfig:
     failure: str = "shell"
     wait: int = 30
     levels: tuple[int, ...] = (31,)
-    compression: str = codecs.DEFAULT
+    compression: str = codecs.ZSTD_AUTO
     problems: tuple[str, ...] = field(default=())
 
 

@@ -22,6 +22,7 @@ from capture.console import Console
 from capture.dump import DumpOptions, DumpReport, Filtered, write_dump
 from capture.dumpfile.output import HASH_BLOCK, OutputFile, sync_directory, target_error
 from capture.errors import CaptureError, IncompleteError, TargetError
+from capture.footprint import Footprint
 from capture.kernel.address import KernelMemory
 from capture.kernel.panic import Panic, PanicFinder, panicked_cpu
 from capture.kernel.utsname import read_utsname
@@ -84,6 +85,7 @@ class _Job:
         self._options = options
         self._console = console
         self._report = SaveReport(directory)
+        self._taken = Footprint()
         self._crash_boot = vmcore.source.name == PROC_VMCORE or vmcore.source.name.startswith("/dev/")
 
     def run(self) -> SaveReport:
@@ -139,7 +141,7 @@ class _Job:
 
     def _save_dump(self, name: str) -> None:
         path = self._report.directory / name
-        result = self._report.dump = write_dump(self._vmcore, path, self._options, self._console.say)
+        result = self._report.dump = write_dump(self._vmcore, path, self._options, self._console.say, self._taken)
         self._report.files.append(SavedFile(result.path.name, result.size, result.digests))
         shortfall = result.shortfall()
         rate = result.statistics.pages * self._vmcore.image.page_size / max(result.seconds, 1e-3) / (1 << 20)
@@ -159,7 +161,7 @@ class _Job:
         self._write(name, lines)
 
     def _save_manifest(self, name: str) -> None:
-        self._write(name, [_json(_manifest(self._vmcore, self._report))])
+        self._write(name, [_json(_manifest(self._vmcore, self._report, self._taken))])
 
     def _write(self, name: str, pieces: Iterable[bytes]) -> None:
         """Write one small file whole and bring it, and its name, to the disk."""
@@ -240,7 +242,7 @@ def _make_directory(vmcore: Vmcore, parent: Path) -> Path:
     raise TargetError(f"{parent}: this crash was saved {_MAX_NAME_TRIES} times already; remove some of them")
 
 
-def _manifest(vmcore: Vmcore, saved: SaveReport) -> dict[str, Any]:
+def _manifest(vmcore: Vmcore, saved: SaveReport, taken: Footprint) -> dict[str, Any]:
     cpus, _ = report.registers(vmcore)
     description = report.describe(vmcore, saved.panic)
     return {
@@ -258,6 +260,7 @@ def _manifest(vmcore: Vmcore, saved: SaveReport) -> dict[str, Any]:
         "files": {file.name: {"size": file.size, **_digest(file.digests)} for file in saved.files},
         "dump": _dump_values(saved.dump) if saved.dump else None,
         "seconds": saved.seconds,
+        "capture_machine": taken.values(),
     }
 
 
@@ -275,6 +278,8 @@ def _dump_values(dump: DumpReport) -> dict[str, Any]:
         "level": dump.level,
         "filter": filter_values(dump.filtered),
         "compression": dump.compression,
+        "pages_by_zstd_level": {str(level): pages for level, pages in dump.zstd_levels.items()},
+        "target_bytes_per_second": None if dump.target_speed is None else round(dump.target_speed),
         "pages": dump.pages,
         "pages_written": dump.pages_written,
         "zero_pages": statistics.zero_pages,

@@ -3,12 +3,15 @@
 zstd goes through one batched call over the mapping itself, one frame a page, without the GIL; each frame carries its
 checksum (4 bytes), which readers verify, and no content size, which they know. zlib has no batched call: it is there
 for readers without zstd and costs one Python step a page.
+
+``zstd:auto`` changes its level while it works (capture.dumpfile.pace).
 """
 
 from __future__ import annotations
 
 import re
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from capture.dumpfile import kdump
+from capture.dumpfile.pace import LEVELS, SAMPLE_PAGES, Cost, Pace
 from capture.errors import UsageError
 
 Packer = Callable[[memoryview, NDArray[np.uint64], int], tuple[bytes, NDArray[np.int64]]]
@@ -28,27 +32,40 @@ DEFAULT = "zstd"
 ZSTD_DEFAULT_LEVEL = 1
 ZLIB_DEFAULT_LEVEL = 1
 
+ZSTD_AUTO = "zstd:auto"
+
 _SPELLING = re.compile(r"(zstd|zlib|none)(?::(-?[0-9]{1,3}))?")
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """``flag`` marks pages so compressed in their descriptors; ``pack`` is None where pages are stored as they are."""
+    """``flag`` marks pages so compressed in their descriptors; ``pack`` is None where pages are stored as they are.
+
+    ``pace`` is what chooses the level, where it is not fixed.
+    """
 
     name: str
     flag: int
     pack: Packer | None
+    pace: Pace | None = None
+
+    @property
+    def largest(self) -> Codec:
+        """The codec that makes a dump as large as this one may: what a size is predicted with."""
+        return self if self.pace is None else Codec(*_zstd(LEVELS[0]))
 
 
 def codec(spelling: str) -> Codec:
-    """Return the codec for ``zstd[:LEVEL]``, ``zlib[:LEVEL]`` or ``none``.
+    """Return the codec for ``zstd[:LEVEL]``, ``zstd:auto``, ``zlib[:LEVEL]`` or ``none``.
 
     Raises:
         UsageError: there is no such codec or level.
     """
+    if spelling == ZSTD_AUTO:
+        return _zstd_auto()
     match = _SPELLING.fullmatch(spelling)
     if match is None or (match[1] == "none" and match[2]):
-        raise UsageError(f"-c {spelling}: no such compression; use zstd[:LEVEL], zlib[:LEVEL] or none")
+        raise UsageError(f"-c {spelling}: no such compression; use zstd:auto, zstd[:LEVEL], zlib[:LEVEL] or none")
     name, level = match[1], int(match[2]) if match[2] else None
     if name == "none":
         return Codec("none", kdump.RAW, None)
@@ -60,22 +77,61 @@ def codec(spelling: str) -> Codec:
 def _zstd(level: int) -> tuple[str, int, Packer]:
     if not -100 <= level <= zstandard.MAX_COMPRESSION_LEVEL or level == 0:
         raise UsageError(f"-c zstd:{level}: levels are 1 to {zstandard.MAX_COMPRESSION_LEVEL}, or -100 to -1 (faster)")
-    per_thread = threading.local()
+    compressors = _Compressors()
 
     def pack(buffer: memoryview, offsets: NDArray[np.uint64], page_size: int) -> tuple[bytes, NDArray[np.int64]]:
-        compressor = getattr(per_thread, "compressor", None)
-        if compressor is None:
+        return _pack_zstd(compressors.get(level, page_size), buffer, offsets, page_size)
+
+    return f"zstd:{level}", kdump.COMPRESSED_ZSTD, pack
+
+
+def _zstd_auto() -> Codec:
+    pace = Pace()
+    compressors = _Compressors()
+
+    def cost(level: int, buffer: memoryview, offsets: NDArray[np.uint64], page_size: int) -> Cost:
+        compressor = compressors.get(level, page_size)
+        _pack_zstd(compressor, buffer, offsets[:1], page_size)  # the first page pays for the compressor's tables
+        started = time.thread_time()
+        sizes = _pack_zstd(compressor, buffer, offsets, page_size)[1]
+        seconds = time.thread_time() - started
+        return Cost(seconds / len(offsets), float(np.minimum(sizes, page_size).mean()))
+
+    def pack(buffer: memoryview, offsets: NDArray[np.uint64], page_size: int) -> tuple[bytes, NDArray[np.int64]]:
+        level, sample = pace.begin(len(offsets))
+        if sample:
+            some = offsets[:: -(-len(offsets) // SAMPLE_PAGES)]
+            pace.sampled({other: cost(other, buffer, some, page_size) for other in LEVELS})
+        return _pack_zstd(compressors.get(level, page_size), buffer, offsets, page_size)
+
+    return Codec(ZSTD_AUTO, kdump.COMPRESSED_ZSTD, pack, pace)
+
+
+class _Compressors(threading.local):
+    """The compressors of one thread, by level."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, zstandard.ZstdCompressor] = {}
+
+    def get(self, level: int, page_size: int) -> zstandard.ZstdCompressor:
+        """Return the thread's compressor for a level, made when it is first asked for."""
+        found = self._made.get(level)
+        if found is None:
             parameters = zstandard.ZstdCompressionParameters.from_level(
                 level, source_size=page_size, write_content_size=False, write_checksum=True
             )
-            compressor = per_thread.compressor = zstandard.ZstdCompressor(compression_params=parameters)
-        segments = np.empty((len(offsets), 2), dtype="<u8")
-        segments[:, 0], segments[:, 1] = offsets, page_size
-        # The collection yields buffers by the sequence protocol, which its type stub does not say.
-        frames: Any = compressor.multi_compress_to_buffer(zstandard.BufferWithSegments(buffer, segments.tobytes()))
-        return b"".join(frames), np.fromiter(map(len, frames), dtype=np.int64, count=len(offsets))
+            found = self._made[level] = zstandard.ZstdCompressor(compression_params=parameters)
+        return found
 
-    return f"zstd:{level}", kdump.COMPRESSED_ZSTD, pack
+
+def _pack_zstd(
+    compressor: zstandard.ZstdCompressor, buffer: memoryview, offsets: NDArray[np.uint64], page_size: int
+) -> tuple[bytes, NDArray[np.int64]]:
+    segments = np.empty((len(offsets), 2), dtype="<u8")
+    segments[:, 0], segments[:, 1] = offsets, page_size
+    # The collection yields buffers by the sequence protocol, which its type stub does not say.
+    frames: Any = compressor.multi_compress_to_buffer(zstandard.BufferWithSegments(buffer, segments.tobytes()))
+    return b"".join(frames), np.fromiter(map(len, frames), dtype=np.int64, count=len(offsets))
 
 
 def _zlib(level: int) -> tuple[str, int, Packer]:

@@ -1,8 +1,10 @@
-"""A file being written: whole writes at offsets, syncs, and SHA-256 by blocks taken while the bytes go by.
+"""A file being written: whole writes at offsets, syncs, and, where asked for, SHA-256 by blocks while the bytes go by.
 
 The file is new (O_EXCL), mode 0600 from its first byte, and no symbolic link is followed. A block of 64 MiB is hashed
 as its bytes are written when they come in order; one that was written out of order, or again, is read back once at the
 end.
+
+Two threads may write at once: data is appended while descriptors of earlier data follow their sync.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,13 +44,13 @@ def target_error(path: Path | str, doing: str, error: OSError) -> TargetError:
 
 
 class OutputFile:
-    """A new file, written at offsets by one thread.
+    """A new file, written at offsets. Without ``hashed`` it has no ``digests``, and no time is spent on them.
 
     Raises:
         TargetError: from every method, with the path and the reason; TargetFullError when there is no room.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, hashed: bool = True) -> None:
         self.path = path
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
@@ -56,14 +59,17 @@ class OutputFile:
         except OSError as error:
             raise target_error(path, "creating", error) from None
         self.size = 0
-        self._hashes = _BlockHashes()
+        self._hashes = _BlockHashes() if hashed else None
+        self._lock = threading.Lock()
+        """Around ``size`` and the hashes."""
 
     def write(self, pieces: Sequence[bytes | memoryview], offset: int) -> int:
         """Write all ``pieces`` one after another at ``offset``; return how many bytes that were."""
         start = offset
-        for piece in pieces:
-            self._hashes.feed(piece, offset)
-            offset += len(piece)
+        if self._hashes is not None:
+            with self._lock:
+                self._hashes.feed(pieces, offset)
+        offset += sum(map(len, pieces))
         queue = list(pieces)
         position = start
         first = 0
@@ -77,11 +83,17 @@ class OutputFile:
                 if written:
                     queue[first] = memoryview(queue[first])[written:]
         except OSError as error:
-            self._hashes.forget(position)
-            self.size = os.fstat(self._fd).st_size
+            with self._lock:
+                self._forget_hashes(position)
+                self.size = os.fstat(self._fd).st_size
             raise target_error(self.path, f"writing at {position}", error) from None
-        self.size = max(self.size, offset)
+        with self._lock:
+            self.size = max(self.size, offset)
         return offset - start
+
+    def _forget_hashes(self, offset: int) -> None:
+        if self._hashes is not None:
+            self._hashes.forget(offset)
 
     def read_back(self, offset: int, length: int) -> bytes:
         """Return bytes written before; what was never written reads as zeros."""
@@ -102,10 +114,11 @@ class OutputFile:
 
     def truncate(self, length: int) -> None:
         """Cut the file off at ``length`` bytes."""
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._fd, length)
-            self.size = min(self.size, length)
-        self._hashes.forget(length)
+        with self._lock:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, length)
+                self.size = min(self.size, length)
+            self._forget_hashes(length)
 
     def discard_if_empty(self) -> None:
         """Remove the file when not one byte of it could be written."""
@@ -121,7 +134,12 @@ class OutputFile:
             raise target_error(self.path, "syncing", error) from None
 
     def digests(self) -> list[str]:
-        """Return the SHA-256 of each 64 MiB block, hexadecimal; reads back what was not written in order."""
+        """Return the SHA-256 of each 64 MiB block, hexadecimal; reads back what was not written in order.
+
+        None at all when the file is not ``hashed``.
+        """
+        if self._hashes is None:
+            return []
         try:
             return self._hashes.finish(self._fd, self.size)
         except OSError as error:
@@ -141,14 +159,15 @@ class _BlockHashes:
         self._done: dict[int, str] = {}
         self._dirty: set[int] = set()
 
-    def feed(self, data: bytes | memoryview, offset: int) -> None:
-        view = memoryview(data)
-        while len(view):
-            block, within = divmod(offset, HASH_BLOCK)
-            part = view[: HASH_BLOCK - within]
-            self._feed_block(block, within, part)
-            view = view[len(part) :]
-            offset += len(part)
+    def feed(self, pieces: Sequence[bytes | memoryview], offset: int) -> None:
+        for piece in pieces:
+            view = memoryview(piece)
+            while len(view):
+                block, within = divmod(offset, HASH_BLOCK)
+                part = view[: HASH_BLOCK - within]
+                self._feed_block(block, within, part)
+                view = view[len(part) :]
+                offset += len(part)
 
     def forget(self, offset: int) -> None:
         """Take back what was fed from ``offset`` on: it did not get there, or was cut off."""

@@ -3,12 +3,17 @@
 Order on the disk, each synced before the next: bitmaps and notes, with zeros for descriptors; the header, marked
 incomplete; then page data and, once it is on the disk, its descriptors, in steps; at the end the header without the
 mark. At any instant a reader finds a dump in which every page that has a descriptor is right.
+
+A step is synced by a thread of the writer's own while data of the next one is appended: the disk and the CPUs work at
+the same time. When the disk is slower, ``append`` waits: never more than two steps are under way.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,8 +26,10 @@ from capture.notes.elfnote import Notes
 
 SYNC_BYTES = 16 << 20
 """Page data between two syncs: what may be dirty in memory, and what a power cut costs. 64 MiB are not faster."""
-SYNC_PAGES = 1 << 14
+SYNC_PAGES = 1 << 15
 """Descriptors held back between two syncs (24 bytes each)."""
+FIRST_SYNC_BYTES = 4 << 20
+"""The first step is smaller: it tells soon how fast the disk is."""
 _BITMAP_WINDOW = 1 << 19
 """Pages of a bitmap that are put together at once."""
 
@@ -63,11 +70,34 @@ class PackedPages:
     pieces: Sequence[bytes | memoryview]
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step that reached the disk.
+
+    ``size`` bytes took ``sync`` seconds to sync, ``seconds`` after the step before; of that time ``append`` spent
+    ``blocked`` seconds on the disk: in writes, and in waiting for the sync before.
+    """
+
+    size: int
+    sync: float
+    seconds: float
+    blocked: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Pages on their way to the disk: descriptors, bytes of data that are not synced, the end of the data."""
+
+    descriptors: list[NDArray[np.void]]
+    unsynced: int
+    end: int
+
+
 class KdumpWriter:
-    """Writes one dump to ``output``.
+    """Writes one dump to ``output``. ``close`` it before ``output`` is closed.
 
     First ``begin``, which dumps all pages; or ``map_memory``, ``select`` (again, if need be) and ``start``. Then
-    ``append`` for all pages of the dump in PFN order, and ``finish``.
+    ``append`` for all pages of the dump in PFN order, and ``finish``. ``on_step`` is told of each step, in a thread.
 
     Raises:
         TargetError: from every method; what was written before stays readable after ``finish(complete=False)``.
@@ -87,6 +117,13 @@ class KdumpWriter:
         """Pages whose descriptors are in the file, behind data that is on the disk."""
         self._kept_to = 0
         """The end of their data."""
+        self.on_step: Callable[[Step], object] | None = None
+        self._sync_bytes = FIRST_SYNC_BYTES
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="syncer")
+        self._syncing: Future[None] | None = None
+        self._last_step, self._last_blocked = time.monotonic(), 0.0
+        self._blocked = 0.0
+        self._blocked_since: float | None = None
 
     def begin(self, runs: Iterable[tuple[int, int]]) -> None:
         """Write everything but page data and descriptors, and sync it. ``runs`` are the pages of memory and dump."""
@@ -157,11 +194,13 @@ class KdumpWriter:
         self._output.sync()
         self._write_header(incomplete=True)
         self._output.sync()
+        self._last_step = time.monotonic()
 
     def append(self, packed: PackedPages) -> None:
         """Write the data of the next pages; their descriptors follow with the next sync."""
         try:
-            written = self._output.write(packed.pieces, self._position)
+            with self._on_the_disk():
+                written = self._output.write(packed.pieces, self._position)
         except TargetFullError:
             self._give_back()
             raise
@@ -175,25 +214,69 @@ class KdumpWriter:
         self._unsynced += written
         self._pending.append(descriptors)
         self._pending_pages += len(descriptors)
-        if self._unsynced >= SYNC_BYTES or self._pending_pages >= SYNC_PAGES:
-            self.checkpoint()
+        if self._unsynced >= min(self._sync_bytes, SYNC_BYTES) or self._pending_pages >= SYNC_PAGES:
+            self._start_step()
 
     def checkpoint(self) -> None:
         """Sync page data, then write its descriptors: never a descriptor of bytes that may be lost."""
-        if self._unsynced:
-            try:
-                self._output.sync()
-            except TargetError as error:
-                self._forget_pending(cut=isinstance(error, TargetFullError))
-                raise
-            self._unsynced = 0
-        if self._pending:
-            table = np.concatenate(self._pending)
+        self._start_step()
+        self._settle()
+
+    def _start_step(self) -> None:
+        """Have what was appended synced and described, once the step before is."""
+        self._settle()
+        if self._pending or self._unsynced:
+            batch = _Batch(self._pending, self._unsynced, self._position)
+            self._pending, self._pending_pages, self._unsynced = [], 0, 0
+            self._syncing = self._syncer.submit(self._finish_step, batch)
+
+    def _finish_step(self, batch: _Batch) -> None:
+        """Bring a step to the disk; the one place outside of the caller's thread."""
+        started = time.monotonic()
+        if batch.unsynced:
+            self._output.sync()
+        synced = time.monotonic()
+        if batch.descriptors:  # none: the disk was full, and they were given back
+            table = np.concatenate(batch.descriptors)
             start = self.layout.descriptor_table + self.pages_written * kdump.PAGE_DESCRIPTOR.itemsize
             self._output.write([table.tobytes()], start)
             self.pages_written += len(table)
-            self._pending, self._pending_pages = [], 0
-            self._kept_to = self._position
+        self._kept_to = batch.end
+        if batch.unsynced and self.on_step is not None:
+            since, blocked = self._blocked_since, self._blocked
+            blocked += synced - since if since is not None else 0.0
+            self.on_step(Step(batch.unsynced, synced - started, synced - self._last_step, blocked - self._last_blocked))
+            self._last_step, self._last_blocked = synced, blocked
+            self._sync_bytes = SYNC_BYTES
+
+    def _settle(self) -> None:
+        """Wait for the step that is under way.
+
+        Raises:
+            TargetError: it failed; what it held, and all after it, is forgotten.
+        """
+        if self._syncing is None:
+            return
+        with self._on_the_disk():
+            error = self._syncing.exception()
+        self._syncing = None
+        if error is not None:
+            self._forget_pending(cut=isinstance(error, TargetFullError))
+            raise error
+
+    @contextlib.contextmanager
+    def _on_the_disk(self) -> Iterator[None]:
+        """Count the time spent inside as time that the disk took."""
+        self._blocked_since = started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._blocked_since = None
+            self._blocked += time.monotonic() - started
+
+    def close(self) -> None:
+        """End the writer's thread, once it is done with what it does."""
+        self._syncer.shutdown()
 
     def finish(self, *, complete: bool) -> None:
         """Write what is held back; when ``complete``, take the incomplete mark off as the very last write."""

@@ -22,10 +22,12 @@ from capture.memory.source import ByteSource
 EXTENT = np.dtype([("pfn", "<i8"), ("pages", "<i8"), ("offset", "<u8")])
 """Whole pages that are contiguous both as PFNs and in the source; ``offset`` of the first in the source, in bytes."""
 
-CHUNK_PAGES, CHUNK_BYTES = 1024, 4 << 20
+CHUNK_PAGES, CHUNK_BYTES = 512, 2 << 20
 """What a chunk holds at most: enough to make the cost of a call vanish, little enough to have several."""
-_SPAN_FACTOR = 4
-"""A chunk of scattered pages maps at most this many times its pages' own bytes."""
+_WINDOW_GAP = 128 << 10
+"""Bytes between two pages that are not worth a mapping more: mapping what lies between them takes less time."""
+_WINDOW_BYTES = 8 << 20
+"""A mapping spans at most so many bytes."""
 
 MAX_LISTED_RANGES = 10_000
 MAX_SHOWN = 3
@@ -95,6 +97,15 @@ def contiguous(offsets: NDArray[np.uint64], step: int) -> list[tuple[int, int]]:
     return list(pairwise([0, *map(int, breaks), len(offsets)]))
 
 
+def _windows(offsets: NDArray[np.uint64], size: int) -> list[tuple[int, int]]:
+    """Return index ranges [first, end) of pages that lie close enough together, in ascending order, to be mapped."""
+    steps = np.diff(offsets.astype(np.int64))
+    far = (steps <= 0) | (steps > size + _WINDOW_GAP)
+    if far.any() or int(offsets[-1]) - int(offsets[0]) >= _WINDOW_BYTES:
+        far |= np.diff(offsets // np.uint64(_WINDOW_BYTES)) != 0
+    return list(pairwise([0, *(np.flatnonzero(far) + 1).tolist(), len(offsets)]))
+
+
 class UnreadableMemory(Exception):  # noqa: N818  (an answer, not a failure of the program)
     """Physical memory at an address is not in the source, or cannot be read."""
 
@@ -130,10 +141,9 @@ class MemoryImage:
 
         ``runs`` are (first PFN, pages), ascending and disjoint; what of them is not in memory is passed over.
         """
-        limit = min(CHUNK_PAGES, CHUNK_BYTES // self.page_size)
-        reach = (_SPAN_FACTOR - 1) * limit * self.page_size
+        limit = max(1, min(CHUNK_PAGES, CHUNK_BYTES // self.page_size))
         pending: list[tuple[int, int, int]] = []
-        room = limit
+        room, end = limit, 0
 
         def flush() -> Iterator[Chunk]:
             nonlocal pending, room
@@ -147,32 +157,33 @@ class MemoryImage:
                 yield Chunk(np.array([piece_first], dtype=np.int64), None)
                 continue
             first, left, offset = piece_first, piece_pages, piece_offset
+            # Far from the pages before it: they go alone if they are many, so that none of them is copied.
+            if room <= limit // 2 and not 0 <= offset - end <= _WINDOW_GAP:
+                yield from flush()
             while left:
-                if pending and not 0 <= offset - pending[0][2] <= reach:
-                    yield from flush()
                 pages = min(room, left)
                 pending.append((first, pages, offset))
                 first, left, offset = first + pages, left - pages, offset + pages * self.page_size
                 room -= pages
                 if not room:
                     yield from flush()
+            end = offset
         yield from flush()
 
     def fetch(self, chunk: Chunk) -> PageBlock:
         """Return the bytes of a chunk: mapped where possible, else read; unreadable pages become zeros. Never raises
-        for what the source does."""
-        size = self.page_size
+        for what the source does.
+
+        What lies close together is one mapping, and is not copied; pages from several places are gathered.
+        """
         if chunk.offsets is None:
             return self._assemble(int(chunk.pfns[0]))
-        base = int(chunk.offsets[0])  # the lowest, as chunks() made it; the highest need not be the last
-        span = int(chunk.offsets.max()) + size - base
-        try:
-            view = self.source.map(base, span)
-        except OSError:
-            view = None
-        if view is not None:
-            return PageBlock(chunk.pfns, view, chunk.offsets - np.uint64(base))
-        return self._read_block(chunk)
+        windows = _windows(chunk.offsets, self.page_size)
+        if len(windows) == 1:
+            view = self._map(chunk.offsets, self.page_size)
+            if view is not None:
+                return PageBlock(chunk.pfns, view, chunk.offsets - chunk.offsets[0])
+        return self._gather(chunk, windows)
 
     def read(self, address: int, length: int) -> bytes:
         """Return ``length`` bytes of physical memory at ``address``, for small structures.
@@ -276,14 +287,20 @@ class MemoryImage:
             waiting = next(partial, None)
 
     def _chunk(self, runs: list[tuple[int, int, int]]) -> Chunk:
-        pfns = np.concatenate([np.arange(pfn, pfn + pages, dtype=np.int64) for pfn, pages, _ in runs])
-        offsets = np.concatenate(
-            [
-                np.arange(pages, dtype=np.uint64) * np.uint64(self.page_size) + np.uint64(offset)
-                for _, pages, offset in runs
-            ]
-        )
+        table = np.array(runs, dtype=EXTENT)
+        counts = table["pages"]
+        within = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
+        pfns = np.repeat(table["pfn"], counts) + within
+        offsets = np.repeat(table["offset"], counts) + within.astype(np.uint64) * np.uint64(self.page_size)
         return Chunk(pfns, offsets)
+
+    def _map(self, offsets: NDArray[np.uint64], size: int) -> memoryview | None:
+        """Return a view from the first of ascending ``offsets`` to the end of the last page, None where that fails."""
+        first = int(offsets[0])
+        try:
+            return self.source.map(first, int(offsets[-1]) + size - first)
+        except OSError:
+            return None
 
     def _read_exactly(self, offset: int, length: int) -> bytes | None:
         try:
@@ -292,27 +309,39 @@ class MemoryImage:
             return None
         return data if len(data) == length else None
 
-    def _read_block(self, chunk: Chunk) -> PageBlock:
-        """Read a chunk run by run, and page by page where a run fails."""
+    def _gather(self, chunk: Chunk, windows: list[tuple[int, int]]) -> PageBlock:
+        """Copy pages from several places together; what cannot be mapped is read run by run, then page by page."""
         assert chunk.offsets is not None
         size = self.page_size
-        count = len(chunk.pfns)
-        buffer = bytearray(count * size)
+        buffer = bytearray(len(chunk.pfns) * size)
         unreadable: list[int] = []
-        for first, end in contiguous(chunk.offsets, size):
-            offset = int(chunk.offsets[first])
-            data = self._read_exactly(offset, (end - first) * size)
-            if data is not None:
-                buffer[first * size : end * size] = data
-                continue
-            for index in range(first, end):
-                page = self._read_exactly(offset + (index - first) * size, size)
-                if page is None:
-                    unreadable.append(int(chunk.pfns[index]))
-                else:
-                    buffer[index * size : (index + 1) * size] = page
-        offsets = np.arange(count, dtype=np.uint64) * np.uint64(size)
+        for low, high in windows:
+            offsets = chunk.offsets[low:high]
+            view = self._map(offsets, size) if len(windows) > 1 else None  # a single window was tried already
+            base = int(offsets[0])
+            for first, end in contiguous(offsets, size):
+                start, length = int(offsets[first]), (end - first) * size
+                into = (low + first) * size
+                if view is not None:
+                    buffer[into : into + length] = view[start - base : start - base + length]
+                    continue
+                data = self._read_exactly(start, length)
+                if data is not None:
+                    buffer[into : into + length] = data
+                    continue
+                unreadable += self._read_pages(chunk.pfns[low + first : low + end], start, buffer, into)
+        offsets = np.arange(len(chunk.pfns), dtype=np.uint64) * np.uint64(size)
         return PageBlock(chunk.pfns, memoryview(buffer), offsets, tuple(unreadable))
+
+    def _read_pages(self, pfns: NDArray[np.int64], offset: int, buffer: bytearray, into: int) -> Iterator[int]:
+        """Read pages one by one from ``offset`` on, and yield the PFNs of those that cannot be read."""
+        size = self.page_size
+        for number, pfn in enumerate(pfns.tolist()):
+            page = self._read_exactly(offset + number * size, size)
+            if page is None:
+                yield pfn
+            else:
+                buffer[into + number * size : into + (number + 1) * size] = page
 
     def _assemble(self, pfn: int) -> PageBlock:
         """Put a partial page together; it counts as unreadable when any piece of it is."""

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 LAYERS = (
     ("capture", "errors", "console"),
-    ("progress", "levels"),
+    ("progress", "levels", "footprint"),
     ("memory",),
     ("notes",),
     ("kernel",),

@@ -22,7 +22,7 @@ DEFAULTS = BootConfig(
     failure="shell",
     wait=30,
     levels=(31,),
-    compression="zstd",
+    compression="zstd:auto",
     problems=(),
 )
 """The table in README.md."""

@@ -1,0 +1,99 @@
+"""Chooses the zstd level of ``zstd:auto`` while the dump is written: the one at which neither disk nor CPUs wait.
+
+Two things are measured all along. What each level costs and gives, on a few pages of the dump itself: CPU seconds and
+bytes a page. And what the target takes: bytes a second, from the steps that the writer syncs. A level is as fast as the
+slower of the two makes it; the fastest one is taken, and among those that are as good as that, the one that makes the
+smallest file.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from capture.dumpfile.writer import Step
+
+LEVELS = (-20, -10, -5, -3, -1, 1, 3)
+"""What is chosen from. Faster than -20 is hardly faster; above 3, 4 KiB pages become no smaller to speak of."""
+SAMPLE_PAGES = 64
+SAMPLE_EVERY = 1 << 15
+"""Pages between two samples: they take less than 2 % of the time."""
+_AS_GOOD = 0.95
+_NEW_SHARE = 0.5
+"""How much a new measurement counts against those before it."""
+_BLOCKED = 0.3
+"""From this share of the time spent on the disk on, the disk is what the dump waits for."""
+_PROBE = 1.25
+"""How much faster than shown a target is taken to be from one step to the next, while nothing waits for it."""
+
+
+@dataclass(slots=True)
+class Cost:
+    """What a page takes at one level: CPU ``seconds``, and ``size`` in bytes."""
+
+    seconds: float
+    size: float
+
+
+class Pace:
+    """The level to compress with now. Safe to call from threads."""
+
+    def __init__(self) -> None:
+        self.threads = 1
+        """How many threads compress."""
+        self.level = LEVELS[0]
+        self.pages: Counter[int] = Counter()
+        """Pages compressed, by level."""
+        self.target_speed: float | None = None
+        """Bytes a second that the target takes, None until a step has reached it."""
+        self._costs: dict[int, Cost] = {}
+        self._until_sample = 0
+        self._lock = threading.Lock()
+
+    def begin(self, pages: int) -> tuple[int, bool]:
+        """Return the level for the next pages, and whether a sample of them is wanted."""
+        with self._lock:
+            self.pages[self.level] += pages
+            self._until_sample -= pages
+            wanted = self._until_sample <= 0
+            if wanted:
+                self._until_sample = SAMPLE_EVERY
+            return self.level, wanted
+
+    def sampled(self, costs: Mapping[int, Cost]) -> None:
+        """Take in what each level cost on the same pages."""
+        with self._lock:
+            for level, new in costs.items():
+                cost = self._costs.setdefault(level, new)
+                cost.seconds += (new.seconds - cost.seconds) * _NEW_SHARE
+                cost.size += (new.size - cost.size) * _NEW_SHARE
+            self._choose()
+
+    def stepped(self, step: Step) -> None:
+        """Take in how long the target took over a step.
+
+        A step that nothing waited for shows only a bound: what was written back before its sync is not in that time.
+        """
+        shown = step.size / max(step.seconds, 1e-6)
+        bound = step.size / max(step.sync, 1e-6)
+        with self._lock:
+            before = self.target_speed
+            if step.blocked >= _BLOCKED * step.seconds:
+                self.target_speed = shown if before is None else before + (shown - before) * _NEW_SHARE
+            else:
+                self.target_speed = max(shown, bound if before is None else min(before * _PROBE, bound))
+            self._choose()
+
+    def _choose(self) -> None:
+        if not self._costs:
+            return
+        speeds = {level: self._speed(cost) for level, cost in self._costs.items()}
+        enough = _AS_GOOD * max(speeds.values())
+        self.level = max(level for level, speed in speeds.items() if speed >= enough)
+
+    def _speed(self, cost: Cost) -> float:
+        """Return the pages a second that a level makes."""
+        compressed = self.threads / max(cost.seconds, 1e-9)
+        return compressed if self.target_speed is None else min(compressed, self.target_speed / max(cost.size, 1.0))
