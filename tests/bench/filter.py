@@ -22,14 +22,12 @@ from statistics import median
 
 import numpy as np
 
-from capture.errors import CaptureError
 from capture.kernel.pages import CLASS_NAMES
 from capture.pagefilter import PageFilter
 from capture.vmcore import Vmcore, open_vmcore
-from tests.bench.guest import make_vmcore
+from tests.bench import common
 from tests.guest import host
 from tests.guest.host import HostError
-from tests.guest.qemu import GuestError
 
 LEVEL = 31
 WINDOW_BYTES = 4 << 20
@@ -63,25 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.filter", description="Benchmark the page filter.")
     add = parser.add_argument
     add("--memory", default="4G", metavar="SIZE", help="of the guest that the vmcore is made of (default: 4G)")
-    add("--repeat", type=int, default=5, metavar="N", help="rounds, of which the median is shown (default: 5)")
+    common.add_repeat(parser)
     add("--keep", type=Path, metavar="FOLDER", help="leave the vmcore here, as filter.elf")
     add("--vmcore", type=Path, metavar="FILE", help="measure this one, an ELF file")
     arguments = parser.parse_args(argv)
-    if arguments.repeat < 1:
-        parser.error("--repeat: at least 1")
-    try:
-        with tempfile.TemporaryDirectory(prefix="vmcapture-bench-", dir=host.SCRATCH) as scratch:
-            vmcore = arguments.vmcore
-            if vmcore is None:
-                folder = arguments.keep or Path(scratch)
-                folder.mkdir(parents=True, exist_ok=True)
-                vmcore = folder / "filter.elf"
-                make_vmcore(vmcore, arguments.memory, lambda line: print(line, flush=True))
+
+    def benchmark() -> None:
+        with common.scratch() as scratch:
+            vmcore = arguments.vmcore or common.make((arguments.keep or Path(scratch)) / "filter.elf", arguments.memory)
             report(vmcore, arguments.repeat)
-    except (HostError, GuestError, CaptureError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return common.run(benchmark)
 
 
 def report(path: Path, repeat: int) -> None:
@@ -175,7 +165,7 @@ def _print_times(times: Times, pages: int) -> None:
         middle = median(times[what])
         ratios = f"{middle / median(times[PEER]):16.2f}{middle / median(times[FLOOR]):9.2f}" if what != SET_UP else ""
         print(f"{what:48}{middle * 1e3:8.1f}{middle / pages * 1e9:9.1f}{ratios}")
-    print("Only the ratios say something: the times are this machine's, and of this moment.")
+    print(common.ONLY_RATIOS)
 
 
 def _print_classes(page_filter: PageFilter, said: str) -> None:
