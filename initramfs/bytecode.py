@@ -1,7 +1,8 @@
 """Compiles modules for the image, in a process of its own: same sources, same bytes, whatever the builder did before.
 
 The bytes of a marshalled code object depend on which of its strings others refer to, so only a fresh interpreter that
-does nothing else gives the same file twice. Debug ranges (column numbers) are left out: the image has no sources.
+does nothing else gives the same file twice. Debug ranges (column numbers), docstrings and assertions are left out, as
+``python -OO`` does: the image has no sources, and little memory.
 """
 
 from __future__ import annotations
@@ -55,5 +56,6 @@ def serve() -> None:
             cfile=compilation.output,
             dfile=compilation.name,
             doraise=True,
+            optimize=2,
             invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +13,9 @@ from pathlib import Path
 import capture.cli
 from capture.cli import Subparsers, command, positive
 from capture.console import Console
-from initramfs import devices, kexec, modules
+from initramfs import devices, estimate, kexec, modules
 from initramfs.devices import Needed
-from initramfs.errors import KexecError
+from initramfs.errors import ImageError, KexecError
 from initramfs.image import ImageRequest, build_image
 from initramfs.kexec import CrashKernel
 
@@ -28,17 +29,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_commands(subparsers: Subparsers) -> None:
-    """Add ``initramfs``, ``load``, ``unload`` and ``status``."""
+    """Add ``initramfs``, ``load``, ``unload``, ``status`` and ``estimate``."""
     _add_initramfs(subparsers)
     _add_load(subparsers)
+    _add_estimate(subparsers)
     command(subparsers, "unload", run_unload, "disarm the machine")
     command(subparsers, "status", run_status, "is the machine armed, with what; exit status 0 when it is", output=True)
 
 
 def _add_initramfs(subparsers: Subparsers) -> None:
     parser = command(subparsers, "initramfs", run_initramfs, "build the capture image")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="IMAGE", help="default: /var/lib/vmcapture/initramfs-RELEASE.img"
+    )
+    _add_image_options(parser)
+
+
+def _add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what the image is to hold."""
     add = parser.add_argument
-    add("-o", "--output", type=Path, metavar="IMAGE", help="default: /var/lib/vmcapture/initramfs-RELEASE.img")
     add("--kernel", metavar="RELEASE", help="kernel release, default: that of --modules-dir, else the running one")
     add("--modules-dir", type=Path, metavar="DIR", help="its modules, default: /lib/modules/RELEASE")
     add(
@@ -86,9 +95,22 @@ def _add_load(subparsers: Subparsers) -> None:
     way.add_argument("--syscall", choices=kexec.SYSCALLS, default="auto", help="auto: the first one that works")
     way.add_argument("-s", dest="syscall", action="store_const", const="file", help="kexec_file_load")
     way.add_argument("-c", dest="syscall", action="store_const", const="load", help="kexec_load")
-    add("--cpus", type=positive(), default=1, metavar="N", help="CPUs in the capture kernel (default: %(default)s)")
+    add(
+        "--cpus", type=positive(), metavar="N",
+        help="CPUs in the capture kernel (default: as many as the reserved memory is enough for)",
+    )  # fmt: skip
     add("--append", default="", metavar="STR", help="more for the capture kernel's command line")
     add("--command-line", metavar="STR", help="the capture kernel's whole command line")
+
+
+def _add_estimate(subparsers: Subparsers) -> None:
+    parser = command(
+        subparsers, "estimate", run_estimate, "how much memory to reserve: crashkernel=, and why", output=True
+    )
+    _add_image_options(parser)
+    add = parser.add_argument
+    add("--image", type=Path, metavar="IMG", help="an image that is built already; else one is built to be measured")
+    add("--cpus", type=positive(), default=1, metavar="N", help="CPUs in the capture kernel (default: %(default)s)")
 
 
 def default_kernel(release: str, root: Path = Path("/")) -> Path:
@@ -103,28 +125,31 @@ def default_image(release: str) -> Path:
     return Path(f"/var/lib/vmcapture/initramfs-{release}.img")
 
 
-def run_initramfs(args: argparse.Namespace) -> int:
-    """Build the image."""
+def _request(args: argparse.Namespace, output: Path | None) -> ImageRequest:
+    """Return what the image is to hold: by default what this machine's target needs."""
     needed = Needed((), ())
     if args.target:
         needed = devices.modules_for_target(args.target)
     elif not args.module:
         needed = devices.modules_for_mount(devices.mount_of(CRASH_DIRECTORY))
     release = args.kernel or (args.modules_dir.absolute().name if args.modules_dir else os.uname().release)
-    report = build_image(
-        ImageRequest(
-            output=args.output or default_image(release),
-            kernel_release=release,
-            modules_dir=args.modules_dir or Path("/lib/modules") / release,
-            modules=(*needed.loaded, *args.module),
-            optional_modules=needed.built_in,
-            # With --module the image may be for another machine.
-            welcome_modules=() if args.module else devices.keyboard_modules(),
-            module_options=modules.host_options(),
-            binaries=tuple(args.bin),
-            squashfs=False if args.no_squashfs else None,
-        )
+    return ImageRequest(
+        output=output or default_image(release),
+        kernel_release=release,
+        modules_dir=args.modules_dir or Path("/lib/modules") / release,
+        modules=(*needed.loaded, *args.module),
+        optional_modules=needed.built_in,
+        # With --module the image may be for another machine.
+        welcome_modules=() if args.module else devices.keyboard_modules(),
+        module_options=modules.host_options(),
+        binaries=tuple(args.bin),
+        squashfs=False if args.no_squashfs else None,
     )
+
+
+def run_initramfs(args: argparse.Namespace) -> int:
+    """Build the image."""
+    report = build_image(_request(args, args.output))
     kind = "squashfs" if report.squashfs else "plain"
     console = Console(quiet=args.quiet)
     console.say(
@@ -153,15 +178,35 @@ def run_load(args: argparse.Namespace) -> int:
             args.final,
             args.failure,
             args.append,
-            cpus=args.cpus,
+            cpus=args.cpus or _cpus(args.image),
             boot_cpu=kexec.boot_cpu_apic_id(),
         )
     loaded = kexec.load(CrashKernel(args.kernel_image, args.image, line, args.syscall))
     console.say(
         f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}"
     )
-    if (doubt := kexec.small_reservation()) is not None:
+    if (doubt := kexec.small_reservation(args.image)) is not None:
         console.say(doubt)
+    return 0
+
+
+def _cpus(image: Path) -> int:
+    """Return how many CPUs the reservation is enough for."""
+    return estimate.cpus_for(kexec.reservation(), estimate.memory_of(image), os.cpu_count() or 1)
+
+
+def run_estimate(args: argparse.Namespace) -> int:
+    """Tell how much memory to reserve."""
+    with tempfile.TemporaryDirectory(prefix="vmcapture-") as scratch:
+        image = args.image or build_image(_request(args, Path(scratch) / "image")).path
+        try:
+            found = estimate.estimate(estimate.memory_of(image), args.cpus)
+        except OSError as error:
+            raise ImageError(f"{image}: {error.strerror}; leave --image out, and one is built to be measured") from None
+    if args.json:
+        print(json.dumps(found.values(), indent=2))
+    else:
+        print("\n".join(found.lines()))
     return 0
 
 

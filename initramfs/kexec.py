@@ -17,6 +17,7 @@ from pathlib import Path
 from capture.errors import UsageError
 from initramfs import tools
 from initramfs.errors import KexecError, ToolError
+from initramfs.estimate import estimate, memory_of, unpacked_size
 
 CRASH_SIZE = Path("/sys/kernel/kexec_crash_size")
 CRASH_LOADED = Path("/sys/kernel/kexec_crash_loaded")
@@ -25,7 +26,6 @@ CPUINFO = Path("/proc/cpuinfo")
 RECORD = Path("/run/vmcapture/loaded.json")
 
 KERNEL_MEMORY = 48 << 20  # what a kernel has taken when it unpacks the image; measured with Debian's 6.1 in 256M
-MIN_RESERVATION = 128 << 20  # a distribution's kernel of today, its drivers and our interpreter
 MAX_COMMAND_LINE = 2047  # COMMAND_LINE_SIZE of x86 without its final NUL (arch/x86/include/asm/setup.h)
 KEXEC_ADDS = 96  # " elfcorehdr=0x…" and, on EFI without runtime services, " acpi_rsdp=0x…"
 PANIC_SECONDS = 10
@@ -86,6 +86,7 @@ DROPPED = frozenset(
         "mce",
         "cgroup_disable",
         # Memory that is set aside or limited: there is little enough.
+        "transparent_hugepage",
         "mem",
         "hugepages",
         "hugepagesz",
@@ -138,6 +139,11 @@ ADDED = (
     "novmcoredd",
     # Memory that was plugged in is dead memory to be saved; a capture kernel that finds it anew would use it.
     "acpi_no_memhotplug",
+    # Huge pages make a small process a large one, and have the kernel hold more memory back (khugepaged.c,
+    # set_recommended_min_free_kbytes).
+    "transparent_hugepage=never",
+    # 9 MB of directory entries for trace events that nobody will look at (6.1; kernel/trace/trace.c).
+    "initcall_blacklist=tracer_init_tracefs",
     "iomem=relaxed",
     f"panic={PANIC_SECONDS}",
 )
@@ -277,7 +283,7 @@ def unload() -> None:
 def status() -> Status:
     """Return whether the machine is armed, and with what."""
     armed = _read_number(CRASH_LOADED) == 1
-    return Status(armed=armed, reservation=_read_number(CRASH_SIZE), loaded=_read_record() if armed else None)
+    return Status(armed=armed, reservation=reservation(), loaded=_read_record() if armed else None)
 
 
 def describe(state: Status) -> Sequence[str]:
@@ -303,50 +309,51 @@ def ready(kernel: Path, image: Path) -> Path:
     """Refuse what cannot work before kexec does so in more words, and return the path of kexec."""
     _require_root()
     kexec = _kexec()
-    reservation = _read_number(CRASH_SIZE)
-    if not reservation:
+    reserved = reservation()
+    if not reserved:
         raise KexecError(_no_reservation())
     if not kernel.is_file():
         raise KexecError(f"{kernel}: no such kernel; name one with --kernel-image")
     if not image.is_file():
         raise KexecError(f"{image}: no such image; build it with vmcapture initramfs -o {image}")
     needed = kernel.stat().st_size + image.stat().st_size
-    if needed > reservation:
+    if needed > reserved:
         raise KexecError(
             f"{image} and its kernel take {needed >> 20} MiB, crashkernel= reserves "
-            f"{reservation >> 20} MiB: reserve more and reboot"
+            f"{reserved >> 20} MiB: reserve more and reboot"
         )
-    _check_room_to_unpack(image, reservation)
+    _check_room_to_unpack(image, reserved)
     return kexec
 
 
-def _check_room_to_unpack(image: Path, reservation: int) -> None:
+def _check_room_to_unpack(image: Path, reserved: int) -> None:
     """Refuse a plain tree that the capture kernel could not unpack: it would boot, and half of the tree be missing.
 
     The kernel unpacks into a tmpfs that may take half of the memory (Documentation/filesystems/tmpfs.rst), while the
-    packed image is still there. Only a plain tree is compressed; the other images hold little more than a squashfs.
+    packed image is still there.
     """
-    with image.open("rb") as file:
-        if file.read(2) != b"\x1f\x8b":
-            return
-        file.seek(-4, os.SEEK_END)
-        unpacked = int.from_bytes(file.read(4), "little")  # ISIZE, RFC 1952
+    unpacked = unpacked_size(image)
     taken = image.stat().st_size + KERNEL_MEMORY
-    if unpacked > (reservation - taken) // 2:
+    if unpacked is not None and unpacked > (reserved - taken) // 2:
         raise KexecError(
-            f"{image}: a plain tree of {unpacked >> 20} MiB, which does not unpack in crashkernel={reservation >> 20}M"
+            f"{image}: a plain tree of {unpacked >> 20} MiB, which does not unpack in crashkernel={reserved >> 20}M"
             f": reserve {(2 * unpacked + taken >> 20) + 1}M, or build the image for a kernel with squashfs"
         )
 
 
-def small_reservation() -> str | None:
+def reservation() -> int:
+    """Return the bytes that are reserved for a capture kernel."""
+    return _read_number(CRASH_SIZE)
+
+
+def small_reservation(image: Path) -> str | None:
     """Return a line when the reserved memory may not be enough to boot in; None when it is."""
-    reservation = _read_number(CRASH_SIZE)
-    if reservation >= MIN_RESERVATION:
+    reserved, needed = reservation(), estimate(memory_of(image))
+    if reserved >= needed.needed:
         return None
     return (
-        f"crashkernel= reserves {reservation >> 20} MiB, a capture kernel of today needs about "
-        f"{MIN_RESERVATION >> 20} MiB: reserve more, or test a crash before you rely on it"
+        f"crashkernel= reserves {reserved >> 20} MiB, the capture kernel with this image needs about "
+        f"{needed.needed >> 20} MiB: reserve more ({needed.parameter}), or test a crash before you rely on it"
     )
 
 

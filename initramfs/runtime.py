@@ -189,6 +189,7 @@ def _launcher(runtime: Runtime, module: str, system_objects: Sequence[Path]) -> 
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
         "OPENBLAS_NUM_THREADS": "1",  # each of its threads would cost memory, and nothing of ours calls it
+        "MALLOC_ARENA_MAX": "1",  # glibc: a heap for each thread is more memory that nobody else gets (mallopt(3))
     }
     elsewhere = sorted({str(path.parent) for path in system_objects} - LOADER_DIRECTORIES)
     if elsewhere:

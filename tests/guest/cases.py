@@ -22,6 +22,7 @@ class Case:
     crashkernel: str = "256M"
     filesystem: str = "ext4"
     target_size: str = "2G"
+    capture_cpus: int = 0  # vmcapture load --cpus; as load chooses where 0
     append: str = ""  # more for the capture kernel's command line
     healthy_append: str = ""  # more for the healthy kernel's
     level: str = ""  # vmcapture.level=; as it is when nobody asks where empty

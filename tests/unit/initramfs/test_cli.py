@@ -148,6 +148,48 @@ def load(machine: Path, *arguments: str) -> int:
     return main(["load", "--kernel-image", str(machine / "kernel"), "--image", str(machine / "image"), *arguments])
 
 
+def test_load_takes_as_many_cpus_as_the_reservation_is_enough_for(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "find_device", lambda _: None)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    for mebibytes, arguments, cpus in ((96, (), 1), (256, (), 4), (256, ("--cpus", "2"), 2)):
+        (machine / "crash_size").write_text(f"{mebibytes << 20}\n")
+        assert load(machine, "--target", "LABEL=later", *arguments) == 0
+        assert f" nr_cpus={cpus} " in (machine / "calls").read_text().splitlines()[-1]
+
+
+def test_estimate_says_what_to_reserve_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(20 << 20))
+
+    assert main(["estimate", "--image", str(image)]) == 0
+    parameter, *parts = capsys.readouterr().out.splitlines()
+    assert parameter.startswith("crashkernel=")
+    assert any(part.split()[:2] == ["image", "20.0"] for part in parts)
+
+    assert main(["estimate", "--image", str(image), "--cpus", "4", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["cpus"] == 4
+    assert values["image"] == 20 << 20
+
+
+def test_estimate_builds_the_image_that_it_is_about(
+    tmp_path: Path, module_tree: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_image_tools()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    assert main(["estimate", "--json", "--modules-dir", str(module_tree), "--module", "virtio-blk"]) == 0
+
+    assert json.loads(capsys.readouterr().out)["image"] > 10 << 20
+
+
+def test_estimate_of_an_image_that_is_not_there_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--image", str(tmp_path / "missing")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def refuse(device: Path) -> Path:
     raise ImageError(f"{device} stands on something")
 

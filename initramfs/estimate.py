@@ -1,0 +1,103 @@
+"""How much memory to reserve, and how many CPUs a reservation is enough for.
+
+Computed from what was measured of capture kernels in QEMU (tests/bench/reservation.py; Debian's 6.1 and 6.12 with the
+drivers of a virtual disk): what the kernel takes, the image, which stays in memory as it is packed, and the job. None
+of it grows with the memory of the dead machine but the kernel's own page structures for what is reserved.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_GZIP = b"\x1f\x8b"
+MIB = 1 << 20
+KERNEL = 40 * MIB
+"""What is no MemTotal any more when the job begins: text, data, per-CPU areas, what the firmware keeps."""
+PAGE_STRUCTURES = 64
+"""Struct page of the reservation itself: one part in so many (64 bytes a page of 4 KiB)."""
+DRIVERS = 14 * MIB
+"""Slab, modules, stacks: what the kernel takes after that."""
+JOB = 34 * MIB
+"""The interpreter with all that it loads, and one thread; of mapped files what is used all the time."""
+CPU = 8 * MIB
+"""A CPU more: a thread's chunks, the kernel's per-CPU data."""
+SPARE = 8 * MIB
+"""For data on its way to the disk, and for what nobody thought of."""
+STEP = 16 * MIB
+MAX_CPUS = 8
+"""More compress faster than a disk writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Parts of a reservation in bytes, for a capture kernel with ``cpus``."""
+
+    cpus: int
+    kernel: int
+    drivers: int
+    image: int
+    job: int
+    spare: int = SPARE
+
+    @property
+    def needed(self) -> int:
+        """The sum, with the page structures that the sum itself takes; and room to unpack the image in.
+
+        What it is unpacked into may take half of the memory that the kernel and the packed image leave.
+        """
+        parts = self.kernel + max(self.drivers + self.image + self.job + self.spare, 3 * self.image)
+        return parts + parts // PAGE_STRUCTURES
+
+    @property
+    def reservation(self) -> int:
+        """What to reserve: ``needed`` in steps of 16 MiB."""
+        return -(-self.needed // STEP) * STEP
+
+    @property
+    def parameter(self) -> str:
+        """The word for the running kernel's command line."""
+        return f"crashkernel={self.reservation >> 20}M"
+
+    def lines(self) -> list[str]:
+        """Return it as lines for a person."""
+        parts = (
+            ("kernel", self.kernel, "text, data, page structures"),
+            ("drivers", self.drivers, "what it takes once it runs"),
+            ("image", self.image, "stays in memory"),
+            ("job", self.job, f"interpreter and {self.cpus} compressing thread{'s' * (self.cpus > 1)}"),
+            ("spare", self.spare, "data on its way to the disk"),
+        )
+        return [self.parameter, *(f"  {name:8}{size / MIB:6.1f} MiB  {why}" for name, size, why in parts)]
+
+    def values(self) -> dict[str, int | str]:
+        """Return it for JSON, in bytes."""
+        return {
+            **asdict(self), "needed": self.needed, "reservation": self.reservation, "parameter": self.parameter,
+        }  # fmt: skip
+
+
+def estimate(image: int, cpus: int = 1) -> Estimate:
+    """Return what a capture kernel with so many CPUs needs, whose image takes ``image`` bytes of memory."""
+    return Estimate(cpus, KERNEL, DRIVERS, image, JOB + (cpus - 1) * CPU)
+
+
+def cpus_for(reservation: int, image: int, online: int) -> int:
+    """Return how many CPUs a capture kernel may have with what is reserved: at least one, at most those there are."""
+    most = max(1, min(online, MAX_CPUS))
+    return next((cpus for cpus in range(most, 1, -1) if estimate(image, cpus).needed <= reservation), 1)
+
+
+def memory_of(image: Path) -> int:
+    """Return the bytes of memory that an image takes: a squashfs as it is packed, a plain tree unpacked."""
+    return unpacked_size(image) or image.stat().st_size
+
+
+def unpacked_size(image: Path) -> int | None:
+    """Return the bytes that a plain tree is unpacked into; None for an image with a squashfs, which is not."""
+    with image.open("rb") as file:
+        if file.read(2) != _GZIP:
+            return None
+        file.seek(-4, os.SEEK_END)
+        return int.from_bytes(file.read(4), "little")  # ISIZE, RFC 1952
