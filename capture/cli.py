@@ -191,7 +191,7 @@ def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
 def _dump_options(
     args: argparse.Namespace, levels: tuple[int, ...], compression: str, *, replace: bool = False, hashed: bool = True
 ) -> Any:  # noqa: ANN401
-    from capture.dump import DumpOptions
+    from capture.options import DumpOptions
 
     options = DumpOptions(
         levels=levels if args.level is None else args.level,

@@ -17,8 +17,8 @@ from capture.errors import CaptureError, TargetError
 from capture.footprint import Footprint
 from capture.kernel.address import KernelMemory
 from capture.kernel.utsname import read_utsname
-from capture.levels import parse_levels
 from capture.memory.image import Chunk
+from capture.options import DumpOptions
 from capture.pagefilter import PageFilter
 from capture.progress import Progress
 from capture.survey import take_survey
@@ -31,34 +31,6 @@ INCOMPLETE_SUFFIX = ".incomplete"
 _SAMPLE_CHUNKS = 64
 THREAD_MEMORY = 16 << 20
 """What a thread takes at the worst: chunks that were read, not mapped, and do not shrink; measured with 4 and 16."""
-
-
-@dataclass(frozen=True, slots=True)
-class DumpOptions:
-    """How to dump. ``threads`` None means ``default_threads()``; ``replace`` an existing file.
-
-    ``levels`` are dump levels, the first one that fits on the target is made, else the last. ``trust_filter`` makes
-    that level even when the filter fails its checks; ``exclude_vmemmap`` leaves out mem_map of pages left out.
-    """
-
-    levels: tuple[int, ...] = (1,)
-    compression: str = codecs.DEFAULT
-    threads: int | None = None
-    replace: bool = False
-    progress: bool = True
-    trust_filter: bool = False
-    exclude_vmemmap: bool = False
-    hashed: bool = True
-    """Whether SHA-256 of the dump is taken while it is written."""
-
-    def check(self) -> None:
-        """Refuse what cannot be made, before anything is opened.
-
-        Raises:
-            UsageError: level or compression are wrong.
-        """
-        parse_levels(",".join(map(str, self.levels)))
-        codecs.codec(self.compression)
 
 
 @dataclass(frozen=True, slots=True)

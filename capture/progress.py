@@ -6,11 +6,12 @@ import os
 import sys
 import time
 from types import TracebackType
-from typing import Any, TextIO
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, TextIO
 
 from capture.console import print_line
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LINE_INTERVAL = 5.0
 """Seconds between two plain lines."""
@@ -29,6 +30,8 @@ class Progress:
         self._started = self._printed = time.monotonic()
         self._bar: tqdm[Any] | None = None
         if enabled and self._file.isatty():
+            from tqdm import tqdm  # brings a fifth of all imports, for those who look
+
             tqdm.monitor_interval = 0  # no watcher thread: the bar is moved at every chunk anyway
             self._bar = tqdm(
                 total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, file=self._file, mininterval=0.5,
@@ -49,6 +52,8 @@ class Progress:
         return time.monotonic() - self._started
 
     def _print_line(self) -> None:
+        from tqdm import tqdm
+
         self._printed = time.monotonic()
         text = tqdm.format_meter(
             self._done,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capture.console import printable
 from capture.errors import SourceError
@@ -14,9 +14,11 @@ from capture.kernel.printk import PrintkLog, Record, format_record
 from capture.kernel.utsname import read_utsname
 from capture.notes import prstatus
 from capture.notes.prstatus import CpuRegisters
-from capture.pagefilter import PageFilter
-from capture.survey import Survey
 from capture.vmcore import Vmcore
+
+if TYPE_CHECKING:
+    from capture.pagefilter import PageFilter
+    from capture.survey import Survey
 
 _COLUMNS = 3
 USUAL_LEVELS = (0, 1, 16, 17, 31)

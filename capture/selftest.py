@@ -19,11 +19,12 @@ from capture.boot import job
 from capture.boot.config import BootConfig
 from capture.boot.save import save_to_target
 from capture.console import Console
-from capture.dump import DumpOptions, write_dump
+from capture.dump import write_dump
 from capture.dumpfile.reader import KdumpFile
 from capture.errors import CaptureError
 from capture.memory import elfcore
 from capture.notes.elfnote import NOTE_ALIGNMENT, NOTE_HEADER
+from capture.options import DumpOptions
 from capture.verify import verify
 from capture.vmcore import open_vmcore
 

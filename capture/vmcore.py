@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from capture.dumpfile.source import DumpImage, KdumpSource, is_kdump
+from capture.dumpfile.kdump import is_kdump
 from capture.memory import elfcore
 from capture.memory.elfcore import ElfCore
 from capture.memory.image import MemoryImage
@@ -54,6 +54,8 @@ def open_vmcore(name: str) -> Iterator[Vmcore]:
         SourceError: it is neither, or cannot be used.
     """
     if is_kdump(name):
+        from capture.dumpfile.source import DumpImage, KdumpSource  # with every codec that there is
+
         with KdumpSource(name) as dump:
             core = dump.core()
             notes, info = _notes(dump, core)

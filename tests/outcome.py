@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capture.dump import DumpOptions
 from capture.dumpfile.reader import BATCH_PAGES, KdumpFile
+from capture.options import DumpOptions
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 
-from capture.dumpfile import codec as codecs
 from capture.errors import UsageError
 from capture.levels import parse_levels
 
@@ -37,7 +36,7 @@ class BootConfig:
     failure: str = "shell"
     wait: int = 30
     levels: tuple[int, ...] = (31,)
-    compression: str = codecs.ZSTD_AUTO
+    compression: str = "zstd:auto"
     problems: tuple[str, ...] = field(default=())
 
 
@@ -69,9 +68,13 @@ def parse(command_line: str) -> BootConfig:
         return fallback
 
     def compression() -> str:
-        value = words.pop("compress", default.compression)
+        value = words.pop("compress", None)
+        if value is None:
+            return default.compression
+        from capture.dumpfile.codec import codec  # takes time to import: not before the log is saved
+
         try:
-            codecs.codec(value)
+            codec(value)
         except UsageError as error:
             problems.append(f"vmcapture.compress={value}: {error}; taking {default.compression}")
             return default.compression

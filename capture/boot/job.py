@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capture import __version__, report
 from capture.console import Console
-from capture.dump import DumpOptions, DumpReport, Filtered, write_dump
 from capture.dumpfile.output import HASH_BLOCK, OutputFile, sync_directory, target_error
 from capture.errors import CaptureError, IncompleteError, TargetError
 from capture.footprint import Footprint
@@ -27,9 +26,14 @@ from capture.kernel.address import KernelMemory
 from capture.kernel.panic import Panic, PanicFinder, panicked_cpu
 from capture.kernel.utsname import read_utsname
 from capture.memory.source import OLDMEM, PROC_VMCORE, is_crash_boot
+from capture.options import DumpOptions
 from capture.vmcore import Vmcore
 
+if TYPE_CHECKING:
+    from capture.dump import DumpReport, Filtered
+
 DIRECTORY_MODE = 0o700
+MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 _WRITE_SIZE = 1 << 16
 _MAX_NAME_TRIES = 100
@@ -97,7 +101,7 @@ class _Job:
         self._step("registers.json", self._save_registers_json)
         self._step("vmcore", self._save_dump)
         self._step("capture-log.txt", self._save_capture_log)
-        self._step("manifest.json", self._save_manifest)
+        self._step(MANIFEST, self._save_manifest)
         if not self._report.files:
             with contextlib.suppress(OSError):  # not empty: a part of the log is better than none
                 self._report.directory.rmdir()
@@ -140,6 +144,8 @@ class _Job:
         self._console.say(f"registers: {len(values['cpus'])} CPUs")
 
     def _save_dump(self, name: str) -> None:
+        from capture.dump import write_dump  # half of all imports: log and registers are on the disk before them
+
         path = self._report.directory / name
         result = self._report.dump = write_dump(self._vmcore, path, self._options, self._console.say, self._taken)
         self._report.files.append(SavedFile(result.path.name, result.size, result.digests))

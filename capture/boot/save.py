@@ -8,8 +8,8 @@ from capture.boot.config import BootConfig
 from capture.boot.job import SaveReport, default_source, save
 from capture.boot.targets import mounted_target
 from capture.console import Console
-from capture.dump import DumpOptions
 from capture.errors import TargetError, UsageError
+from capture.options import DumpOptions
 from capture.vmcore import open_vmcore
 
 

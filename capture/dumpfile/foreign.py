@@ -6,7 +6,6 @@ Only for reading what others wrote (``makedumpfile -l`` and ``-p``): nothing her
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 from functools import cache
 
 from capture.dumpfile import kdump
@@ -49,6 +48,8 @@ def decompress(flag: int, content: bytes, size: int) -> bytes | str:
 
 @cache
 def _library(flag: int) -> ctypes.CDLL | None:
+    import ctypes.util  # brings subprocess and more, for what hardly anybody needs
+
     found = ctypes.util.find_library(PACKAGES[flag][1])
     if found is None:
         return None

@@ -133,6 +133,11 @@ class OutputFile:
         except OSError as error:
             raise target_error(self.path, "syncing", error) from None
 
+    def forget(self, offset: int, length: int) -> None:
+        """Let the page cache drop bytes that are on the disk: what it would drop instead is needed."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+
     def digests(self) -> list[str]:
         """Return the SHA-256 of each 64 MiB block, hexadecimal; reads back what was not written in order.
 

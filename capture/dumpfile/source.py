@@ -6,7 +6,6 @@ same code as a vmcore. Not for the capture kernel: a dump has many runs of pages
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from capture.dumpfile import foreign, kdump
+from capture.dumpfile import foreign
 from capture.dumpfile.reader import KdumpFile
 from capture.errors import SourceError
 from capture.memory.elfcore import MACHINES, PROGRAM_HEADER, PT_LOAD, PT_NOTE, ElfCore
@@ -139,17 +138,3 @@ class DumpImage(MemoryImage):
     def runs(self) -> Iterator[tuple[int, int]]:
         """Yield (first PFN, pages) of bitmap 1; a damaged one may lack pages that the dump has."""
         return self._dump.runs(self._dump.bitmap1, self._dump.bitmap2)
-
-
-def is_kdump(name: str) -> bool:
-    """Whether a file begins like a kdump-compressed dump; whatever is wrong with it, somebody else says."""
-    try:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        return os.pread(fd, len(kdump.SIGNATURE), 0) == kdump.SIGNATURE
-    except OSError:
-        return False
-    finally:
-        os.close(fd)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from capture import footprint
 from capture.dumpfile import kdump
 from capture.dumpfile.output import OutputFile, TargetFullError
 from capture.errors import TargetError
@@ -26,6 +27,9 @@ from capture.notes.elfnote import Notes
 
 SYNC_BYTES = 16 << 20
 """Page data between two syncs: what may be dirty in memory, and what a power cut costs. 64 MiB are not faster."""
+LEAST_SYNC_BYTES = 2 << 20
+_SYNC_SHARE = 16
+"""With less memory a step is smaller: this part of what is available. Two of them may be dirty."""
 SYNC_PAGES = 1 << 15
 """Descriptors held back between two syncs (24 bytes each)."""
 FIRST_SYNC_BYTES = 4 << 20
@@ -119,6 +123,10 @@ class KdumpWriter:
         """The end of their data."""
         self.on_step: Callable[[Step], object] | None = None
         self._sync_bytes = FIRST_SYNC_BYTES
+        available = footprint.memory("MemAvailable")
+        self._scarce = available is not None and available < _SYNC_SHARE * SYNC_BYTES
+        self._full_step = max(LEAST_SYNC_BYTES, available // _SYNC_SHARE) if available and self._scarce else SYNC_BYTES
+        self._synced_to = 0
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="syncer")
         self._syncing: Future[None] | None = None
         self._last_step, self._last_blocked = time.monotonic(), 0.0
@@ -214,7 +222,7 @@ class KdumpWriter:
         self._unsynced += written
         self._pending.append(descriptors)
         self._pending_pages += len(descriptors)
-        if self._unsynced >= min(self._sync_bytes, SYNC_BYTES) or self._pending_pages >= SYNC_PAGES:
+        if self._unsynced >= min(self._sync_bytes, self._full_step, SYNC_BYTES) or self._pending_pages >= SYNC_PAGES:
             self._start_step()
 
     def checkpoint(self) -> None:
@@ -235,6 +243,9 @@ class KdumpWriter:
         started = time.monotonic()
         if batch.unsynced:
             self._output.sync()
+            if self._scarce:
+                self._output.forget(self._synced_to, batch.end - self._synced_to)
+            self._synced_to = batch.end
         synced = time.monotonic()
         if batch.descriptors:  # none: the disk was full, and they were given back
             table = np.concatenate(batch.descriptors)
@@ -247,7 +258,7 @@ class KdumpWriter:
             blocked += synced - since if since is not None else 0.0
             self.on_step(Step(batch.unsynced, synced - started, synced - self._last_step, blocked - self._last_blocked))
             self._last_step, self._last_blocked = synced, blocked
-            self._sync_bytes = SYNC_BYTES
+            self._sync_bytes = self._full_step
 
     def _settle(self) -> None:
         """Wait for the step that is under way.
@@ -357,11 +368,11 @@ class KdumpWriter:
         for first_pfn in range(0, self._plan.max_mapnr, _BITMAP_WINDOW):
             length = min(_BITMAP_WINDOW // 8, self.layout.bitmap_bytes - first_pfn // 8)
             data = self._output.read_back(start + first_pfn // 8, length)
-            if not any(data):
+            if data.count(0) == length:
                 continue
-            edges = np.flatnonzero(
-                np.diff(np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little"), prepend=0, append=0)
-            )
+            bits = np.zeros(8 * length + 2, dtype=np.uint8)
+            bits[1:-1] = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+            edges = np.flatnonzero(bits[1:] != bits[:-1])
             for low, high in (edges.reshape(-1, 2) + first_pfn).tolist():
                 if low != end:
                     if end > first:

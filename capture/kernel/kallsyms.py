@@ -7,10 +7,9 @@ and last letters come from array work, and only names that could be wanted are p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from capture.kernel.address import KernelMemory
 from capture.memory.image import UnreadableMemory
@@ -30,7 +29,7 @@ def find_symbols(memory: KernelMemory, info: VmcoreInfo, wanted: Iterable[str]) 
     """
     try:
         return _find(memory, info, {name.encode() for name in wanted})
-    except (UnreadableMemory, ValueError, IndexError, OverflowError):
+    except (UnreadableMemory, ValueError, LookupError, OverflowError):
         return {}
 
 
@@ -45,17 +44,24 @@ def _find(memory: KernelMemory, info: VmcoreInfo, wanted: set[bytes]) -> dict[st
     if not 0 < count <= MAX_SYMBOLS:
         return {}
     tokens = _tokens(memory, table_at, index_at)
-    starts, lengths, names = _names(memory, names_at, count)
-    found = _matching(names, starts, lengths, tokens, wanted | {b"_stext"})
-    offsets = np.frombuffer(memory.read(offsets_at, 4 * count), dtype="<i4")
+    found: dict[bytes, int] = {}
+    for first, begins, names in _windows(memory, names_at, count):
+        for name, index in _matching(names, begins, tokens, wanted | {b"_stext"}).items():
+            found.setdefault(name, first + index)
+    offsets = {name: _signed(memory.read_unsigned(offsets_at + 4 * index, 4)) for name, index in found.items()}
     base_at = info.symbol("kallsyms_relative_base")
     # Without one (6.19 on), offsets are relative to the image's start, _text, which is _stext but for alignment.
-    base = stext - int(np.uint32(offsets[found[b"_stext"]])) if base_at is None else memory.read_unsigned(base_at, 8)
+    base = stext - offsets[b"_stext"] % (1 << 32) if base_at is None else memory.read_unsigned(base_at, 8)
     for absolute_percpu in (True, False):
-        addresses = {name: _address(int(offsets[index]), base, absolute_percpu) for name, index in found.items()}
+        addresses = {name: _address(offset, base, absolute_percpu) for name, offset in offsets.items()}
         if addresses.get(b"_stext") == stext:
             return {name.decode(): address for name, address in addresses.items() if name in wanted}
     return {}
+
+
+def _signed(value: int) -> int:
+    """Return 32 bits as a signed number."""
+    return value - (value >> 31 << 32)
 
 
 def _address(offset: int, base: int, absolute_percpu: bool) -> int:
@@ -71,20 +77,31 @@ def _tokens(memory: KernelMemory, table_at: int, index_at: int) -> list[bytes]:
     return [table[start : table.index(b"\0", start)] for start in index.tolist()]
 
 
-def _names(memory: KernelMemory, address: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], bytes]:
-    """Return where each compressed name begins, its length in tokens, and all of them."""
-    data = bytearray()
-    begins: list[int] = []  # of each name with its length before it
-    position = 0
-    for _ in range(count):
-        if position + 2 > len(data):
-            data += memory.read(address + len(data), _READ)
-        begins.append(position)
-        length = data[position]
-        position += length + 1 if length < _LONG else (length & ~_LONG | data[position + 1] << 7) + 2
-    if position > len(data):
-        data += memory.read(address + len(data), position - len(data))
-    names = bytes(data[:position])
+def _windows(memory: KernelMemory, address: int, count: int) -> Iterator[tuple[int, list[int], bytes]]:
+    """Yield compressed names, some thousand at a time: the number of the first, where each begins, and all of them.
+
+    A name is its length in tokens, one byte or two, and one byte for each token. All names at once would be megabytes.
+    """
+    first, data = 0, b""
+    while first < count:
+        data += memory.read(address, _READ)
+        address += _READ
+        begins: list[int] = []
+        position = 0
+        while first + len(begins) < count and position + 2 <= len(data):
+            length = data[position]
+            end = position + (length + 1 if length < _LONG else (length & ~_LONG | data[position + 1] << 7) + 2)
+            if end > len(data):
+                break
+            begins.append(position)
+            position = end
+        yield first, begins, data[:position]
+        first += len(begins)
+        data = data[position:]
+
+
+def _matching(names: bytes, begins: list[int], tokens: list[bytes], wanted: set[bytes]) -> dict[bytes, int]:
+    """Return wanted names with their index. The first letter of each decompressed name is the type of the symbol."""
     codes = np.frombuffer(names, dtype=np.uint8)
     starts = np.array(begins, dtype=np.int64)
     lengths = codes[starts].astype(np.int64)
@@ -92,16 +109,8 @@ def _names(memory: KernelMemory, address: int, count: int) -> tuple[NDArray[np.i
     long = np.flatnonzero(lengths & _LONG)
     lengths[long] += (codes[starts[long]].astype(np.int64) << 7) - _LONG
     starts[long] += 1
-    return starts, lengths, names
-
-
-def _matching(
-    names: bytes, starts: NDArray[np.int64], lengths: NDArray[np.int64], tokens: list[bytes], wanted: set[bytes]
-) -> dict[bytes, int]:
-    """Return wanted names with their index. The first letter of each decompressed name is the type of the symbol."""
-    codes = np.frombuffer(names, dtype=np.uint8)
-    sizes = np.array([len(token) for token in tokens], dtype=np.int32)  # (half the memory; there are 2 MB of names)
-    total = np.zeros(len(codes) + 1, dtype=np.int32)
+    sizes = np.array([len(token) for token in tokens], dtype=np.int64)
+    total = np.zeros(len(codes) + 1, dtype=np.int64)
     np.cumsum(sizes[codes], out=total[1:])
     decoded = total[starts + lengths] - total[starts]
     # A length byte between two names is counted as a token by the sum, but lies outside of each of them.

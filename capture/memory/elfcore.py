@@ -1,22 +1,16 @@
 """ELF core header → PT_LOAD and PT_NOTE segments; refuses nonsense with a clear line.
 
 Read: ELF64, little endian, ET_CORE, x86_64 and aarch64, as `/proc/vmcore`, `kexec` and `makedumpfile -E` write it.
-Structures come from pyelftools; the program header table is one NumPy array, because a machine (or a hostile file)
-may have a hundred thousand of them.
+The program header table is one NumPy array, because a machine (or a hostile file) may have a hundred thousand of them.
+pyelftools reads no more than three structures better than NumPy does, and takes a second to import in a capture kernel
+under emulation: the set-up side uses it, which reads programs with it.
 """
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import numpy as np
-from elftools.common.exceptions import ELFError, ELFParseError
-from elftools.common.utils import struct_parse
-from elftools.construct.core import ConstructError
-from elftools.elf.structs import ELFStructs
 from numpy.typing import NDArray
 
 from capture.errors import SourceError
@@ -36,13 +30,35 @@ PROGRAM_HEADER = np.dtype(
 )
 """Elf64_Phdr, include/uapi/linux/elf.h."""
 
+ELF_HEADER = np.dtype(
+    [
+        ("e_ident", "V16"),
+        ("e_type", "<u2"),
+        ("e_machine", "<u2"),
+        ("e_version", "<u4"),
+        ("e_entry", "<u8"),
+        ("e_phoff", "<u8"),
+        ("e_shoff", "<u8"),
+        ("e_flags", "<u4"),
+        ("e_ehsize", "<u2"),
+        ("e_phentsize", "<u2"),
+        ("e_phnum", "<u2"),
+        ("e_shentsize", "<u2"),
+        ("e_shnum", "<u2"),
+        ("e_shstrndx", "<u2"),
+    ]
+)
+"""Elf64_Ehdr."""
+SH_INFO = np.dtype({"names": ["sh_info"], "formats": ["<u4"], "offsets": [44], "itemsize": 64})
+"""What is read of an Elf64_Shdr."""
+
+ET_CORE = 4
 PT_LOAD = 1
 PT_NOTE = 4
 PN_XNUM = 0xFFFF
 """e_phnum when the real number is in sh_info of section 0 (elf(5))."""
 
-ELF_HEADER_SIZE = 64
-SECTION_HEADER_SIZE = 64
+ELF_HEADER_SIZE = ELF_HEADER.itemsize
 MAX_SEGMENTS = 1 << 18
 """More than any kernel writes (CONFIG_CRASH_MAX_MEMORY_RANGES is 8192); keeps the table under 15 MB."""
 MAX_PHYSICAL_BITS = 52
@@ -51,7 +67,8 @@ MAX_PHYSICAL_BITS = 52
 NO_PHYSICAL = np.uint64((1 << 64) - 1)
 """p_paddr in /proc/kcore of what is no memory of its own: vmalloc, vmemmap (fs/proc/kcore.c)."""
 
-MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
+MACHINES = {62: "x86_64", 183: "aarch64"}
+"""e_machine, include/uapi/linux/elf-em.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +93,7 @@ def parse(source: ByteSource) -> ElfCore:
         SourceError: it is not an ELF core that we read; the message says what was found, where, and what to do.
     """
     header = _elf_header(source)
-    machine = MACHINES.get(str(header["e_machine"]))
+    machine = MACHINES.get(int(header["e_machine"]))
     if machine is None:
         raise SourceError(f"{source.name}: machine {header['e_machine']}: only x86_64 and aarch64 are read")
     count = _segment_count(source, header)
@@ -109,7 +126,7 @@ def _read(source: ByteSource, offset: int, length: int, what: str) -> bytes:
     return data
 
 
-def _elf_header(source: ByteSource) -> Any:  # noqa: ANN401  (pyelftools' Container)
+def _elf_header(source: ByteSource) -> np.void:
     if source.size == 0:
         raise SourceError(f"{source.name}: empty file, not a vmcore")
     magic = _read(source, 0, 8, "the first bytes")
@@ -119,9 +136,8 @@ def _elf_header(source: ByteSource) -> Any:  # noqa: ANN401  (pyelftools' Contai
         raise SourceError(f"{source.name}: ELF class {magic[4]}: only 64-bit vmcores are read")
     if magic[5] != 1:
         raise SourceError(f"{source.name}: ELF data encoding {magic[5]}: only little-endian vmcores are read")
-    raw = _read(source, 0, ELF_HEADER_SIZE, "the ELF header")
-    header = _structure(source, _structs().Elf_Ehdr, raw, "the ELF header")
-    if header["e_type"] != "ET_CORE":
+    header: np.void = np.frombuffer(_read(source, 0, ELF_HEADER_SIZE, "the ELF header"), dtype=ELF_HEADER)[0]
+    if header["e_type"] != ET_CORE:
         raise SourceError(f"{source.name}: ELF type {header['e_type']}: not a core file; name the vmcore")
     if header["e_phentsize"] != PROGRAM_HEADER.itemsize:
         raise SourceError(
@@ -137,7 +153,7 @@ def _what_else(magic: bytes) -> str:
     return f"not an ELF file (it begins with {magic.hex(' ')})"
 
 
-def _segment_count(source: ByteSource, header: Any) -> int:  # noqa: ANN401
+def _segment_count(source: ByteSource, header: np.void) -> int:
     count = int(header["e_phnum"])
     if count == PN_XNUM:
         where = int(header["e_shoff"])
@@ -145,8 +161,8 @@ def _segment_count(source: ByteSource, header: Any) -> int:  # noqa: ANN401
             raise SourceError(
                 f"{source.name}: more than 65,534 program headers announced, but no section 0 to count them"
             )
-        raw = _read(source, where, SECTION_HEADER_SIZE, "section header 0 (the number of program headers)")
-        count = int(_structure(source, _structs().Elf_Shdr, raw, "section header 0")["sh_info"])
+        raw = _read(source, where, SH_INFO.itemsize, "section header 0 (the number of program headers)")
+        count = int(np.frombuffer(raw, dtype=SH_INFO)[0]["sh_info"])
     if not count:
         raise SourceError(f"{source.name}: no program headers: not a vmcore")
     if count > MAX_SEGMENTS:
@@ -192,18 +208,3 @@ def _cut_to_source(source: ByteSource, loads: NDArray[np.void]) -> int:
     missing = sum(map(int, loads["p_filesz"] - there))  # as Python integers: a hostile header would overflow
     loads["p_filesz"] = there
     return missing
-
-
-@cache
-def _structs() -> Any:  # noqa: ANN401
-    structs = ELFStructs(little_endian=True, elfclass=64)
-    structs.create_basic_structs()
-    structs.create_advanced_structs()
-    return structs
-
-
-def _structure(source: ByteSource, layout: Any, raw: bytes, what: str) -> Any:  # noqa: ANN401
-    try:
-        return struct_parse(layout, io.BytesIO(raw))
-    except (ELFError, ELFParseError, ConstructError, ValueError) as error:
-        raise SourceError(f"{source.name}: {what} cannot be parsed: {error}") from None

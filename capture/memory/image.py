@@ -22,7 +22,7 @@ from capture.memory.source import ByteSource
 EXTENT = np.dtype([("pfn", "<i8"), ("pages", "<i8"), ("offset", "<u8")])
 """Whole pages that are contiguous both as PFNs and in the source; ``offset`` of the first in the source, in bytes."""
 
-CHUNK_PAGES, CHUNK_BYTES = 512, 2 << 20
+CHUNK_PAGES, CHUNK_BYTES = 256, 1 << 20
 """What a chunk holds at most: enough to make the cost of a call vanish, little enough to have several."""
 _WINDOW_GAP = 128 << 10
 """Bytes between two pages that are not worth a mapping more: mapping what lies between them takes less time."""

@@ -25,7 +25,7 @@ from types import FrameType
 import zstandard
 
 from capture import cli, report
-from capture.dump import DumpOptions, write_dump
+from capture.dump import write_dump
 from capture.dumpfile.reader import KdumpFile
 from capture.errors import CaptureError, SourceError
 from capture.kernel.address import KernelMemory
@@ -37,6 +37,7 @@ from capture.memory.source import Source
 from capture.notes import vmcoreinfo
 from capture.notes.elfnote import read_notes
 from capture.notes.vmcoreinfo import PAGE_SIZES
+from capture.options import DumpOptions
 from capture.pagefilter import PageFilter
 from capture.selftest import elf_core, note
 from capture.vmcore import open_vmcore

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,15 +48,11 @@ def copied(
         page_size=image.page_size, max_mapnr=image.max_pfn, level=level,
         compression=chosen.flag, utsname=bytes(390), crash_time=0, phys_base=0, cpus=0, notes=Notes(b"", (), ()),
     )  # fmt: skip
-    output = OutputFile(path)
-    try:
-        writer = KdumpWriter(output, plan)
+    with closing(OutputFile(path)) as output, closing(KdumpWriter(output, plan)) as writer:
         writer.begin(image.runs())
         copier = Copier(image, chosen, share_zero_pages=bool(level & 1), threads=threads)
         copier.run(image.chunks(), writer, Progress("copying", 0, enabled=False))
         writer.finish(complete=True)
-    finally:
-        output.close()
     return by_hand(path), copier.statistics
 
 

@@ -28,7 +28,7 @@ LAYERS = (
     ("dumpfile",),
     ("vmcore",),
     ("pagefilter",),
-    ("copier",),
+    ("copier", "options"),
     ("survey", "vmemmap"),
     ("dump", "report", "verify"),
     ("boot",),
@@ -37,7 +37,7 @@ LAYERS = (
 )
 """From the bottom up; a module may use its own layer's package and every layer below."""
 
-LIBRARIES = {"numpy", "zstandard", "elftools", "tqdm"}
+LIBRARIES = {"numpy", "zstandard", "tqdm"}
 """What the capture image carries besides the standard library."""
 
 

@@ -1,0 +1,37 @@
+"""How to dump: what the command line, or the capture kernel's, may say of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from capture.levels import parse_levels
+
+
+@dataclass(frozen=True, slots=True)
+class DumpOptions:
+    """How to dump. ``threads`` None means as many as there are CPUs and memory for; ``replace`` an existing file.
+
+    ``levels`` are dump levels, the first one that fits on the target is made, else the last. ``trust_filter`` makes
+    that level even when the filter fails its checks; ``exclude_vmemmap`` leaves out mem_map of pages left out.
+    """
+
+    levels: tuple[int, ...] = (1,)
+    compression: str = "zstd"
+    threads: int | None = None
+    replace: bool = False
+    progress: bool = True
+    trust_filter: bool = False
+    exclude_vmemmap: bool = False
+    hashed: bool = True
+    """Whether SHA-256 of the dump is taken while it is written."""
+
+    def check(self) -> None:
+        """Refuse what cannot be made, before anything is opened.
+
+        Raises:
+            UsageError: level or compression are wrong.
+        """
+        from capture.dumpfile import codec as codecs  # a boot that nobody gave options needs no codec yet
+
+        parse_levels(",".join(map(str, self.levels)))
+        codecs.codec(self.compression)
