@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help venv guest-host readers-host demo test test-unit test-guest test-debuginfo bench fuzz check format clean
+.PHONY: help venv guest-host readers-host demo test test-unit test-guest test-debuginfo bench bench-filter bench-memory bench-reservation fuzz check format clean
 
 help:
 	@echo 'make demo            crash a real kernel in QEMU, save it, show what was saved'
@@ -16,7 +16,10 @@ help:
 	@echo 'make test-guest      those that crash real kernels'
 	@echo 'make test-debuginfo  crash and drgn on real dumps; downloads about 600 MB of debug symbols once'
 	@echo 'make check           ruff, mypy --strict'
-	@echo "make bench           the page filter's speed against makedumpfile's, on a 4 GiB guest"
+	@echo "make bench           whole dumps against makedumpfile, cp and zstd, on guests of 2 and 8 GiB"
+	@echo "make bench-filter    the page filter's speed against makedumpfile's, on a 4 GiB guest"
+	@echo 'make bench-memory    peak memory on sparse vmcores from 1 GiB to 1 TiB'
+	@echo 'make bench-reservation  the smallest crashkernel= at which a save succeeds, by trying'
 	@echo 'make fuzz            fuzz the parsers for FUZZ_SECONDS (default 60)'
 	@echo 'make clean           remove what the above made here (the cache of downloads stays)'
 
@@ -51,8 +54,20 @@ test-guest: guest-host readers-host venv
 test-debuginfo: guest-host readers-host venv
 	$(PYTEST) -m debuginfo
 
-bench: guest-host readers-host venv
-	@$(BIN)/python -m tests.bench.filter
+# BENCH="--memory 2G --repeat 1" and the like: what to give the benchmark.
+BENCH ?=
+bench: guest-host venv
+	@bash tests/host-packages.sh bench
+	@$(BIN)/python -m tests.bench.dump $(BENCH)
+
+bench-filter: guest-host readers-host venv
+	@$(BIN)/python -m tests.bench.filter $(BENCH)
+
+bench-memory: venv
+	@$(BIN)/python -m tests.bench.memory $(BENCH)
+
+bench-reservation: guest-host venv
+	@$(BIN)/python -m tests.bench.reservation $(BENCH)
 
 FUZZ_SECONDS ?= 60
 fuzz: venv

@@ -2,7 +2,7 @@
 # Programs of the host, by what they are for: installs the Debian packages that bring missing ones when we are root, else
 # says which to install. Prints nothing when all are there.
 #
-# usage: host-packages.sh [python] [guest] [readers]
+# usage: host-packages.sh [python] [guest] [readers] [bench]
 set -euo pipefail
 
 # program:package
@@ -26,6 +26,10 @@ readers=(
     makedumpfile:makedumpfile
     crash:crash
 )
+bench=(
+    makedumpfile:makedumpfile
+    zstd:zstd
+)
 
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 missing=()
@@ -46,6 +50,7 @@ for purpose in "$@"; do
             ! ldd "$(command -v busybox)" > /dev/null 2>&1 || missing+=(busybox-static)
             ;;
         readers) look_for "${readers[@]}" ;;
+        bench) look_for "${bench[@]}" ;;
         *)
             echo "host-packages.sh: no such purpose: $purpose" >&2
             exit 2

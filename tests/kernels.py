@@ -33,6 +33,15 @@ RSP = 19
 """Index of rsp among the registers of NT_PRSTATUS."""
 
 
+def node_data(free: Mapping[int, int]) -> bytes:
+    """Return a struct pglist_data: one zone, with so many free blocks by order."""
+    node = bytearray(COUNT_AT + 4)
+    struct.pack_into("<I", node, COUNT_AT, 1)
+    for order in range(MAX_ORDER):
+        struct.pack_into("<Q", node, ZONES_AT + AREA_AT + order * AREA_SIZE + LISTS * LIST_SIZE, free.get(order, 0))
+    return bytes(node)
+
+
 @dataclass(slots=True)
 class SmallKernel:
     """Its struct pages are in ``array``: mark pages there, then ask for ``core``."""
@@ -91,13 +100,7 @@ class SmallKernel:
         put(ROOTS_PFN, struct.pack("<Q", DIRECT_MAP + SECTIONS_PFN * PAGE))
         put(SECTIONS_PFN, struct.pack("<QQ", VMEMMAP | 0b1111, 0))
         counts = self.free_blocks() if free is None else free
-        put(NODE_PFN, struct.pack("<I", 1), COUNT_AT)
-        for order in range(MAX_ORDER):
-            put(
-                NODE_PFN,
-                struct.pack("<Q", counts.get(order, 0)),
-                ZONES_AT + AREA_AT + order * AREA_SIZE + LISTS * LIST_SIZE,
-            )
+        put(NODE_PFN, node_data(counts))
         put(MEM_MAP_PFN, bytes(self.array.data))
         return memory
 

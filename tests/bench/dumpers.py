@@ -155,8 +155,8 @@ def _spawn(command: Sequence[str | Path]) -> _Done:
     said = " | ".join(done.stderr.strip().splitlines()[-3:])
     if done.returncode:
         raise HostError(f"{command[0]} could not be started: {said}")
-    status, wall, cpu, peak = done.stdout.split()
-    return _Done(int(status), float(wall), float(cpu), int(peak) << 10, said)
+    _, status, wall, user, system, peak = done.stdout.split()
+    return _Done(int(status), float(wall), float(user) + float(system), int(peak) << 10, said)
 
 
 def _pages(path: Path) -> int:
