@@ -32,9 +32,9 @@ def add_commands(subparsers: Subparsers) -> None:
     """Add ``initramfs``, ``load``, ``unload``, ``status`` and ``estimate``."""
     _add_initramfs(subparsers)
     _add_load(subparsers)
-    _add_estimate(subparsers)
     command(subparsers, "unload", run_unload, "disarm the machine")
     command(subparsers, "status", run_status, "is the machine armed, with what; exit status 0 when it is", output=True)
+    _add_estimate(subparsers)
 
 
 def _add_initramfs(subparsers: Subparsers) -> None:

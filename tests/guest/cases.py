@@ -22,7 +22,7 @@ class Case:
     crashkernel: str = "256M"
     filesystem: str = "ext4"
     target_size: str = "2G"
-    capture_cpus: int = 0  # vmcapture load --cpus; as load chooses where 0
+    capture_cpus: int = 1  # vmcapture load --cpus; QEMU without KVM loses kernels with more now and then
     append: str = ""  # more for the capture kernel's command line
     healthy_append: str = ""  # more for the healthy kernel's
     level: str = ""  # vmcapture.level=; as it is when nobody asks where empty
@@ -73,6 +73,14 @@ FILTER_CASES: tuple[Case, ...] = (
     Case("filter-6.1-rt", LINUX_6_1_RT, 2, LA48, memory="1G", workloads=("tmpfs", "plain", "hugetlb", "poison")),
     Case("filter-6.1-numa", LINUX_6_1, 16, LA48, memory="5G", arguments=NUMA, workloads=("tmpfs", "plain", "thp")),
 )  # fmt: skip
+
+# Little memory; and more CPUs in the capture kernel, where there is more.
+RESERVATION_CASES: tuple[Case, ...] = (
+    Case("reserved-112M", LINUX_6_1, 2, LA48, memory="1G", crashkernel="112M"),
+    Case("reserved-128M", LINUX_6_12, 2, LA57, memory="1G", crashkernel="128M"),
+    Case("two-cpus", LINUX_6_12, 4, LA48, memory="1G", crashkernel="192M", capture_cpus=2),
+    Case("four-cpus", LINUX_6_1, 4, LA57, memory="1G", crashkernel="256M", capture_cpus=4),
+)
 
 # Where a person has to help, or the power fails: one small machine.
 RESCUE = Case("rescue", LINUX_6_1)

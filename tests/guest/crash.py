@@ -470,9 +470,9 @@ def load_command(case: Case, final: str, target: str, append: str) -> str:
     """How the healthy system arms itself."""
     level = f"vmcapture.level={case.level}" if case.level else ""
     more = " ".join(filter(None, ("console=ttyS0", level, case.append, append)))
-    cpus = f" --cpus {case.capture_cpus}" if case.capture_cpus else ""
     return (
-        f"vmcapture load {case.kexec_option}{cpus} --kernel-image /run/healthy/vmlinuz --image /run/healthy/capture.img"
+        f"vmcapture load {case.kexec_option} --cpus {case.capture_cpus}"
+        " --kernel-image /run/healthy/vmlinuz --image /run/healthy/capture.img"
         f" --target {target} --path {TARGET_FOLDER} --final {final} --append '{more}'"
     )
 
