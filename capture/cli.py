@@ -17,6 +17,9 @@ from capture.console import PREFIX, Console, open_standard_streams, print_line, 
 from capture.errors import CaptureError, UsageError
 from capture.levels import parse_levels
 
+# NumPy's BLAS starts a thread for each CPU as soon as it is loaded, which spin; nothing of ours calls it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 Subparsers = Any  # argparse's own type for add_subparsers() is private
 
 EXIT_FAILED = 1

@@ -143,19 +143,26 @@ def find_zero_pages(block: PageBlock, page_size: int) -> NDArray[np.bool_]:
     """Return which pages of a block hold nothing but zeros. One pass over the pages that look so at a few words."""
     zero = np.zeros(len(block.pfns), dtype=np.bool_)
     skew = int(block.offsets[0]) % _WORD
-    if (block.offsets % _WORD != skew).any():  # pieces of a damaged source: nothing else lies so
+    if not block.adjacent and (block.offsets % _WORD != skew).any():  # of a damaged source: nothing else lies so
         zero[:] = [not any(block.buffer[start : start + page_size]) for start in block.offsets.tolist()]
         return zero
     words = np.frombuffer(block.buffer, dtype="<u8", count=(len(block.buffer) - skew) // _WORD, offset=skew)
     first = (block.offsets // _WORD).astype(np.intp)
     per_page = page_size // _WORD
-    sampled = words[first[:, np.newaxis] + np.arange(0, per_page, per_page // _SAMPLES)]
-    likely = np.flatnonzero(~sampled.any(axis=1))
+    step = per_page // _SAMPLES
+    if block.adjacent:
+        start = int(first[0])
+        sampled = words[start : start + len(zero) * per_page].reshape(-1, per_page)[:, ::step]
+    else:
+        sampled = words[first[:, np.newaxis] + np.arange(0, per_page, step)]
+    likely = np.flatnonzero(np.bitwise_or.reduce(sampled, axis=1) == 0)
     if len(likely):
-        for low, high in contiguous(block.offsets[likely], page_size):
-            run = likely[low:high]
-            pages = words[first[run[0]] : first[run[-1]] + per_page].reshape(-1, per_page)
-            zero[run] = np.bitwise_or.reduce(pages, axis=1) == 0
+        # One call for all of them: reduceat takes pairs (start, end), and what lies between two pages is no loss.
+        bounds = np.empty((len(likely), 2), dtype=np.intp)
+        bounds[:, 0] = first[likely]
+        bounds[:, 1] = bounds[:, 0] + per_page
+        inside = bounds.ravel() if bounds[-1, 1] < len(words) else bounds.ravel()[:-1]
+        zero[likely] = np.bitwise_or.reduceat(words, inside)[::2] == 0
     return zero
 
 

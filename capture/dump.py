@@ -28,6 +28,8 @@ from capture.vmemmap import exclude_vmemmap
 MANIFEST_ROOM = 4 << 20
 """Left free on the target when a level is chosen by size: for the manifest and the capture log."""
 INCOMPLETE_SUFFIX = ".incomplete"
+SCARCE_MEMORY = 128 << 20
+SMALL_CHUNK_PAGES = 256
 _SAMPLE_CHUNKS = 64
 THREAD_MEMORY = 16 << 20
 """What a thread takes at the worst: chunks that were read, not mapped, and do not shrink; measured with 4 and 16."""
@@ -284,7 +286,7 @@ def _unfinished(path: Path, *, replace: bool) -> Path:
 def _copy(copier: Copier, writer: KdumpWriter, vmcore: Vmcore, progress: Progress, taken: Footprint) -> str | None:
     """Copy all pages; return why it ended early, if it did."""
     try:
-        copier.run(_sampled(vmcore.image.chunks(writer.selected()), taken), writer, progress)
+        copier.run(_sampled(vmcore.image.chunks(writer.selected(), _chunk_pages()), taken), writer, progress)
     except CaptureError as error:
         return str(error)
     except KeyboardInterrupt:
@@ -294,6 +296,12 @@ def _copy(copier: Copier, writer: KdumpWriter, vmcore: Vmcore, progress: Progres
     except Exception as error:  # (a codec or a bug; what was copied so far is worth its descriptors)
         return f"internal error: {type(error).__name__}: {error}"
     return None
+
+
+def _chunk_pages() -> int | None:
+    """Return how many pages a chunk may have: less where memory is short."""
+    available = footprint.memory("MemAvailable")
+    return SMALL_CHUNK_PAGES if available is not None and available < SCARCE_MEMORY else None
 
 
 def _sampled(chunks: Iterable[Chunk], taken: Footprint) -> Iterator[Chunk]:

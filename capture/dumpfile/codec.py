@@ -34,6 +34,9 @@ ZLIB_DEFAULT_LEVEL = 1
 
 ZSTD_AUTO = "zstd:auto"
 
+_BATCH_PAGES = 128
+"""Pages compressed in one call: what comes of them stays in the CPU's cache."""
+
 _SPELLING = re.compile(r"(zstd|zlib|none)(?::(-?[0-9]{1,3}))?")
 
 
@@ -129,9 +132,16 @@ def _pack_zstd(
 ) -> tuple[bytes, NDArray[np.int64]]:
     segments = np.empty((len(offsets), 2), dtype="<u8")
     segments[:, 0], segments[:, 1] = offsets, page_size
-    # The collection yields buffers by the sequence protocol, which its type stub does not say.
-    frames: Any = compressor.multi_compress_to_buffer(zstandard.BufferWithSegments(buffer, segments.tobytes()))
-    return b"".join(frames), np.fromiter(map(len, frames), dtype=np.int64, count=len(offsets))
+    pieces: list[bytes] = []
+    sizes = np.empty(len(offsets), dtype=np.int64)
+    for first in range(0, len(offsets), _BATCH_PAGES):
+        batch = zstandard.BufferWithSegments(buffer, segments[first : first + _BATCH_PAGES].tobytes())
+        # The collection yields buffers by the sequence protocol, which its type stub does not say: an object a page.
+        compressed: Any = compressor.multi_compress_to_buffer(batch)
+        frames = list(compressed)
+        pieces.append(b"".join(frames))
+        sizes[first : first + len(frames)] = np.fromiter(map(len, frames), dtype=np.int64, count=len(frames))
+    return b"".join(pieces), sizes
 
 
 def _zlib(level: int) -> tuple[str, int, Packer]:

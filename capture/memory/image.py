@@ -22,7 +22,7 @@ from capture.memory.source import ByteSource
 EXTENT = np.dtype([("pfn", "<i8"), ("pages", "<i8"), ("offset", "<u8")])
 """Whole pages that are contiguous both as PFNs and in the source; ``offset`` of the first in the source, in bytes."""
 
-CHUNK_PAGES, CHUNK_BYTES = 256, 1 << 20
+CHUNK_PAGES, CHUNK_BYTES = 512, 2 << 20
 """What a chunk holds at most: enough to make the cost of a call vanish, little enough to have several."""
 _WINDOW_GAP = 128 << 10
 """Bytes between two pages that are not worth a mapping more: mapping what lies between them takes less time."""
@@ -48,21 +48,26 @@ class Chunk:
     """Pages to be read together.
 
     ``offsets`` are source offsets in bytes, one for each of ``pfns``; None for a single page that is put together
-    from pieces.
+    from pieces. ``adjacent``: each lies right behind the one before.
     """
 
     pfns: NDArray[np.int64]
     offsets: NDArray[np.uint64] | None
+    adjacent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PageBlock:
-    """Pages as bytes: page ``i`` lies at ``offsets[i]`` of ``buffer``. ``unreadable`` PFNs are zero-filled there."""
+    """Pages as bytes: page ``i`` lies at ``offsets[i]`` of ``buffer``. ``unreadable`` PFNs are zero-filled there.
+
+    ``adjacent``: each lies right behind the one before.
+    """
 
     pfns: NDArray[np.int64]
     buffer: memoryview
     offsets: NDArray[np.uint64]
     unreadable: tuple[int, ...] = ()
+    adjacent: bool = False
 
 
 @dataclass(slots=True)
@@ -136,12 +141,12 @@ class MemoryImage:
         for chunk_first, pages, _ in self._ordered():
             yield chunk_first, pages
 
-    def chunks(self, runs: Iterable[tuple[int, int]] | None = None) -> Iterator[Chunk]:
-        """Yield pages once, in PFN order, in chunks (CHUNK_PAGES, CHUNK_BYTES): all, or those in ``runs``.
+    def chunks(self, runs: Iterable[tuple[int, int]] | None = None, most: int | None = None) -> Iterator[Chunk]:
+        """Yield pages once, in PFN order, in chunks (``most`` pages, CHUNK_BYTES): all, or those in ``runs``.
 
         ``runs`` are (first PFN, pages), ascending and disjoint; what of them is not in memory is passed over.
         """
-        limit = max(1, min(CHUNK_PAGES, CHUNK_BYTES // self.page_size))
+        limit = max(1, min(most or CHUNK_PAGES, CHUNK_BYTES // self.page_size))
         pending: list[tuple[int, int, int]] = []
         room, end = limit, 0
 
@@ -178,11 +183,11 @@ class MemoryImage:
         """
         if chunk.offsets is None:
             return self._assemble(int(chunk.pfns[0]))
-        windows = _windows(chunk.offsets, self.page_size)
+        windows = [(0, len(chunk.pfns))] if chunk.adjacent else _windows(chunk.offsets, self.page_size)
         if len(windows) == 1:
             view = self._map(chunk.offsets, self.page_size)
             if view is not None:
-                return PageBlock(chunk.pfns, view, chunk.offsets - chunk.offsets[0])
+                return PageBlock(chunk.pfns, view, chunk.offsets - chunk.offsets[0], adjacent=chunk.adjacent)
         return self._gather(chunk, windows)
 
     def read(self, address: int, length: int) -> bytes:
@@ -287,6 +292,10 @@ class MemoryImage:
             waiting = next(partial, None)
 
     def _chunk(self, runs: list[tuple[int, int, int]]) -> Chunk:
+        if len(runs) == 1:
+            ((pfn, pages, offset),) = runs
+            offsets = np.arange(offset, offset + pages * self.page_size, self.page_size, dtype=np.uint64)
+            return Chunk(np.arange(pfn, pfn + pages, dtype=np.int64), offsets, adjacent=True)
         table = np.array(runs, dtype=EXTENT)
         counts = table["pages"]
         within = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -331,7 +340,7 @@ class MemoryImage:
                     continue
                 unreadable += self._read_pages(chunk.pfns[low + first : low + end], start, buffer, into)
         offsets = np.arange(len(chunk.pfns), dtype=np.uint64) * np.uint64(size)
-        return PageBlock(chunk.pfns, memoryview(buffer), offsets, tuple(unreadable))
+        return PageBlock(chunk.pfns, memoryview(buffer), offsets, tuple(unreadable), adjacent=True)
 
     def _read_pages(self, pfns: NDArray[np.int64], offset: int, buffer: bytearray, into: int) -> Iterator[int]:
         """Read pages one by one from ``offset`` on, and yield the PFNs of those that cannot be read."""

@@ -8,6 +8,7 @@ or whose value is not a number, is None, which no value can be mistaken for.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 _MAX_DIGITS = 24
 """A 64-bit value has at most 20 decimal digits; longer ones are damage (and slow to convert)."""
@@ -77,6 +78,7 @@ def parse(text: bytes) -> VmcoreInfo:
     return VmcoreInfo(keys, ignored)
 
 
+@lru_cache(maxsize=1024)
 def _number(value: str | None, base: int) -> int | None:
     if value is None or len(value) > _MAX_DIGITS:
         return None
