@@ -258,16 +258,20 @@ def panicked(
     target_attached: bool = True,
     more_disks: tuple[Disk, ...] = (),
     append: str = "",
+    before: tuple[str, ...] = (),
     steps: Steps | None = None,
 ) -> Iterator[Machine]:
-    """A machine that has just panicked, its capture kernel about to start; the disks are those of ``healthy``."""
+    """A machine that has just panicked, its capture kernel about to start; the disks are those of ``healthy``.
+
+    ``before`` are commands for the healthy machine.
+    """
     steps = steps or Steps()
     started = healthy(case, store, workdir, target_attached=target_attached, more_disks=more_disks, steps=steps)
     with started as machine:
         with steps.step("giving it something to remember"):
             if case.workloads:
                 make_workloads(machine, case)
-            for command in () if case.workloads else WORKLOAD:
+            for command in (*(() if case.workloads else WORKLOAD), *before):
                 demand(machine, command)
         with steps.step("vmcapture load"):
             demand(machine, load_command(case, final, target, append), timeout=BOOT_TIMEOUT)

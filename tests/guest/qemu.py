@@ -38,23 +38,29 @@ class GuestError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """A raw image file that the guest sees as /dev/vd*, in the order of the list."""
+    """A raw image file that the guest sees as /dev/vd*, in the order of the list.
+
+    ``throttle_group`` is a QEMU object that says how fast it is.
+    """
 
     image: Path
     read_only: bool = False
+    throttle_group: str = ""
 
     def blockdev(self, node: str) -> dict[str, Any]:
         """The disk's back end as QMP's BlockdevOptions; -blockdev takes the same as JSON."""
         # Locking is off so that two machines can share an image that both only read.
-        return {
+        raw: dict[str, Any] = {
             "driver": "raw",
-            "node-name": node,
             "read-only": self.read_only,
             # A dump of an idle machine is mostly zeros: they become holes in the image.
             "discard": "unmap",
             "detect-zeroes": "unmap",
             "file": {"driver": "file", "filename": str(self.image), "locking": "off" if self.read_only else "on"},
         }
+        if self.throttle_group:
+            raw = {"driver": "throttle", "throttle-group": self.throttle_group, "file": raw}
+        return {"node-name": node, **raw}
 
 
 @dataclass(frozen=True, slots=True)
