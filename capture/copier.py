@@ -156,13 +156,19 @@ def find_zero_pages(block: PageBlock, page_size: int) -> NDArray[np.bool_]:
     else:
         sampled = words[first[:, np.newaxis] + np.arange(0, per_page, step)]
     likely = np.flatnonzero(np.bitwise_or.reduce(sampled, axis=1) == 0)
-    if len(likely):
-        # One call for all of them: reduceat takes pairs (start, end), and what lies between two pages is no loss.
+    if block.adjacent and len(likely):
+        # One call for all of them: reduceat takes pairs (start, end), and what lies between is of this block as well.
         bounds = np.empty((len(likely), 2), dtype=np.intp)
         bounds[:, 0] = first[likely]
         bounds[:, 1] = bounds[:, 0] + per_page
         inside = bounds.ravel() if bounds[-1, 1] < len(words) else bounds.ravel()[:-1]
         zero[likely] = np.bitwise_or.reduceat(words, inside)[::2] == 0
+    elif len(likely):
+        # What lies between was left out, and is never read: it may be poisoned memory.
+        for low, high in contiguous(block.offsets[likely], page_size):
+            run = likely[low:high]
+            pages = words[first[run[0]] : first[run[-1]] + per_page].reshape(-1, per_page)
+            zero[run] = np.bitwise_or.reduce(pages, axis=1) == 0
     return zero
 
 

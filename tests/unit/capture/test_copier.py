@@ -184,6 +184,33 @@ def test_a_page_with_a_single_byte_is_no_zero_page(at: int, value: int, skew: in
     assert find_zero_pages(block, PAGE).tolist() == [True, False, True]
 
 
+TOUCHED = """
+import ctypes, mmap
+import numpy as np
+from capture.copier import find_zero_pages
+from capture.memory.image import PageBlock
+
+PAGE, PAGES = 4096, 12
+memory = mmap.mmap(-1, PAGES * PAGE)
+zero, left_out = (0, 2, 3, 7, 8, 11), (1, 4, 6, 9)
+for page in (5, 10):
+    memory[page * PAGE + 2000] = 1
+view = memoryview(memory)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+for page in left_out:
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + page * PAGE), PAGE, 0) == 0
+pfns = np.array([page for page in range(PAGES) if page not in left_out])
+found = find_zero_pages(PageBlock(pfns, view, (pfns * PAGE).astype(np.uint64)), PAGE)
+assert pfns[found].tolist() == list(zero), pfns[found]
+"""
+
+
+def test_pages_between_those_of_a_block_are_never_read() -> None:
+    """They were left out, and may be poisoned: reading them would end the capture kernel."""
+    done = subprocess.run([sys.executable, "-c", TOUCHED], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # --- order and threads
 
 
