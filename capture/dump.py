@@ -30,7 +30,9 @@ MANIFEST_ROOM = 4 << 20
 INCOMPLETE_SUFFIX = ".incomplete"
 SCARCE_MEMORY = 128 << 20
 SMALL_CHUNK_PAGES = 256
+"""Pages of a chunk where less than that is available: a few MiB less, for a tenth of a microsecond a page."""
 _SAMPLE_CHUNKS = 64
+"""Chunks between two looks at the memory that is left."""
 THREAD_MEMORY = 16 << 20
 """What a thread takes at the worst: chunks that were read, not mapped, and do not shrink; measured with 4 and 16."""
 
