@@ -122,11 +122,8 @@ class KdumpWriter:
         self._kept_to = 0
         """The end of their data."""
         self.on_step: Callable[[Step], object] | None = None
-        self._sync_bytes = FIRST_SYNC_BYTES
-        available = footprint.memory("MemAvailable")
-        self._scarce = available is not None and available < _SYNC_SHARE * SYNC_BYTES
-        self._full_step = max(LEAST_SYNC_BYTES, available // _SYNC_SHARE) if available and self._scarce else SYNC_BYTES
-        self._synced_to = 0
+        self._full_step = _step_bytes(footprint.memory("MemAvailable"))
+        self._sync_bytes = min(FIRST_SYNC_BYTES, self._full_step)
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="syncer")
         self._syncing: Future[None] | None = None
         self._last_step, self._last_blocked = time.monotonic(), 0.0
@@ -222,7 +219,7 @@ class KdumpWriter:
         self._unsynced += written
         self._pending.append(descriptors)
         self._pending_pages += len(descriptors)
-        if self._unsynced >= min(self._sync_bytes, self._full_step, SYNC_BYTES) or self._pending_pages >= SYNC_PAGES:
+        if self._unsynced >= min(self._sync_bytes, SYNC_BYTES) or self._pending_pages >= SYNC_PAGES:
             self._start_step()
 
     def checkpoint(self) -> None:
@@ -236,6 +233,7 @@ class KdumpWriter:
         if self._pending or self._unsynced:
             batch = _Batch(self._pending, self._unsynced, self._position)
             self._pending, self._pending_pages, self._unsynced = [], 0, 0
+            self._sync_bytes = self._full_step
             self._syncing = self._syncer.submit(self._finish_step, batch)
 
     def _finish_step(self, batch: _Batch) -> None:
@@ -243,9 +241,8 @@ class KdumpWriter:
         started = time.monotonic()
         if batch.unsynced:
             self._output.sync()
-            if self._scarce:
-                self._output.forget(self._synced_to, batch.end - self._synced_to)
-            self._synced_to = batch.end
+            if self._full_step < SYNC_BYTES:
+                self._output.forget(self._kept_to, batch.end - self._kept_to)
         synced = time.monotonic()
         if batch.descriptors:  # none: the disk was full, and they were given back
             table = np.concatenate(batch.descriptors)
@@ -258,7 +255,6 @@ class KdumpWriter:
             blocked += synced - since if since is not None else 0.0
             self.on_step(Step(batch.unsynced, synced - started, synced - self._last_step, blocked - self._last_blocked))
             self._last_step, self._last_blocked = synced, blocked
-            self._sync_bytes = self._full_step
 
     def _settle(self) -> None:
         """Wait for the step that is under way.
@@ -381,6 +377,11 @@ class KdumpWriter:
                 end = high
         if end > first:
             yield first, end - first
+
+
+def _step_bytes(available: int | None) -> int:
+    """Return the bytes of a step, with so many bytes of memory available, None where that is not known."""
+    return SYNC_BYTES if available is None else min(SYNC_BYTES, max(LEAST_SYNC_BYTES, available // _SYNC_SHARE))
 
 
 def _windows_of(runs: Iterable[tuple[int, int]]) -> Iterator[BitmapWindow]:

@@ -349,6 +349,39 @@ def test_what_is_held_back_is_bounded(unit: str, tmp_path: Path, monkeypatch: py
 # --- power cuts
 
 
+@pytest.mark.parametrize("watched", [True, False])
+def test_only_the_first_step_is_a_small_one(watched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether somebody looks at the steps or not: each costs a sync."""
+    monkeypatch.setattr(writer, "FIRST_SYNC_BYTES", 2 * PAGE)
+    monkeypatch.setattr(writer, "SYNC_BYTES", 8 * PAGE)
+    syncs: list[int] = []
+    looked_at: list[writer.Step] = []
+    real = os.fdatasync
+    noise = [random.Random(pfn).randbytes(PAGE) for pfn in range(34)]
+    with created(tmp_path / "dump") as file:
+        made = KdumpWriter(file, replace(PLAN, max_mapnr=34))
+        made.begin([(0, 34)])
+        if watched:
+            made.on_step = looked_at.append
+
+        def noted(fd: int) -> None:
+            syncs.append(made.pages_written)
+            real(fd)
+
+        monkeypatch.setattr(os, "fdatasync", noted)
+        for page in noise:
+            made.append(PackedPages(np.array([PAGE]), np.zeros(1, np.uint32), [page]))
+        made.checkpoint()
+    assert syncs == [0, 2, 10, 18, 26]
+    assert [step.size // PAGE for step in looked_at] == [2, 8, 8, 8, 8] * watched
+
+
+@pytest.mark.parametrize(("available", "size"), [(None, 16), (8 << 10, 16), (160, 10), (40, 2.5), (10, 2), (0, 2)])
+def test_a_step_is_smaller_where_memory_is_short(available: int | None, size: float) -> None:
+    """All in MiB."""
+    assert writer._step_bytes(None if available is None else available << 20) == size * (1 << 20)
+
+
 def begun_at(steps: Sequence[Step]) -> int:
     """The first sync that brings a header to the disk: from here on there is a dump."""
     header = next(index for index, step in enumerate(steps) if step.what == "write" and step.offset == 0)
