@@ -212,13 +212,13 @@ def _dump_options(
 
 def _dump(args: argparse.Namespace) -> int:
     from capture.dump import write_dump
-    from capture.dumpfile import codec
+    from capture.options import DUMP_COMPRESSION
     from capture.vmcore import open_vmcore
 
     if str(args.out) == "-":
         raise UsageError("OUT -: the flattened format is not supported yet; name a file")
     console = Console(quiet=args.quiet)
-    options = _dump_options(args, args.level, codec.DEFAULT, replace=args.force, hashed=False)
+    options = _dump_options(args, args.level, DUMP_COMPRESSION, replace=args.force, hashed=False)
     with open_vmcore(args.source) as vmcore:
         for line in vmcore.problems:
             console.say(line)
@@ -266,7 +266,8 @@ def _registers(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     from capture import report
-    from capture.dumpfile.codec import DEFAULT, codec
+    from capture.dumpfile.codec import codec
+    from capture.options import DUMP_COMPRESSION
     from capture.pagefilter import PageFilter
     from capture.survey import take_survey
     from capture.vmcore import open_vmcore
@@ -274,8 +275,8 @@ def _info(args: argparse.Namespace) -> int:
     with open_vmcore(args.source) as vmcore:
         values = report.describe(vmcore, report.find_panic(vmcore))
         page_filter = PageFilter(vmcore)
-        survey = take_survey(vmcore.image, page_filter, codec(DEFAULT), len(vmcore.notes.blob))
-        found = report.survey_values(survey, page_filter, codec(DEFAULT).name)
+        survey = take_survey(vmcore.image, page_filter, codec(DUMP_COMPRESSION), len(vmcore.notes.blob))
+        found = report.survey_values(survey, page_filter, codec(DUMP_COMPRESSION).name)
     if args.json:
         print(json.dumps(values | found, indent=1))
     else:

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from capture.levels import parse_levels
 
+DUMP_COMPRESSION = "zstd"
+SAVE_COMPRESSION = "zstd:auto"
+"""What ``vmcapture dump`` and ``save`` compress with when nobody says; spelt as in capture.dumpfile.codec."""
+
 
 @dataclass(frozen=True, slots=True)
 class DumpOptions:
@@ -16,7 +20,7 @@ class DumpOptions:
     """
 
     levels: tuple[int, ...] = (1,)
-    compression: str = "zstd"
+    compression: str = DUMP_COMPRESSION
     threads: int | None = None
     replace: bool = False
     progress: bool = True

@@ -30,7 +30,7 @@ class Progress:
         self._started = self._printed = time.monotonic()
         self._bar: tqdm[Any] | None = None
         if enabled and self._file.isatty():
-            from tqdm import tqdm  # brings a fifth of all imports, for those who look
+            from tqdm import tqdm  # brings a seventh of all imports, for those who look
 
             tqdm.monitor_interval = 0  # no watcher thread: the bar is moved at every chunk anyway
             self._bar = tqdm(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from capture.dumpfile.kdump import is_kdump
+from capture.dumpfile import kdump
 from capture.memory import elfcore
 from capture.memory.elfcore import ElfCore
 from capture.memory.image import MemoryImage
@@ -53,7 +54,7 @@ def open_vmcore(name: str) -> Iterator[Vmcore]:
     Raises:
         SourceError: it is neither, or cannot be used.
     """
-    if is_kdump(name):
+    if _is_kdump(name):
         from capture.dumpfile.source import DumpImage, KdumpSource  # with every codec that there is
 
         with KdumpSource(name) as dump:
@@ -71,3 +72,17 @@ def _notes(source: ByteSource, core: ElfCore) -> tuple[Notes, VmcoreInfo]:
     notes = read_notes(source, core.notes)
     note = notes.vmcoreinfo()
     return notes, vmcoreinfo.parse(note.descriptor) if note else VmcoreInfo()
+
+
+def _is_kdump(name: str) -> bool:
+    """Whether a file begins like a kdump-compressed dump; whatever is wrong with it, somebody else says."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        return os.pread(fd, len(kdump.SIGNATURE), 0) == kdump.SIGNATURE
+    except OSError:
+        return False
+    finally:
+        os.close(fd)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 
 from capture.errors import UsageError
 from capture.levels import parse_levels
+from capture.options import SAVE_COMPRESSION
 
 ACTIONS = ("reboot", "poweroff", "halt", "shell")
 _PREFIX = "vmcapture."
@@ -36,7 +37,7 @@ class BootConfig:
     failure: str = "shell"
     wait: int = 30
     levels: tuple[int, ...] = (31,)
-    compression: str = "zstd:auto"
+    compression: str = SAVE_COMPRESSION
     problems: tuple[str, ...] = field(default=())
 
 

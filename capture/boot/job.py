@@ -144,7 +144,7 @@ class _Job:
         self._console.say(f"registers: {len(values['cpus'])} CPUs")
 
     def _save_dump(self, name: str) -> None:
-        from capture.dump import write_dump  # half of all imports: log and registers are on the disk before them
+        from capture.dump import write_dump  # a third of all imports: log and registers are on the disk before them
 
         path = self._report.directory / name
         result = self._report.dump = write_dump(self._vmcore, path, self._options, self._console.say, self._taken)

@@ -28,7 +28,6 @@ from capture.errors import UsageError
 Packer = Callable[[memoryview, NDArray[np.uint64], int], tuple[bytes, NDArray[np.int64]]]
 """(buffer, offsets of pages in it, page size) → (compressed pages joined, size of each). Safe to call from threads."""
 
-DEFAULT = "zstd"
 ZSTD_DEFAULT_LEVEL = 1
 ZLIB_DEFAULT_LEVEL = 1
 

@@ -9,7 +9,6 @@ endian.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,17 +113,3 @@ class Layout:
     def data(self) -> int:
         """The first byte of page data."""
         return self.descriptor_table + self.descriptors * PAGE_DESCRIPTOR.itemsize
-
-
-def is_kdump(name: str) -> bool:
-    """Whether a file begins like a kdump-compressed dump; whatever is wrong with it, somebody else says."""
-    try:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        return os.pread(fd, len(SIGNATURE), 0) == SIGNATURE
-    except OSError:
-        return False
-    finally:
-        os.close(fd)

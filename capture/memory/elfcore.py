@@ -2,8 +2,8 @@
 
 Read: ELF64, little endian, ET_CORE, x86_64 and aarch64, as `/proc/vmcore`, `kexec` and `makedumpfile -E` write it.
 The program header table is one NumPy array, because a machine (or a hostile file) may have a hundred thousand of them.
-pyelftools reads no more than three structures better than NumPy does, and takes a second to import in a capture kernel
-under emulation: the set-up side uses it, which reads programs with it.
+So are the other two structures that are read: importing pyelftools for them took a sixteenth of all imports before the
+first byte was saved. The set-up side reads programs with it.
 """
 
 from __future__ import annotations
