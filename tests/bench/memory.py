@@ -11,7 +11,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from capture.dumpfile.reader import KdumpFile
-from capture.errors import CaptureError
 from capture.memory.source import memparse
 from capture.pagefilter import WINDOW_PAGES
+from tests.bench import common
 from tests.bench.dumpers import SPAWN
 from tests.bench.sparse import SparseKernel
 from tests.builders import PAGE
@@ -80,23 +79,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if min(arguments.repeat, arguments.threads) < 1:
         parser.error("--repeat, --threads: at least 1")
-    rows: list[Row] = []
-    try:
-        with tempfile.TemporaryDirectory(prefix="vmcapture-bench-", dir=host.SCRATCH) as scratch:
-            folder = arguments.keep or Path(scratch)
+
+    def benchmark() -> None:
+        rows: list[Row] = []
+        with common.scratch() as name:
+            folder = arguments.keep or Path(name)
             folder.mkdir(parents=True, exist_ok=True)
             _print_head(arguments)
             for kernel in arguments.sizes:
                 vmcore = folder / f"{_size(kernel)}.elf"
-                rows.append(measure(kernel, vmcore, Path(scratch) / "dump", arguments))
+                rows.append(measure(kernel, vmcore, Path(name) / "dump", arguments))
                 if arguments.keep is None:
                     vmcore.unlink()
                 _print_row(rows[-1], rows[0])
-    except (HostError, CaptureError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    _print_fit(rows)
-    return 0
+        _print_fit(rows)
+
+    return common.run(benchmark)
 
 
 def measure(kernel: SparseKernel, vmcore: Path, dump: Path, arguments: argparse.Namespace) -> Row:

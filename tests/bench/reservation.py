@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from capture.boot.job import MANIFEST
-from capture.errors import CaptureError
-from tests.guest import host
+from tests.bench.common import run, scratch
 from tests.guest.cases import LINUX_6_1, LINUX_6_12, Case
 from tests.guest.crash import ImageStore, crash
-from tests.guest.host import HostError
 from tests.guest.qemu import GuestError
 
 LADDER = (256, 192, 160, 144, 128, 112, 96, 80)
@@ -58,36 +56,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{'kernel':7}{'memory':>7}{'crashkernel':>12}{'saved':>7}{'total':>7}{'least':>7}{'RSS':>6}"
         f"{'start s':>9}{'1st byte':>9}{'end s':>7}{'dump s':>8}{'dump MiB':>9}"
     )
-    try:
-        with tempfile.TemporaryDirectory(prefix="vmcapture-bench-", dir=host.SCRATCH) as scratch:
-            store = ImageStore(Path(scratch) / "images")
-            for name in arguments.kernel:
+
+    def measure() -> None:
+        with scratch() as name:
+            store = ImageStore(Path(name) / "images")
+            for kernel in arguments.kernel:
                 for memory in arguments.memory:
-                    _descend(name, memory, arguments, store, Path(scratch))
-    except (HostError, CaptureError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    print("total, least: MiB that the capture kernel has, and that were available at the least; RSS: peak, MiB")
-    return 0
+                    _descend(kernel, memory, arguments, store, Path(name))
+        print("total, least: MiB that the capture kernel has, and that were available at the least; RSS: peak, MiB")
+
+    return run(measure)
 
 
-def _descend(name: str, memory: str, arguments: argparse.Namespace, store: ImageStore, scratch: Path) -> None:
+def _descend(name: str, memory: str, arguments: argparse.Namespace, store: ImageStore, folder: Path) -> None:
     cpus = arguments.cpus
-    case = Case(f"reservation-{name}", KERNELS[name], max(2, cpus), memory=memory, capture_cpus=cpus)
+    case = Case(f"reservation-{name}", KERNELS[name], cpus + 1, memory=memory, capture_cpus=cpus)
     for reserved in arguments.ladder:
-        rung = _try(name, replace(case, crashkernel=f"{reserved}M"), reserved, store, scratch)
+        rung = _try(name, replace(case, crashkernel=f"{reserved}M"), reserved, store, folder)
         print(_row(rung), flush=True)
         if not rung.complete:
             return
 
 
-def _try(name: str, case: Case, reserved: int, store: ImageStore, scratch: Path) -> Rung:
-    with tempfile.TemporaryDirectory(dir=scratch) as workdir:
+def _try(name: str, case: Case, reserved: int, store: ImageStore, folder: Path) -> Rung:
+    with tempfile.TemporaryDirectory(dir=folder) as workdir:
         try:
             saved = crash(case, store, Path(workdir), append=NO_ONE_THERE)
-        except GuestError as error:
+            manifest = json.loads((saved.saved / MANIFEST).read_text())
+        except (GuestError, FileNotFoundError) as error:  # not saved, or not as far as the manifest
             return Rung(name, case.memory, reserved, None, str(error))
-        return Rung(name, case.memory, reserved, json.loads((saved.saved / MANIFEST).read_text()))
+        return Rung(name, case.memory, reserved, manifest)
 
 
 def _row(rung: Rung) -> str:
@@ -100,8 +98,14 @@ def _row(rung: Rung) -> str:
     return (
         f"{head}{'yes' if rung.complete else 'part':>7}{sizes[0]:7.0f}{sizes[1]:7.0f}{sizes[2]:6.0f}{start:9.1f}"
         f"{start + seconds['vmcore-dmesg.txt']:9.1f}{start + sum(seconds.values()):7.1f}{seconds['vmcore']:8.1f}"
-        f"{rung.manifest['files']['vmcore']['size'] / (1 << 20):9.1f}"
+        f"{_dump_size(rung.manifest) / (1 << 20):9.1f}"
     )
+
+
+def _dump_size(manifest: Any) -> int:
+    """Return the bytes of the dump, finished or not; 0 where there is none."""
+    dump = manifest["dump"]
+    return manifest["files"][dump["file"]]["size"] if dump else 0
 
 
 if __name__ == "__main__":

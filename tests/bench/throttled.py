@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 from capture.dumpfile.pace import LEVELS
-from capture.errors import CaptureError
-from tests.guest import disk, host
+from tests.bench.common import add_repeat, run, scratch
+from tests.guest import disk
 from tests.guest.cases import LINUX_6_12, Case
 from tests.guest.crash import TARGET_LABEL, ImageStore, demand, panicked, target_image
-from tests.guest.host import HostError
-from tests.guest.qemu import BOOT_TIMEOUT, Disk, GuestError, Machine
+from tests.guest.qemu import BOOT_TIMEOUT, Disk, Machine
 
 AUTO = "zstd:auto"
 CODECS = (AUTO, *(f"zstd:{level}" for level in LEVELS))
 SLOW_LABEL, GROUP = "slow", "slow"
 DUMP_TIMEOUT = 600.0
 # Text of the kernel's own, which shrinks as much as a machine's memory does, in a file system in memory.
-FILL = "mkdir -p /run/fill && mount -t tmpfs -o size=80% fill /run/fill && for i in $(seq {count}); do cat /proc/kallsyms > /run/fill/$i; done"  # noqa: E501
-FILES = 24
+FILL = (
+    "mkdir -p /run/fill && mount -t tmpfs -o size=80% fill /run/fill"
+    " && for i in $(seq 24); do cat /proc/kallsyms > /run/fill/$i; done"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,32 +36,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.throttled", description="zstd:auto on two disks.")
     add = parser.add_argument
     add("--speed", type=int, default=20, metavar="MB/S", help="of the slow disk (default: 20)")
-    add("--repeat", type=int, default=3, metavar="N", help="rounds, of which the median is shown (default: 3)")
+    add_repeat(parser)
     add("--cpus", type=int, default=1, metavar="N", help="CPUs of the capture kernel (default: 1)")
     add("--codecs", nargs="+", default=CODECS, metavar="CODEC")
     arguments = parser.parse_args(argv)
-    try:
-        with tempfile.TemporaryDirectory(prefix="vmcapture-bench-", dir=host.SCRATCH) as scratch:
-            _measure(arguments, Path(scratch))
-    except (HostError, GuestError, CaptureError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    def measure() -> None:
+        with scratch() as name:
+            _measure(arguments, Path(name))
+
+    return run(measure)
 
 
-def _measure(arguments: argparse.Namespace, scratch: Path) -> None:
+def _measure(arguments: argparse.Namespace, folder: Path) -> None:
     speed = arguments.speed * 1_000_000
     case = Case(
         "throttled", LINUX_6_12, 2, memory="1G", crashkernel="256M", target_size="4G", capture_cpus=arguments.cpus,
         arguments=("-object", f"throttle-group,id={GROUP},x-bps-total={speed}"), level="1",
     )  # fmt: skip
-    slow = scratch / "slow.ext4"
+    slow = folder / "slow.ext4"
     disk.make(slow, "4G", SLOW_LABEL)
-    store = ImageStore(scratch / "images")
+    store = ImageStore(folder / "images")
     with panicked(
-        case, store, scratch, final="shell", target="LABEL=nowhere", append="vmcapture.wait=0",
-        more_disks=(Disk(target_image(scratch)), Disk(slow, throttle_group=GROUP)), target_attached=False,
-        before=(FILL.format(count=FILES),),
+        case, store, folder, final="shell", target="LABEL=nowhere", append="vmcapture.wait=0",
+        more_disks=(Disk(target_image(folder)), Disk(slow, throttle_group=GROUP)), target_attached=False,
+        before=(FILL,),
     ) as machine:  # fmt: skip
         machine.expect(r"^vmcapture: not saved.*\n", BOOT_TIMEOUT)
         machine.shell()
@@ -73,6 +72,7 @@ def _measure(arguments: argparse.Namespace, scratch: Path) -> None:
                 for codec in arguments.codecs:
                     seconds, sizes[codec] = _dump(machine, codec)
                     times[codec].append(seconds)
+                    print(f"{what}: {codec}: {seconds:.1f} s", file=sys.stderr, flush=True)
             demand(machine, "umount /mnt")
             _print(what, times, sizes)
         machine.send("poweroff -f")

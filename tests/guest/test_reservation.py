@@ -11,12 +11,9 @@ from typing import Any
 import pytest
 
 from tests.guest.cases import RESERVATION_CASES, Case
-from tests.guest.conftest import unavailable
-from tests.guest.crash import ImageStore, Saved, crash
+from tests.guest.crash import BOOT_ATTEMPTS, ImageStore, Saved, crash
 from tests.guest.qemu import GuestError
 from tests.readers import drgn_reader
-
-ATTEMPTS = 3
 
 
 @pytest.fixture(scope="session", params=RESERVATION_CASES, ids=str)
@@ -30,13 +27,13 @@ def saved(
     """
     case: Case = request.param
     kernels(case.kernel)
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, BOOT_ATTEMPTS + 1):
         try:
             return crash(case, image_store, guest_folder / f"{case.name}-{attempt}")
         except GuestError:
-            if case.capture_cpus == 1 or attempt == ATTEMPTS:
+            if case.capture_cpus == 1 or attempt == BOOT_ATTEMPTS:
                 raise
-    return unavailable("unreachable")
+    raise AssertionError("unreachable")
 
 
 def manifest(saved: Saved) -> Any:
