@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +40,7 @@ class CopyStatistics:
     unreadable: PfnRanges = field(default_factory=PfnRanges)
 
 
-@dataclass(frozen=True, slots=True)
-class _Counts:
+class _Counts(NamedTuple):
     pages: int
     zero_pages: int
     raw_pages: int
@@ -48,8 +48,7 @@ class _Counts:
     unreadable: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Worked:
+class _Worked(NamedTuple):
     packed: PackedPages
     counts: _Counts
 

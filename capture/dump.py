@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from capture import footprint
 from capture.copier import Copier, CopyStatistics
@@ -78,8 +79,7 @@ class Filtered:
         return lines
 
 
-@dataclass(frozen=True, slots=True)
-class DumpReport:
+class DumpReport(NamedTuple):
     """What was written. ``path`` is the finished file, or the incomplete one; ``failure`` says why it is not whole."""
 
     path: Path

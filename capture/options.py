@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from capture.levels import parse_levels
 
@@ -11,8 +11,7 @@ SAVE_COMPRESSION = "zstd:auto"
 """What ``vmcapture dump`` and ``save`` compress with when nobody says; spelt as in capture.dumpfile.codec."""
 
 
-@dataclass(frozen=True, slots=True)
-class DumpOptions:
+class DumpOptions(NamedTuple):
     """How to dump. ``threads`` None means as many as there are CPUs and memory for; ``replace`` an existing file.
 
     ``levels`` are dump levels, the first one that fits on the target is made, else the last. ``trust_filter`` makes

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,8 +61,7 @@ _IMPOSSIBLE_SLACK, _IMPOSSIBLE_SHARE = 16, 0.01
 """A few damaged struct pages are what crashes are made of; more of them say that the rules are wrong."""
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(NamedTuple):
     """Classes of the pages from ``first_pfn`` on, and which of them there are."""
 
     first_pfn: int
@@ -98,8 +98,7 @@ class Census:
         return {CLASS_NAMES[kind]: int(self.protected[:, kind].sum()) for kind in _BITS if left_out[kind]}
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """``level`` is the highest that is trusted of the one asked for; ``reasons`` say, a line each, why not more.
 
     ``poison`` is whether pages that are marked poisoned are to be left out.

@@ -6,7 +6,7 @@ One scan of mem_map and a few hundred pages of each class, spread over all of me
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,7 @@ _LEAST_PER_WINDOW = 8
 _NEVER_READ = (HWPOISON, OFFLINE)
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """What pages of one class come to: the share of zero pages, and bytes a page with and without zero pages."""
 
     pages: int
@@ -34,8 +33,7 @@ class Sample:
     bytes_per_other_page: float
 
 
-@dataclass(frozen=True, slots=True)
-class Survey:
+class Survey(NamedTuple):
     """Pages by class and a sample of each; what dumps of every level would weigh."""
 
     census: Census

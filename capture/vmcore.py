@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from capture.dumpfile import kdump
 from capture.memory import elfcore
@@ -17,8 +17,7 @@ from capture.notes.elfnote import Notes, read_notes
 from capture.notes.vmcoreinfo import VmcoreInfo
 
 
-@dataclass(frozen=True, slots=True)
-class Vmcore:
+class Vmcore(NamedTuple):
     """What the capture side knows of a dead kernel before it looks into its memory."""
 
     source: ByteSource
@@ -71,7 +70,7 @@ def open_vmcore(name: str) -> Iterator[Vmcore]:
 def _notes(source: ByteSource, core: ElfCore) -> tuple[Notes, VmcoreInfo]:
     notes = read_notes(source, core.notes)
     note = notes.vmcoreinfo()
-    return notes, vmcoreinfo.parse(note.descriptor) if note else VmcoreInfo()
+    return notes, vmcoreinfo.parse(note.descriptor) if note else VmcoreInfo({})
 
 
 def _is_kdump(name: str) -> bool:

@@ -16,7 +16,7 @@ A word that makes no sense is said on the console and replaced by its default: a
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from capture.errors import UsageError
 from capture.levels import parse_levels
@@ -27,8 +27,7 @@ _PREFIX = "vmcapture."
 MAX_WAIT = 3600
 
 
-@dataclass(frozen=True, slots=True)
-class BootConfig:
+class BootConfig(NamedTuple):
     """``problems`` are words that were not understood."""
 
     target: str | None = None
@@ -38,7 +37,7 @@ class BootConfig:
     wait: int = 30
     levels: tuple[int, ...] = (31,)
     compression: str = SAVE_COMPRESSION
-    problems: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...] = ()
 
 
 def parse(command_line: str) -> BootConfig:
@@ -105,4 +104,4 @@ def parse(command_line: str) -> BootConfig:
         compression=compression(),
     )
     problems += [f"vmcapture.{key}=: no such option, ignored" for key in words]
-    return replace(config, problems=tuple(problems))
+    return config._replace(problems=tuple(problems))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capture import __version__, report
 from capture.console import Console
@@ -40,8 +40,7 @@ _MAX_NAME_TRIES = 100
 _HOST_LIMIT = 64
 
 
-@dataclass(frozen=True, slots=True)
-class SavedFile:
+class SavedFile(NamedTuple):
     """One finished file: size in bytes and SHA-256 of each 64 MiB block."""
 
     name: str

@@ -14,8 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import zstandard
@@ -39,8 +38,7 @@ _BATCH_PAGES = 128
 _SPELLING = re.compile(r"(zstd|zlib|none)(?::(-?[0-9]{1,3}))?")
 
 
-@dataclass(frozen=True, slots=True)
-class Codec:
+class Codec(NamedTuple):
     """``flag`` marks pages so compressed in their descriptors; ``pack`` is None where pages are stored as they are.
 
     ``pace`` is what chooses the level, where it is not fixed.

@@ -12,10 +12,9 @@ import os
 import stat
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import zstandard
@@ -39,8 +38,7 @@ _READ_BYTES = 4 << 20
 _MAX_ZSTD_WINDOW = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class ReadPages:
+class ReadPages(NamedTuple):
     """A batch of pages: ``data`` is (pages, page size) bytes; ``bad`` says for each index why it has none."""
 
     pfns: NDArray[np.int64]

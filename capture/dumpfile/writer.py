@@ -14,7 +14,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +41,7 @@ BitmapWindow = tuple[int, NDArray[np.bool_]]
 """A piece of a bitmap: its first PFN, a multiple of 8, and a bit for each page from there on."""
 
 
-@dataclass(frozen=True, slots=True)
-class DumpPlan:
+class DumpPlan(NamedTuple):
     """What a dump says of itself, decided before its first page is read.
 
     ``max_mapnr`` is the highest PFN plus one; ``utsname`` 390 bytes; ``crash_time`` seconds since 1970. ``level`` may
@@ -61,8 +60,7 @@ class DumpPlan:
     excluded_vmemmap: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class PackedPages:
+class PackedPages(NamedTuple):
     """Consecutive kept pages ready to be written.
 
     ``pieces`` joined are the data of the pages that are not zero pages, in order; ``sizes`` (bytes) and ``flags`` are
@@ -74,8 +72,7 @@ class PackedPages:
     pieces: Sequence[bytes | memoryview]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One step that reached the disk.
 
     ``size`` bytes took ``sync`` seconds to sync, ``seconds`` after the step before; of that time ``append`` spent
@@ -88,8 +85,7 @@ class Step:
     blocked: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
+class _Batch(NamedTuple):
     """Pages on their way to the disk: descriptors, bytes of data that are not synced, the end of the data."""
 
     descriptors: list[NDArray[np.void]]
@@ -187,8 +183,8 @@ class KdumpWriter:
 
         The header comes last: a file that has one has everything that a reader looks for next.
         """
-        self._plan = replace(self._plan, level=level)
-        self.layout = replace(self.layout, descriptors=self.pages)
+        self._plan = self._plan._replace(level=level)
+        self.layout = self.layout._replace(descriptors=self.pages)
         self._zero_page = self._position = self._kept_to = self.layout.data
         self._write_notes()
         # The bitmaps may end in a hole, and there may be no descriptor to reserve.

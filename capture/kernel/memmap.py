@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +34,7 @@ _POINTER = 8
 _ROOTS_AT_ONCE = 512
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Pages whose struct pages follow each other from ``virtual`` on."""
 
     pfn: int
@@ -43,8 +42,7 @@ class Span:
     virtual: int
 
 
-@dataclass(frozen=True, slots=True)
-class StructPages:
+class StructPages(NamedTuple):
     """Struct pages from ``pfn`` on, (pages, SIZE(page)) bytes. ``unknown`` index ranges could not be had: zeros."""
 
     pfn: int

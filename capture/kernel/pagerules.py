@@ -29,7 +29,7 @@ hwpoison       bit NUMBER(PG_hwpoison) of the flags                             
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from capture.notes.vmcoreinfo import VmcoreInfo
 
@@ -45,16 +45,14 @@ class RulesMissing(Exception):  # noqa: N818  (an answer, not a failure of the p
     """VMCOREINFO does not say enough to tell one page from another; the text names the first key that is missing."""
 
 
-@dataclass(frozen=True, slots=True)
-class PageType:
+class PageType(NamedTuple):
     """A value of ``_mapcount`` that names what a page is used for: ``(_mapcount & mask) == value``, 32 bits."""
 
     value: int
     mask: int = 0xFFFF_FFFF
 
 
-@dataclass(frozen=True, slots=True)
-class InSecondPage:
+class InSecondPage(NamedTuple):
     """A fact kept in the struct page after the head: ``width`` bytes at ``offset`` of it, masked."""
 
     offset: int
@@ -62,8 +60,7 @@ class InSecondPage:
     mask: int
 
 
-@dataclass(frozen=True, slots=True)
-class PageRules:
+class PageRules(NamedTuple):
     """Offsets in bytes into struct page of ``size`` bytes, masks of its flags, page types; None: this kernel has none.
 
     ``max_order`` is LENGTH(zone.free_area): free blocks have fewer than 2^max_order pages. ``missing`` names, by dump

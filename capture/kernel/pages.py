@@ -12,7 +12,7 @@ those of ``capture.kernel.pagerules``. Two things are done differently, to save 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ class PageClassifier:
     """
 
     def __init__(self, rules: PageRules, *, poison: bool = True) -> None:
-        self._rules = rules if poison else replace(rules, hwpoison=0)
+        self._rules = rules if poison else rules._replace(hwpoison=0)
         self._carried_to = 0
         self._carried_kind = KERNEL
         self.oddities = Oddities()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,7 @@ MAX_WALKED = 1 << 15
 _ALL_ONES = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Mapping:
+class Mapping(NamedTuple):
     """What one leaf entry maps: ``size`` bytes from ``virtual`` on lie from ``physical`` on."""
 
     virtual: int
@@ -32,8 +31,7 @@ class Mapping:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
+class Level(NamedTuple):
     """One level of tables: an entry covers 2^``shift`` bytes, a table has 2^``bits`` entries of 8 bytes.
 
     ``leaf_mask`` and ``leaf_value`` tell an entry that maps memory itself; a level without such entries has a value
@@ -46,8 +44,7 @@ class Level:
     leaf_value: int
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
+class Geometry(NamedTuple):
     """A table format. ``root`` is the physical address of the first table, ``levels`` from there down.
 
     ``first`` and ``last`` are the virtual addresses that it covers. An entry counts when ``entry & present_mask ==

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from capture.kernel.printk import CALLER_CPU, Record
 from capture.notes.prstatus import CpuRegisters
@@ -25,8 +25,7 @@ _WHERE = re.compile(rb"^CPU: (\d{1,5}) (?:UID: \d+ )?PID: (\d{1,10}) Comm: ")
 """dump_stack_print_info(), lib/dump_stack.c; UID since 6.12."""
 
 
-@dataclass(frozen=True, slots=True)
-class Panic:
+class Panic(NamedTuple):
     """``line`` is the first line of the record that announces the crash, "" when there is none.
 
     ``cpu`` and ``pid`` are what the log itself names in what follows that record.
@@ -58,7 +57,7 @@ class PanicFinder:
         elif self._goes_on(record):
             where = _WHERE.match(record.text)
             if where:
-                self.panic = replace(self.panic, cpu=int(where[1]), pid=int(where[2]))
+                self.panic = self.panic._replace(cpu=int(where[1]), pid=int(where[2]))
 
     def _goes_on(self, record: Record) -> bool:
         """Whether the announcement before is still being explained: its first line says most."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from capture.errors import SourceError
 from capture.kernel.address import KernelMemory
@@ -44,8 +45,7 @@ _MAX_PROBES = 4096
 """Failed reads after which an unreadable batch is given up whole: a damaged ring may announce millions of records."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One record of the log. ``timestamp`` in nanoseconds; ``text`` is as the kernel stored it, bytes and newlines."""
 
     sequence: int
@@ -77,11 +77,10 @@ class LogUnavailable(SourceError):  # noqa: N818
     """The log cannot be found at all; the message says what is missing."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
+class _Layout(NamedTuple):
     """Addresses, sizes and offsets in bytes of one ring."""
 
-    count: int
+    records: int
     descs: int
     infos: int
     desc_size: int
@@ -122,13 +121,13 @@ class PrintkLog:
         self._probes = 0
         layout = self._layout
         remaining = ((layout.head_id - layout.tail_id) & DESC_ID_MASK) + 1
-        if remaining > layout.count:  # damaged ids: what can be there is one turn of the ring, up to head
+        if remaining > layout.records:  # damaged ids: what can be there is one turn of the ring, up to head
             self.statistics.undecodable += 1
-            remaining = layout.count
+            remaining = layout.records
         first = (layout.head_id - remaining + 1) & DESC_ID_MASK
         while remaining:
-            index = first % layout.count
-            batch = min(remaining, layout.count - index, _BATCH)
+            index = first % layout.records
+            batch = min(remaining, layout.records - index, _BATCH)
             yield from self._batch(first, index, batch)
             first = (first + batch) & DESC_ID_MASK
             remaining -= batch
@@ -277,7 +276,7 @@ def _read_layout(memory: KernelMemory, info: VmcoreInfo) -> _Layout:
     if not 1 <= count_bits <= _MAX_COUNT_BITS or not 4 <= size_bits <= _MAX_SIZE_BITS:
         raise LogUnavailable(f"the printk ring at {ring:#x} is damaged: 2^{count_bits} records, 2^{size_bits} bytes")
     return _Layout(
-        count=1 << count_bits,
+        records=1 << count_bits,
         descs=found["descs"],
         infos=found["infos"],
         desc_size=desc_size,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,8 +52,7 @@ _X86_64_MODULES = (0xFFFF_FFFF_A000_0000, 0xFFFF_FFFF_FEFF_FFFF)
 """MODULES_VADDR (without KASLR) to MODULES_END; with KASLR the image map ends at 0xffffffffc0000000."""
 
 
-@dataclass(frozen=True, slots=True)
-class ProtectedPages:
+class ProtectedPages(NamedTuple):
     """Ranges of PFNs [first, end), sorted and disjoint, each with its kind.
 
     ``found`` says which kinds could be looked for; ``cut_short`` those that have more ranges than are remembered.

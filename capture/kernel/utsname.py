@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from capture.kernel.address import KernelMemory
 from capture.memory.image import UnreadableMemory
@@ -13,8 +13,7 @@ FIELD_BYTES = 65
 FIELDS = ("sysname", "nodename", "release", "version", "machine", "domainname")
 
 
-@dataclass(frozen=True, slots=True)
-class Utsname:
+class Utsname(NamedTuple):
     """``raw`` is the structure as it lay in memory (390 bytes); the fields are decoded from it."""
 
     raw: bytes

@@ -8,7 +8,7 @@ first byte was saved. The set-up side reads programs with it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,8 +71,7 @@ MACHINES = {62: "x86_64", 183: "aarch64"}
 """e_machine, include/uapi/linux/elf-em.h."""
 
 
-@dataclass(frozen=True, slots=True)
-class ElfCore:
+class ElfCore(NamedTuple):
     """What the header says. ``loads`` and ``notes`` are arrays of PROGRAM_HEADER, in file order.
 
     ``p_filesz`` is cut to what the source really has; ``missing_bytes`` counts what was cut off. ``problems`` names, a

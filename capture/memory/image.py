@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +35,7 @@ MAX_SHOWN = 3
 """Ranges of PFNs that a line for a person names."""
 
 
-@dataclass(frozen=True, slots=True)
-class LinearMap:
+class LinearMap(NamedTuple):
     """Virtual addresses that the ELF header says lie linearly over physical ones (p_vaddr of a PT_LOAD), in bytes."""
 
     virtual: int
@@ -43,8 +43,7 @@ class LinearMap:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Pages to be read together.
 
     ``offsets`` are source offsets in bytes, one for each of ``pfns``; None for a single page that is put together
@@ -56,8 +55,7 @@ class Chunk:
     adjacent: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class PageBlock:
+class PageBlock(NamedTuple):
     """Pages as bytes: page ``i`` lies at ``offsets[i]`` of ``buffer``. ``unreadable`` PFNs are zero-filled there.
 
     ``adjacent``: each lies right behind the one before.

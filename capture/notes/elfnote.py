@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,7 @@ MAX_PROBLEMS = 20
 """Problems that are named; of the rest the number. They are printed on a console that may do 115200 baud."""
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(NamedTuple):
     """One note. ``offset`` is where its descriptor starts in ``Notes.blob``, ``segment`` the number of its PT_NOTE."""
 
     name: bytes
@@ -42,8 +41,7 @@ class Note:
     segment: int
 
 
-@dataclass(frozen=True, slots=True)
-class Notes:
+class Notes(NamedTuple):
     """All notes, their bytes as one blob, and what could not be had."""
 
     blob: bytes

@@ -7,7 +7,7 @@ elf_prstatus`` (include/linux/elfcore.h): ``pr_pid`` at 32, the registers (``elf
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from capture.notes.elfnote import Note
 
@@ -26,8 +26,7 @@ REGISTERS = {"x86_64": X86_64_REGISTERS, "aarch64": AARCH64_REGISTERS}
 INSTRUCTION_POINTER = {"x86_64": "rip", "aarch64": "pc"}
 
 
-@dataclass(frozen=True, slots=True)
-class CpuRegisters:
+class CpuRegisters(NamedTuple):
     """The registers of one CPU. ``cpu`` counts the notes; ``pid`` is that of the task it was running (0: idle)."""
 
     cpu: int

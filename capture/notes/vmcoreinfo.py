@@ -7,8 +7,8 @@ or whose value is not a number, is None, which no value can be mistaken for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 _MAX_DIGITS = 24
 """A 64-bit value has at most 20 decimal digits; longer ones are damage (and slow to convert)."""
@@ -16,11 +16,10 @@ _MAX_DIGITS = 24
 PAGE_SIZES = (4096, 16384, 65536)
 
 
-@dataclass(frozen=True, slots=True)
-class VmcoreInfo:
+class VmcoreInfo(NamedTuple):
     """The keys of one VMCOREINFO text; ``ignored`` counts lines that are neither ``KEY=value`` nor empty."""
 
-    keys: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, str]
     ignored: int = 0
 
     def text(self, key: str) -> str | None:

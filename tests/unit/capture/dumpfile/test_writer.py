@@ -9,7 +9,6 @@ import struct
 import zlib
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +75,7 @@ def created(path: Path) -> closing[OutputFile]:
 
 def write_pages(file: OutputFile, pages: dict[int, bytes], plan: DumpPlan = PLAN, *, at_once: int = 3) -> KdumpWriter:
     """Write ``pages`` (by PFN) whole, ``at_once`` in a call."""
-    plan = replace(plan, max_mapnr=max([*pages, plan.max_mapnr - 1]) + 1)
+    plan = plan._replace(max_mapnr=max([*pages, plan.max_mapnr - 1]) + 1)
     made = KdumpWriter(file, plan)
     made.begin(runs_of(sorted(pages)))
     data = [pages[pfn] for pfn in sorted(pages)]
@@ -97,7 +96,7 @@ PAGES = {
 
 def test_the_header_says_what_the_plan_says(tmp_path: Path) -> None:
     with created(tmp_path / "dump") as file:
-        write_pages(file, PAGES, replace(PLAN, cpus=3))
+        write_pages(file, PAGES, PLAN._replace(cpus=3))
     raw = (tmp_path / "dump").read_bytes()
     assert raw[:12] == b"KDUMP   \x06\0\0\0"
     assert raw[12:402] == UTSNAME
@@ -125,13 +124,13 @@ def test_the_sub_header_says_where_the_notes_are(tmp_path: Path) -> None:
 def test_a_negative_phys_base_is_its_64_bits(tmp_path: Path) -> None:
     """KASLR may load the kernel below its link address: NUMBER(phys_base) is then negative."""
     with created(tmp_path / "dump") as file:
-        write_pages(file, PAGES, replace(PLAN, phys_base=-0x1E60_0000))
+        write_pages(file, PAGES, PLAN._replace(phys_base=-0x1E60_0000))
     assert struct.unpack_from("<q", (tmp_path / "dump").read_bytes(), PAGE) == (-0x1E60_0000,)
 
 
 def test_without_notes_their_places_are_zero(tmp_path: Path) -> None:
     with created(tmp_path / "dump") as file:
-        write_pages(file, PAGES, replace(PLAN, notes=Notes(b"", (), ())))
+        write_pages(file, PAGES, PLAN._replace(notes=Notes(b"", (), ())))
     assert struct.unpack_from("<QQQQ", (tmp_path / "dump").read_bytes(), PAGE + 32) == (0, 0, 0, 0)
     assert by_hand(tmp_path / "dump").pages == PAGES
 
@@ -139,7 +138,7 @@ def test_without_notes_their_places_are_zero(tmp_path: Path) -> None:
 def test_notes_of_many_cpus_take_as_many_blocks_as_they_need(tmp_path: Path) -> None:
     blob = CPU * 40
     with created(tmp_path / "dump") as file:
-        write_pages(file, PAGES, replace(PLAN, notes=Notes(blob, (), ())))
+        write_pages(file, PAGES, PLAN._replace(notes=Notes(blob, (), ())))
     raw = (tmp_path / "dump").read_bytes()
     assert struct.unpack_from("<i", raw, SUB_HDR_SIZE)[0] == -(-(104 + len(blob)) // PAGE) > 1
     assert raw[PAGE + 104 : PAGE + 104 + len(blob)] == blob
@@ -184,7 +183,7 @@ def test_zero_pages_share_the_page_that_the_data_begins_with(tmp_path: Path) -> 
 
 def test_at_level_0_zero_pages_have_data_of_their_own(tmp_path: Path) -> None:
     with created(tmp_path / "dump") as file:
-        write_pages(file, PAGES, replace(PLAN, level=0))
+        write_pages(file, PAGES, PLAN._replace(level=0))
     dump = by_hand(tmp_path / "dump")
     assert dump.level == 0
     assert dump.pages == PAGES
@@ -242,7 +241,7 @@ def test_bitmaps_have_a_bit_for_each_page_of_the_runs(
     path = tmp_path_factory.getbasetemp() / "bitmaps"
     with pytest.MonkeyPatch.context() as patch, created(path) as file:
         patch.setattr(writer, "_BITMAP_WINDOW", 8 * window_bytes)
-        KdumpWriter(file, replace(PLAN, max_mapnr=pfn)).begin(runs)
+        KdumpWriter(file, PLAN._replace(max_mapnr=pfn)).begin(runs)
     raw = path.read_bytes()
     assert raw[2 * PAGE : 3 * PAGE] == raw[3 * PAGE : 4 * PAGE] == expect
 
@@ -339,7 +338,7 @@ def test_what_is_held_back_is_bounded(unit: str, tmp_path: Path, monkeypatch: py
     """24 bytes a descriptor in memory, and data that may be lost with the power: neither grows with the dump."""
     monkeypatch.setattr(writer, "SYNC_PAGES" if unit == "pages" else "SYNC_BYTES", 100)
     with created(tmp_path / "dump") as file:
-        made = KdumpWriter(file, replace(PLAN, max_mapnr=1000))
+        made = KdumpWriter(file, PLAN._replace(max_mapnr=1000))
         made.begin([(0, 1000)])
         for first in range(0, 1000, 10):
             made.append(packed([filled(".") if unit == "pages" else filled("a")] * 10))
@@ -359,7 +358,7 @@ def test_only_the_first_step_is_a_small_one(watched: bool, tmp_path: Path, monke
     real = os.fdatasync
     noise = [random.Random(pfn).randbytes(PAGE) for pfn in range(34)]
     with created(tmp_path / "dump") as file:
-        made = KdumpWriter(file, replace(PLAN, max_mapnr=34))
+        made = KdumpWriter(file, PLAN._replace(max_mapnr=34))
         made.begin([(0, 34)])
         if watched:
             made.on_step = looked_at.append
@@ -432,7 +431,7 @@ def test_a_descriptor_that_a_power_cut_halved_counts_as_not_written(tmp_path: Pa
     """24 does not divide a block: of a descriptor over its edge, the disk may have the offset and not the size."""
     pages = {pfn: filled("a") for pfn in range(400)}
     with created(tmp_path / "dump") as file:
-        made = KdumpWriter(file, replace(PLAN, max_mapnr=400))
+        made = KdumpWriter(file, PLAN._replace(max_mapnr=400))
         made.begin([(0, 400)])
         made.append(packed(list(pages.values())))
         made.finish(complete=False)

@@ -82,7 +82,7 @@ def test_a_phys_base_that_leads_below_zero_is_not_followed() -> None:
 
 
 def test_without_phys_base_the_rule_of_the_image_says_nothing() -> None:
-    assert x86_64.kernel_image_physical(START_KERNEL_MAP, VmcoreInfo()) is None
+    assert x86_64.kernel_image_physical(START_KERNEL_MAP, VmcoreInfo({})) is None
 
 
 IMAGE_AT = 0x100_0000
