@@ -17,14 +17,19 @@ from capture.dumpfile.writer import Step
 
 LEVELS = (-20, -10, -5, -3, -1, 1, 3)
 """What is chosen from. Faster than -20 is hardly faster; above 3, 4 KiB pages become no smaller to speak of."""
+FIRST_LEVEL = -1
+"""Of the pages that other threads have at hand while the first sample is taken."""
 SAMPLE_PAGES = 64
 SAMPLE_EVERY = 1 << 15
 """Pages between two samples: they take less than 2 % of the time."""
 _AS_GOOD = 0.95
 _NEW_SHARE = 0.5
-"""How much a new measurement counts against those before it."""
+"""How much a new measurement counts against those before it; of the target's speed, in its logarithm."""
 _BLOCKED = 0.3
 """From this share of the time spent on the disk on, the disk is what the dump waits for."""
+ASSUMED_SPEED = 150e6
+"""Bytes a second that a target is taken for before its first step tells: what it writes until then is not lost on a
+slow disk, and hardly slower on a fast one."""
 _PROBE = 1.25
 """How much faster than shown a target is taken to be from one step to the next, while nothing waits for it."""
 
@@ -43,11 +48,13 @@ class Pace:
     def __init__(self) -> None:
         self.threads = 1
         """How many threads compress."""
-        self.level = LEVELS[0]
+        self.level = FIRST_LEVEL
         self.pages: Counter[int] = Counter()
         """Pages compressed, by level."""
         self.target_speed: float | None = None
         """Bytes a second that the target takes, None until a step has reached it."""
+        self._bound_only = True
+        """Whether that speed is one that was never reached: nothing waited for the target so far, or lately."""
         self._costs: dict[int, Cost] = {}
         self._until_sample = 0
         self._lock = threading.Lock()
@@ -81,9 +88,12 @@ class Pace:
         with self._lock:
             before = self.target_speed
             if step.blocked >= _BLOCKED * step.seconds:
-                self.target_speed = shown if before is None else before + (shown - before) * _NEW_SHARE
+                known = None if self._bound_only else before
+                self.target_speed = shown if known is None else known ** (1 - _NEW_SHARE) * shown**_NEW_SHARE
+                self._bound_only = False
             else:
                 self.target_speed = max(shown, bound if before is None else min(before * _PROBE, bound))
+                self._bound_only = True
             self._choose()
 
     def _choose(self) -> None:
@@ -95,5 +105,5 @@ class Pace:
 
     def _speed(self, cost: Cost) -> float:
         """Return the pages a second that a level makes."""
-        compressed = self.threads / max(cost.seconds, 1e-9)
-        return compressed if self.target_speed is None else min(compressed, self.target_speed / max(cost.size, 1.0))
+        target = ASSUMED_SPEED if self.target_speed is None else self.target_speed
+        return min(self.threads / max(cost.seconds, 1e-9), target / max(cost.size, 1.0))

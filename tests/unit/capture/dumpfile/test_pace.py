@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capture.dumpfile.codec import codec
-from capture.dumpfile.pace import LEVELS, SAMPLE_EVERY, Cost, Pace
+from capture.dumpfile.pace import ASSUMED_SPEED, FIRST_LEVEL, LEVELS, SAMPLE_EVERY, Cost, Pace
 from capture.dumpfile.writer import Step
 from tests.builders import PAGE, numbered
 from tests.dumps import ZSTD
@@ -72,18 +72,28 @@ def test_a_disk_that_nothing_waits_for_is_taken_for_faster_step_by_step() -> Non
     assert pace.target_speed == pytest.approx(20e6, rel=0.01)
 
 
-def test_before_a_step_reaches_the_disk_the_cpus_decide() -> None:
+def test_before_a_step_reaches_the_disk_it_is_taken_for_a_common_one() -> None:
     pace = Pace()
     assert pace.target_speed is None
-    pace.sampled(COSTS)
-    assert pace.level == LEVELS[0]
+    pace.sampled({level: Cost(cost.seconds, cost.size) for level, cost in COSTS.items()})
+    assert pace.target_speed is None
+    assert pace.level == settled(ASSUMED_SPEED)
+    assert min(LEVELS) < pace.level < max(LEVELS)
+
+
+def test_a_speed_that_was_only_a_bound_is_forgotten_once_the_disk_is_waited_for() -> None:
+    pace = Pace()
+    pace.stepped(Step(4 * MIB, 0.004, 0.1, 0.0))  # swallowed by a cache
+    assert pace.target_speed == pytest.approx(4 * MIB / 0.004)
+    pace.stepped(waiting_for(20e6))
+    assert pace.target_speed == pytest.approx(20e6)
 
 
 def test_a_sample_is_taken_first_and_then_now_and_then() -> None:
     pace = Pace()
     wanted = [pace.begin(SAMPLE_EVERY // 4)[1] for _ in range(12)]
     assert wanted == [True, False, False, False] * 3
-    assert pace.pages == {LEVELS[0]: 3 * SAMPLE_EVERY}
+    assert pace.pages == {FIRST_LEVEL: 3 * SAMPLE_EVERY}
 
 
 @given(st.lists(st.tuples(st.integers(0, 1 << 40), *[st.floats(0, 1e3)] * 3), max_size=20))
