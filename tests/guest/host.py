@@ -20,14 +20,18 @@ PACKAGES: Mapping[str, str] = {
     "e2fsck": "e2fsprogs",
     "kexec": "kexec-tools",
     "makedumpfile": "makedumpfile",
+    "losetup": "mount",
     "mke2fs": "e2fsprogs",
     "mksquashfs": "squashfs-tools",
+    "mount": "mount",
+    "qemu-storage-daemon": "qemu-system-common",
     "qemu-system-x86_64": "qemu-system-x86",
     "tar": "tar",
+    "umount": "mount",
 }
 """Program → the Debian package that has it."""
 
-CYCLE = sorted(PACKAGES.keys() - {"crash", "makedumpfile"})
+CYCLE = sorted(PACKAGES.keys() - {"crash", "losetup", "makedumpfile", "mount", "qemu-storage-daemon", "umount"})
 """What a whole crash cycle needs on the host; the others only look at what it left."""
 
 # An ordinary user's PATH has no sbin on Debian, where mke2fs, debugfs, depmod and kexec live.
