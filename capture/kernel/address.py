@@ -53,6 +53,14 @@ class KernelMemory:
             return Mapping(linear.virtual, linear.physical, linear.size)
         return None if self.tables is None else self.tables.lookup(address)
 
+    def image_physical(self, start: int, end: int) -> int | None:
+        """Return the physical address of ``start`` where all from there to ``end`` can belong to the kernel image.
+
+        That it does belong to it is for the caller to know. None for all else.
+        """
+        first, last = self._rule(start, self._info), self._rule(end - 1, self._info)
+        return first if first is not None and last is not None and last - first == end - 1 - start else None
+
     def read(self, address: int, length: int) -> bytes:
         """Return ``length`` bytes at a virtual address.
 

@@ -7,6 +7,7 @@ and last letters come from array work, and only names that could be wanted are p
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -86,18 +87,31 @@ def _windows(memory: KernelMemory, address: int, count: int) -> Iterator[tuple[i
     while first < count:
         data += memory.read(address, _READ)
         address += _READ
-        begins: list[int] = []
-        position = 0
-        while first + len(begins) < count and position + 2 <= len(data):
-            length = data[position]
-            end = position + (length + 1 if length < _LONG else (length & ~_LONG | data[position + 1] << 7) + 2)
-            if end > len(data):
-                break
-            begins.append(position)
-            position = end
+        begins = _begins(data)
+        position = begins.pop()
+        if len(begins) > count - first:
+            position = begins[count - first]
+            del begins[count - first :]
         yield first, begins, data[:position]
         first += len(begins)
         data = data[position:]
+
+
+def _begins(data: bytes) -> list[int]:
+    """Return where each name that is there as a whole begins, and at last where they end.
+
+    The one loop over all symbols of a kernel: nothing that can be done once is done in it.
+    """
+    begins: list[int] = []
+    position, end = 0, len(data)
+    with contextlib.suppress(IndexError):  # a length itself is cut off
+        while position < end:
+            begins.append(position)
+            length = data[position]
+            position += length + 1 if length < _LONG else (length & ~_LONG | data[position + 1] << 7) + 2
+    if position == end:
+        begins.append(end)  # else the last one is not there as a whole
+    return begins
 
 
 def _matching(names: bytes, begins: list[int], tokens: list[bytes], wanted: set[bytes]) -> dict[bytes, int]:

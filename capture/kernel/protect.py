@@ -143,6 +143,10 @@ class _Finder:
             self.physical(kind, ((leaf.physical, leaf.size) for leaf in leaves))
 
     def _translated(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        image = self._memory.image_physical(start, end) if start < end else None
+        if image is not None:
+            yield image, end - start
+            return
         while start < end:
             mapping = self._memory.mapping(start)
             step = self._page_size - start % self._page_size

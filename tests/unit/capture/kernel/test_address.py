@@ -103,6 +103,16 @@ def test_the_image_and_the_direct_map_lead_to_the_same_bytes(vmcore_file: WriteF
         assert memory.read(image, 0) == b""
 
 
+def test_a_range_of_the_image_is_told_as_one_and_no_other(vmcore_file: WriteFile) -> None:
+    with memory_of(vmcore_file(core({"NUMBER(phys_base)": 16 * PAGE}, X86_LOADS))) as memory:
+        start = START_KERNEL_MAP + 16 * PAGE
+        assert memory.image_physical(start + 5, start + 9 * PAGE) == memory.physical(start + 5)
+        assert memory.image_physical(start, START_KERNEL_MAP + GIB) == memory.physical(start)
+        assert memory.image_physical(start, START_KERNEL_MAP + GIB + 1) is None
+        assert memory.image_physical(START_KERNEL_MAP - 1, start) is None
+        assert memory.image_physical(DIRECT_MAP, DIRECT_MAP + PAGE) is None
+
+
 def test_without_vmcoreinfo_the_elf_header_alone_maps_the_image(vmcore_file: WriteFile) -> None:
     with memory_of(vmcore_file(elf_core([], X86_LOADS))) as memory:
         assert memory.read(START_KERNEL_MAP + IMAGE_AT + PAGE, 2) == b"ll"

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capture.kernel import kallsyms
 from capture.kernel.address import KernelMemory
 from capture.kernel.kallsyms import find_symbols
 from capture.memory.image import UnreadableMemory
@@ -93,6 +94,14 @@ def test_symbols_are_found_in_both_kinds_of_table(absolute: bool) -> None:
     memory, info = table(symbols, absolute=absolute)
     assert found(memory, info, *symbols, "nobody") == symbols
     assert found(memory, info, "_end") == {"_end": SYMBOLS["_end"]}
+
+
+@pytest.mark.parametrize("read", [*range(1, 12), 63, 64, 65, 331])
+def test_wherever_a_read_ends_no_name_is_lost_or_counted_twice(read: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kallsyms, "_READ", read)
+    memory, info = table(SYMBOLS, absolute=True)
+    memory.parts[AT["names"]] += bytes([2]) + b"Tz" * 400  # what follows the table is none of its names
+    assert found(memory, info, *SYMBOLS, "z") == SYMBOLS
 
 
 def test_a_table_without_a_base_begins_at_the_text() -> None:
