@@ -11,15 +11,17 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.segments import InterpSegment
 
-from initramfs import bytecode, tools
+from initramfs import bytecode, hollow, tools
 from initramfs.bytecode import Compilation
 from initramfs.errors import ImageError, ToolError
 from initramfs.imports import named_imports
@@ -37,6 +39,9 @@ LOADER_DIRECTORIES = frozenset(
     f"{base}/{name}" for base in ("", "/usr") for name in ("lib", "lib64", f"lib/{os.uname().machine}-linux-gnu")
 )
 
+Report = dict[str, Any]
+"""What ``probe.py`` prints."""
+
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
@@ -50,6 +55,7 @@ class Runtime:
     modules: tuple[Path, ...]  # sources, extensions, .pyc files without source
     objects: tuple[Path, ...]  # shared objects, where the loader found them
     data: tuple[Path, ...]  # other files that packages opened
+    hollow: Mapping[Path, bytes] = field(default_factory=dict)  # what stands for shared objects that nobody calls
 
     def in_image(self, path: Path) -> str | None:
         """Return the path in the image of something that belongs to Python; None for what is the system's."""
@@ -80,20 +86,8 @@ def trace(roots: Sequence[str]) -> Runtime:
         "named": sorted({name for root in roots for name in named_imports(root)}),
         "path": path,
     }
-    # Started as in the capture kernel: no site, no locale, none of our environment.
-    environment = {"PATH": os.environ.get("PATH", SEARCH_PATH), "OPENBLAS_NUM_THREADS": "1"}
-    for name in ("LD_LIBRARY_PATH", "TMPDIR"):
-        if name in os.environ:
-            environment[name] = os.environ[name]
-    try:
-        answer = tools.run(
-            [sys.executable, "-s", "-S", "-P", "-B", Path(__file__).with_name("probe.py")],
-            stdin=json.dumps(request),
-            environment=environment,
-        )
-    except ToolError as error:
-        raise ImageError(f"the packages {', '.join(roots)} do not run on their own: {error}") from error
-    report = json.loads(answer)
+    report = _probe(request)
+    report, hollowed = _without_blas(request, report)
     modules = {Path(module["file"]) for module in report["modules"]}
     modules.update(main for location in locations for main in location.rglob("__main__.py"))
     # Only directories that something was found in: a mere entry of sys.path may be as wide as "/".
@@ -107,7 +101,56 @@ def trace(roots: Sequence[str]) -> Runtime:
         modules=tuple(sorted(modules)),
         objects=tuple(Path(name) for name in report["objects"] if Path(name) not in modules),
         data=tuple(Path(name) for name in report["opened"] if not name.endswith(CODE_SUFFIXES)),
+        hollow=hollowed,
     )
+
+
+def _probe(request: Mapping[str, Any], preload: Sequence[Path] = ()) -> Report:
+    """Return what ``probe.py`` reports, with shared objects ``preload`` in the place of those of the same name."""
+    # Started as in the capture kernel: no site, no locale, none of our environment.
+    environment = {"PATH": os.environ.get("PATH", SEARCH_PATH), "OPENBLAS_NUM_THREADS": "1"}
+    for name in ("LD_LIBRARY_PATH", "TMPDIR"):
+        if name in os.environ:
+            environment[name] = os.environ[name]
+    if preload:
+        environment["LD_PRELOAD"] = ":".join(map(str, preload))
+    try:
+        answer = tools.run(
+            [sys.executable, "-s", "-S", "-P", "-B", Path(__file__).with_name("probe.py")],
+            stdin=json.dumps(request),
+            environment=environment,
+        )
+    except ToolError as error:
+        raise ImageError(f"the packages {', '.join(request['roots'])} do not run on their own: {error}") from error
+    report: Report = json.loads(answer)
+    return report
+
+
+def _without_blas(request: Mapping[str, Any], report: Report) -> tuple[Report, dict[Path, bytes]]:
+    """Try the run without the body of NumPy's BLAS: the report of that run, and what stood for it.
+
+    Where it does not work, the first report and nothing: the image is larger then, and no worse.
+    """
+    objects = [Path(name) for name in report["objects"]]
+    extensions = [Path(module["file"]) for module in report["modules"] if module["file"].endswith(".so")]
+    users = [*extensions, *(path for path in objects if not hollow.is_blas(path))]
+    with tempfile.TemporaryDirectory(prefix="vmcapture-") as scratch:
+        stands: dict[Path, bytes] = {}
+        for path in filter(hollow.is_blas, objects):
+            body = hollow.hollow(path, users)
+            if body is not None:
+                stands[path] = body
+                (Path(scratch) / path.name).write_bytes(body)
+        if not stands:
+            return report, {}
+        try:
+            thin = _probe(request, [Path(scratch) / path.name for path in stands])
+        except ImageError:
+            return report, {}
+        left = [name for name in thin["objects"] if not name.startswith(f"{scratch}/")]
+        if any(hollow.is_blas(Path(name)) for name in left):
+            return report, {}
+        return {**thin, "objects": left}, stands
 
 
 def _base(name: str, file: Path) -> Path:
@@ -128,6 +171,11 @@ def lay_out(runtime: Runtime, tree: Tree, launcher_module: str, scratch: Path) -
         elif path in runtime.objects:
             system_objects.append(path)
             tree.add_host(path)
+    for path, body in runtime.hollow.items():
+        place = runtime.in_image(path)
+        if place is None:
+            system_objects.append(path)
+        tree.add(place or str(path), File(body))
     tree.add(LAUNCHER, File(_launcher(runtime, launcher_module, system_objects).encode(), 0o755))
     tree.add(BOOT_LAUNCHER, File(_launcher(runtime, BOOT_MODULE, system_objects).encode(), 0o755))
 
