@@ -1,12 +1,14 @@
 """Writes a tree as a newc cpio archive, the format that the kernel unpacks as an initramfs; same tree, same bytes.
 
+And reads one file out of such an archive.
+
 The format: Documentation/driver-api/early-userspace/buffer-format.rst in the kernel's sources.
 """
 
 from __future__ import annotations
 
 import stat
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from initramfs.errors import ImageError
 from initramfs.tree import Device, Directory, Entry, File, Symlink, Tree
@@ -16,6 +18,10 @@ ALIGNMENT = 4
 BLOCK = 512
 TRAILER = "TRAILER!!!"
 MAX_FILE = 0xFFFFFFFF  # eight hexadecimal digits hold the size
+
+
+HEADER = 110  # the magic, then 13 fields of eight digits
+MAX_NAME = 4096  # PATH_MAX
 
 
 class Output(Protocol):
@@ -61,3 +67,35 @@ def _header(name: str, *, mode: int, inode: int, links: int, size: int, device: 
     fields = (inode, mode, owner, group, links, time, size, device_major, device_minor, *device, len(encoded), checksum)
     header = (MAGIC + "".join(f"{field:08X}" for field in fields)).encode() + encoded
     return header + bytes(-len(header) % ALIGNMENT)
+
+
+def content(archive: BinaryIO, path: str) -> bytes | None:
+    """Return what a regular file holds, by its path from the root on; None when the archive has no such file.
+
+    Raises:
+        ImageError: it is no newc archive, or ends too early.
+    """
+    position = archive.tell()
+    while True:
+        header = archive.read(HEADER)
+        try:
+            fields = [int(header[start : start + 8], 16) for start in range(len(MAGIC), HEADER, 8)]
+        except ValueError:
+            fields = []
+        if len(header) < HEADER or header[: len(MAGIC)] != MAGIC.encode() or not fields or fields[11] > MAX_NAME:
+            raise ImageError(f"no cpio archive of the kind newc (byte {position})")
+        mode, size, name_size = fields[1], fields[6], fields[11]
+        name = archive.read(name_size).rstrip(b"\0").decode(errors="replace")
+        if name == TRAILER:
+            return None
+        begin = position + HEADER + name_size
+        begin += -begin % ALIGNMENT
+        archive.seek(begin)
+        if name == path.lstrip("/") and stat.S_ISREG(mode):
+            data = archive.read(size)
+            if len(data) < size:
+                raise ImageError(f"the archive ends within /{name}")
+            return data
+        position = begin + size
+        position += -position % ALIGNMENT
+        archive.seek(position)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from initramfs import cpio, tools
+from initramfs.errors import ImageError
 from initramfs.tree import Device, Directory, File, Symlink, Tree
 
 
@@ -83,3 +84,28 @@ def test_the_order_in_which_a_tree_was_filled_does_not_show() -> None:
 
 def test_the_archive_fills_whole_blocks(tree: Tree) -> None:
     assert len(packed(tree)) % cpio.BLOCK == 0
+
+
+def test_a_file_is_read_out_of_an_archive(tree: Tree) -> None:
+    archive = packed(tree) + b"what comes behind it"
+
+    found = {path: cpio.content(io.BytesIO(archive), path) for path in ("/etc/odd", "/etc/empty", "/bin/tool")}
+
+    assert found == {"/etc/odd": b"12345", "/etc/empty": b"", "/bin/tool": b"from the host\n"}
+
+
+@pytest.mark.parametrize("path", ["/etc", "/link", "/dev/console", "/nowhere", "/TRAILER!!!"])
+def test_what_is_no_regular_file_of_an_archive_has_no_content(path: str, tree: Tree) -> None:
+    assert cpio.content(io.BytesIO(packed(tree)), path) is None
+
+
+@pytest.mark.parametrize("size", [*range(0, 600, 7), -520])
+def test_an_archive_that_is_cut_short_is_said_to_be(size: int, tree: Tree) -> None:
+    with pytest.raises(ImageError):
+        cpio.content(io.BytesIO(packed(tree)[:size]), "/zzz")
+
+
+@pytest.mark.parametrize("wrong", [b"070707", b"\x1f\x8b", bytes(110), b"070701" + b"x" * 200, b"070701" + b"f" * 104])
+def test_what_is_no_archive_is_said_to_be_none(wrong: bytes) -> None:
+    with pytest.raises(ImageError, match="no cpio archive"):
+        cpio.content(io.BytesIO(wrong), "/etc/odd")
