@@ -19,3 +19,11 @@ class ToolError(CaptureError):
 
 class KexecError(CaptureError):
     """The machine cannot be armed."""
+
+
+class MeasureError(CaptureError):
+    """How much memory a capture kernel needs cannot be measured here."""
+
+
+class NotSavedError(MeasureError):
+    """A guest crashed, and its capture kernel did not save everything: more memory may help."""
