@@ -27,7 +27,7 @@ HOST_SPARE = 512 << 20
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """What to boot, and on what. ``memory`` is in bytes."""
+    """What to boot, and on what. Paths are absolute, ``memory`` is in bytes."""
 
     kernel: Path
     initrd: Path
@@ -136,7 +136,10 @@ def _started(words: list[str], log: Path, complaints: Path) -> Iterator[subproce
     """Start QEMU; it does not outlive the block, however that ends."""
     with log.open("wb") as console, complaints.open("wb") as errors:
         try:
-            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=console, stderr=errors)
+            # A QEMU that aborts leaves its core where it was started.
+            process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=console, stderr=errors, cwd=log.absolute().parent
+            )
         except OSError as error:
             raise ToolError(f"cannot run {words[0]}: {error.strerror}") from error
     try:
