@@ -69,7 +69,7 @@ def build_image(request: ImageRequest) -> ImageReport:
     squashfs = _wants_squashfs(request.squashfs, kernel)
     wanted = (*(SQUASHFS_MODULES if squashfs else ()), *request.modules)
     plan = kernel.plan(wanted, request.optional_modules, request.welcome_modules)
-    busybox = _busybox()
+    busybox = static_busybox()
     try:
         with tempfile.TemporaryDirectory(prefix="vmcapture-") as name:
             scratch = Path(name)
@@ -105,7 +105,8 @@ def _wants_squashfs(choice: bool | None, kernel: ModuleTree) -> bool:
     return choice
 
 
-def _busybox() -> Path:
+def static_busybox() -> Path:
+    """Return the host's busybox, which needs no shared objects."""
     found = tools.find("busybox")
     if found is None:
         raise ToolError(f"busybox was not found: install {BUSYBOX_PACKAGE}")

@@ -86,6 +86,13 @@ def no_squashfs_tree(module_tree: Path) -> Path:
     return module_tree
 
 
+def program_of(path: Path, script: str) -> Path:
+    """Make a program of a shell script."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
 def need_image_tools() -> None:
     """Skip where no image can be built."""
     for name, package in (("busybox", "busybox-static"), ("mksquashfs", "squashfs-tools")):
