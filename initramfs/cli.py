@@ -12,12 +12,15 @@ from pathlib import Path
 
 import capture.cli
 from capture.cli import Subparsers, command, positive
-from capture.console import Console
-from initramfs import devices, estimate, kexec, modules
+from capture.console import Console, printable
+from capture.errors import CaptureError
+from initramfs import devices, estimate, kexec, measure, modules
 from initramfs.devices import Needed
-from initramfs.errors import ImageError, KexecError
+from initramfs.errors import ImageError, KexecError, MeasureError
+from initramfs.estimate import Estimate
 from initramfs.image import ImageRequest, build_image
 from initramfs.kexec import CrashKernel
+from initramfs.measure import Measurement
 
 CRASH_DIRECTORY = Path("/var/crash")
 NOT_ARMED = 1
@@ -111,6 +114,20 @@ def _add_estimate(subparsers: Subparsers) -> None:
     add = parser.add_argument
     add("--image", type=Path, metavar="IMG", help="an image that is built already; else one is built to be measured")
     add("--cpus", type=positive(), default=1, metavar="N", help="CPUs in the capture kernel (default: %(default)s)")
+    add(
+        "--kernel-image",
+        type=Path,
+        metavar="VMLINUZ",
+        help="the kernel to measure with, default: /boot/vmlinuz-RELEASE, else /lib/modules/RELEASE/vmlinuz",
+    )
+    add("--no-measure", action="store_true", help="compute it, even where QEMU could crash a guest to measure it")
+    add(
+        "--timeout",
+        type=positive(),
+        default=measure.DEADLINE,
+        metavar="SECONDS",
+        help="time for the guests (default: %(default)s)",
+    )
 
 
 def default_kernel(release: str, root: Path = Path("/")) -> Path:
@@ -132,11 +149,11 @@ def _request(args: argparse.Namespace, output: Path | None) -> ImageRequest:
         needed = devices.modules_for_target(args.target)
     elif not args.module:
         needed = devices.modules_for_mount(devices.mount_of(CRASH_DIRECTORY))
-    release = args.kernel or (args.modules_dir.absolute().name if args.modules_dir else os.uname().release)
+    release = _release(args)
     return ImageRequest(
         output=output or default_image(release),
         kernel_release=release,
-        modules_dir=args.modules_dir or Path("/lib/modules") / release,
+        modules_dir=_modules_dir(args),
         modules=(*needed.loaded, *args.module),
         optional_modules=needed.built_in,
         # With --module the image may be for another machine.
@@ -145,6 +162,15 @@ def _request(args: argparse.Namespace, output: Path | None) -> ImageRequest:
         binaries=tuple(args.bin),
         squashfs=False if args.no_squashfs else None,
     )
+
+
+def _release(args: argparse.Namespace) -> str:
+    """Return the kernel release that an image is for."""
+    return args.kernel or (args.modules_dir.absolute().name if args.modules_dir else os.uname().release)
+
+
+def _modules_dir(args: argparse.Namespace) -> Path:
+    return args.modules_dir or Path("/lib/modules") / _release(args)
 
 
 def run_initramfs(args: argparse.Namespace) -> int:
@@ -196,18 +222,52 @@ def _cpus(image: Path) -> int:
 
 
 def run_estimate(args: argparse.Namespace) -> int:
-    """Tell how much memory to reserve."""
+    """Tell how much memory to reserve: measured in QEMU where that is possible, else computed."""
+    if args.kernel_image is not None and not args.kernel_image.is_file():
+        raise MeasureError(f"{args.kernel_image}: no such kernel; name another one with --kernel-image")
     with tempfile.TemporaryDirectory(prefix="vmcapture-") as scratch:
         image = args.image or build_image(_request(args, Path(scratch) / "image")).path
         try:
-            found = estimate.estimate(estimate.memory_of(image), args.cpus)
+            size = estimate.memory_of(image)
         except OSError as error:
             raise ImageError(f"{image}: {error.strerror}; leave --image out, and one is built to be measured") from None
+        computed = estimate.estimate(size, args.cpus)
+        measured, why_not = _measured(args, image, computed, Path(scratch))
     if args.json:
-        print(json.dumps(found.values(), indent=2))
+        found = computed.values()
+        if measured is not None:
+            found |= {"reservation": measured.run.reservation, "parameter": measured.parameter}
+        values = measured.values() if measured is not None else None
+        print(json.dumps({**found, "measured": values, "not_measured": why_not}, indent=2))
     else:
-        print("\n".join(found.lines()))
+        print("\n".join(computed.lines() if measured is None else measured.lines()))
+        if why_not is not None:
+            print(f"  computed, not measured: {why_not}")
     return 0
+
+
+def _measured(
+    args: argparse.Namespace, image: Path, computed: Estimate, scratch: Path
+) -> tuple[Measurement | None, str | None]:
+    """Return what was measured, or None and why nothing was."""
+    if args.no_measure:
+        return None, "--no-measure"
+    release, modules_dir = _release(args), _modules_dir(args)
+    request = measure.Request(
+        kernel=args.kernel_image or default_kernel(release),
+        modules_dir=modules_dir,
+        image=image,
+        image_memory=computed.image,
+        first=computed.reservation,
+        cpus=args.cpus,
+        deadline=args.timeout,
+    )
+    try:
+        return measure.measure(request, scratch / "measure", Console(quiet=args.quiet or args.no_progress).say), None
+    except CaptureError as error:
+        return None, printable(str(error))
+    except OSError as error:
+        return None, printable(f"{error.filename or 'system'}: {error.strerror or error}")
 
 
 def _mounted_target() -> tuple[str, str]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from initramfs import cli, devices
+from initramfs import cli, devices, measure
 from initramfs.cli import main
 from initramfs.devices import Mount, Needed
-from initramfs.errors import ImageError
+from initramfs.errors import ImageError, MeasureError, ToolError
 from initramfs.image import ImageReport, ImageRequest
+from initramfs.measure import Measurement, Run
 
 from .conftest import RELEASE, need_image_tools
 
@@ -159,19 +162,26 @@ def test_load_takes_as_many_cpus_as_the_reservation_is_enough_for(
         assert f" nr_cpus={cpus} " in (machine / "calls").read_text().splitlines()[-1]
 
 
-def test_estimate_says_what_to_reserve_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    image = tmp_path / "image"
-    image.write_bytes(bytes(20 << 20))
+def image_of(size: int, folder: Path) -> str:
+    image = folder / "image"
+    image.write_bytes(bytes(size))
+    return str(image)
 
-    assert main(["estimate", "--image", str(image)]) == 0
+
+def test_estimate_says_what_to_reserve_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = image_of(20 << 20, tmp_path)
+
+    assert main(["estimate", "--no-measure", "--image", image]) == 0
     parameter, *parts = capsys.readouterr().out.splitlines()
     assert parameter.startswith("crashkernel=")
     assert any(part.split()[:2] == ["image", "20.0"] for part in parts)
+    assert parts[-1] == "  computed, not measured: --no-measure"
 
-    assert main(["estimate", "--image", str(image), "--cpus", "4", "--json"]) == 0
+    assert main(["estimate", "--no-measure", "--image", image, "--cpus", "4", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["cpus"] == 4
     assert values["image"] == 20 << 20
+    assert (values["measured"], values["not_measured"]) == (None, "--no-measure")
 
 
 def test_estimate_builds_the_image_that_it_is_about(
@@ -179,15 +189,89 @@ def test_estimate_builds_the_image_that_it_is_about(
 ) -> None:
     need_image_tools()
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    arguments = ["--modules-dir", str(module_tree), "--module", "virtio-blk"]
 
-    assert main(["estimate", "--json", "--modules-dir", str(module_tree), "--module", "virtio-blk"]) == 0
+    assert main(["estimate", "--json", "--no-measure", *arguments]) == 0
 
     assert json.loads(capsys.readouterr().out)["image"] > 10 << 20
 
 
-def test_estimate_of_an_image_that_is_not_there_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["estimate", "--image", str(tmp_path / "missing")]) == 1
+@pytest.mark.parametrize("more", [(), ("--no-measure",)])
+def test_estimate_of_an_image_that_is_not_there_is_a_line(
+    more: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["estimate", "--image", str(tmp_path / "missing"), *more]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_estimate_with_a_kernel_that_is_not_there_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "missing"
+    assert main(["estimate", "--image", image_of(1 << 20, tmp_path), "--kernel-image", str(missing)]) == 1
+    assert capsys.readouterr() == ("", f"vmcapture: {missing}: no such kernel; name another one with --kernel-image\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ToolError("qemu-system-x86_64 was not found: install qemu-system-x86"), "qemu-system-x86_64 was not found"),
+        (MeasureError("the guest said\x1b[2J"), "the guest said\\x1b[2J"),
+        (PermissionError(13, "Permission denied", "/boot/vmlinuz"), "/boot/vmlinuz: Permission denied"),
+    ],
+)
+def test_estimate_computes_where_it_cannot_measure_and_says_why(
+    error: Exception, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(measure, "measure", fail)
+    image = image_of(20 << 20, tmp_path)
+
+    assert main(["estimate", "--image", image]) == 0
+    parameter, *others = capsys.readouterr().out.splitlines()
+    assert parameter == "crashkernel=128M"
+    assert others[-1].startswith(f"  computed, not measured: {line}")
+
+    assert main(["estimate", "--image", image, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["measured"] is None
+    assert values["not_measured"].startswith(line)
+
+
+def test_estimate_prints_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[measure.Request] = []
+
+    def measured(request: measure.Request, scratch: Path, say: Callable[[str], object]) -> Measurement:
+        asked.append(request)
+        say("crashing a guest")
+        assert not scratch.exists()
+        run = Run(112 << 20, 80 << 20, 12 << 20, 44 << 20)
+        return Measurement(run, ((96 << 20, "no"),), 8 << 20, ("raid",), RELEASE, "tcg", 2, 20 << 20, 1 << 30)
+
+    monkeypatch.setattr(measure, "measure", measured)
+    image, kernel = image_of(20 << 20, tmp_path), tmp_path / "vmlinuz"
+    kernel.touch()
+    arguments = ["estimate", "--image", image, "--kernel-image", str(kernel), "--kernel", RELEASE, "--timeout", "9"]
+
+    assert main([*arguments, "--cpus", "2"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[0] == "crashkernel=112M"
+    assert "not at 96M: no" in shown.out
+    assert shown.err == "vmcapture: crashing a guest\n"
+    modules_dir = Path("/lib/modules") / RELEASE
+    assert asked == [measure.Request(kernel, modules_dir, Path(image), 20 << 20, asked[0].first, 2, 9)]
+
+    assert main([*arguments, "--json", "--quiet"]) == 0
+    shown = capsys.readouterr()
+    values = json.loads(shown.out)
+    assert shown.err == ""
+    assert (values["reservation"], values["parameter"]) == (112 << 20, "crashkernel=112M")
+    assert values["measured"]["memory_available_least"] == 12 << 20
+    assert values["measured"]["drivers_without_device"] == ["raid"]
+    assert values["not_measured"] is None
+    assert {"cpus", "kernel", "drivers", "image", "job", "spare", "needed"} <= values.keys()
 
 
 def refuse(device: Path) -> Path:
