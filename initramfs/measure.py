@@ -36,7 +36,8 @@ GUEST_MODULES = ("virtio_pci", "virtio_blk", "ext4")
 CONTROLLERS = ("pci:", "virtio:", "vmbus:", "xen:", "acpi")
 """How the aliases of a module begin that drives a controller, and so has memory for the device to work in."""
 DRIVER = 4 * MIB
-"""For a driver that found no device: queues and buffers. Drivers of storage keep them small in a capture kernel."""
+"""For a driver that found no device: queues and buffers. nvme, virtio_scsi and vmw_pvscsi, given QEMU's devices, took
+2.5 MiB together (6.1, one CPU); a RAID controller that nobody can emulate may take more than one of them."""
 SPARE = 8 * MIB
 """What a measured capture kernel has to have left at the least: a larger machine takes up to 5 MiB more
 (tests/bench/memory.py, 1 TiB), and no two runs take the same."""
@@ -45,7 +46,7 @@ GUEST_MEMORY = 1 << 30
 TARGET_LABEL = "vmcapture"
 TARGET_SIZE = "2G"  # a sparse file
 DEADLINE = 1200
-"""Seconds for all runs: one takes a minute or two without KVM, on a busy host."""
+"""Seconds for all runs: one takes 16 s without KVM on two CPUs, and many times as long on a busy host."""
 KVM_BOOT = 60.0
 """Seconds until a guest must be up with KVM."""
 PATIENCE = 3
