@@ -1,24 +1,29 @@
 """The smallest ``crashkernel=`` at which a whole save succeeds, by trying: ``python -m tests.bench.reservation``.
 
 Crashes a guest again and again, with less memory reserved each time, until its capture kernel fails. Each save is at
-level 31 and has to be complete. Times are of the capture kernel's own clock, which starts when it does.
+level 31 and has to be complete. Times are of the capture kernel's own clock, which starts when it does. ``--peer`` has
+the same guests saved by makedumpfile in an image of its own as well (see peer_image.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from capture.boot.job import MANIFEST
+from tests.bench import peer_image, rung
 from tests.bench.common import run, scratch
+from tests.bench.rung import Figures, Rung
+from tests.guest import host
 from tests.guest.cases import LINUX_6_1, LINUX_6_12, Case
-from tests.guest.crash import ImageStore, crash
+from tests.guest.crash import OURS, ImageStore, Saver, crash
+from tests.guest.host import HostError
 from tests.guest.qemu import GuestError
 
 LADDER = (256, 192, 160, 144, 128, 112, 96, 80)
@@ -28,19 +33,16 @@ NO_ONE_THERE = "vmcapture.failure=poweroff panic=-1"
 
 
 @dataclass(frozen=True, slots=True)
-class Rung:
-    """What came of one try. ``manifest`` is None where nothing was saved, ``reason`` says why."""
+class Contender:
+    """Who saves, and how to read from the folder that was saved what that took."""
 
-    kernel: str
-    memory: str
-    reserved: int
-    manifest: Any
-    reason: str = ""
+    name: str
+    saver: Saver
+    figures: Callable[[Path], Figures]
 
-    @property
-    def complete(self) -> bool:
-        """Whether all was saved."""
-        return bool(self.manifest and self.manifest["complete"])
+
+US = Contender("ours", OURS, lambda saved: rung.of_manifest(json.loads((saved / MANIFEST).read_text())))
+PEERS = tuple(Contender(option, peer_image.saver(option), peer_image.figures) for option in ("-c", "-l"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,61 +53,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--memory", nargs="+", default=["1G", "4G"], metavar="SIZE")
     add("--cpus", type=int, default=1, metavar="N", help="CPUs in the capture kernel (default: 1)")
     add("--ladder", nargs="+", type=int, default=LADDER, metavar="MIB", help="what to reserve, the largest first")
+    add("--peer", action="store_true", help="makedumpfile -c and makedumpfile -l as well")
+    add("--no-ours", action="store_true", help="the peer alone")
+    add("--consoles", type=Path, metavar="DIR", help="keep the guests' consoles there")
     arguments = parser.parse_args(argv)
-    print(
-        f"{'kernel':7}{'memory':>7}{'crashkernel':>12}{'saved':>7}{'total':>7}{'least':>7}{'RSS':>6}"
-        f"{'start s':>9}{'1st byte':>9}{'end s':>7}{'dump s':>8}{'dump MiB':>9}"
-    )
+    contenders = (*(() if arguments.no_ours else (US,)), *(PEERS if arguments.peer or arguments.no_ours else ()))
 
     def measure() -> None:
+        if lacking := host.missing([*host.CYCLE, *(["makedumpfile"] if contenders != (US,) else [])]):
+            raise HostError(lacking)
+        print(rung.HEADING, flush=True)
         with scratch() as name:
-            store = ImageStore(Path(name) / "images")
+            store = ImageStore(Path(name) / "images", more=None if contenders == (US,) else peer_image.build)
             for kernel in arguments.kernel:
                 for memory in arguments.memory:
-                    _descend(kernel, memory, arguments, store, Path(name))
-        print("total, least: MiB that the capture kernel has, and that were available at the least; RSS: peak, MiB")
+                    for contender in contenders:
+                        _descend(contender, kernel, memory, arguments, store, Path(name))
+        print("\n".join(rung.LEGEND))
 
     return run(measure)
 
 
-def _descend(name: str, memory: str, arguments: argparse.Namespace, store: ImageStore, folder: Path) -> None:
+def _descend(
+    contender: Contender, name: str, memory: str, arguments: argparse.Namespace, store: ImageStore, folder: Path
+) -> None:
     cpus = arguments.cpus
     case = Case(f"reservation-{name}", KERNELS[name], cpus + 1, memory=memory, capture_cpus=cpus)
     for reserved in arguments.ladder:
-        rung = _try(name, replace(case, crashkernel=f"{reserved}M"), reserved, store, folder)
-        print(_row(rung), flush=True)
-        if not rung.complete:
+        with tempfile.TemporaryDirectory(dir=folder) as workdir:
+            found = _try(contender, name, replace(case, crashkernel=f"{reserved}M"), reserved, store, Path(workdir))
+            if arguments.consoles is not None:
+                _keep_console(Path(workdir), arguments.consoles / f"{name}-{memory}-{reserved}M{contender.name}.log")
+        print(found.row(), flush=True)
+        if not found.complete:
             return
 
 
-def _try(name: str, case: Case, reserved: int, store: ImageStore, folder: Path) -> Rung:
-    with tempfile.TemporaryDirectory(dir=folder) as workdir:
-        try:
-            saved = crash(case, store, Path(workdir), append=NO_ONE_THERE)
-            manifest = json.loads((saved.saved / MANIFEST).read_text())
-        except (GuestError, FileNotFoundError) as error:  # not saved, or not as far as the manifest
-            return Rung(name, case.memory, reserved, None, str(error))
-        return Rung(name, case.memory, reserved, manifest)
+def _try(contender: Contender, name: str, case: Case, reserved: int, store: ImageStore, workdir: Path) -> Rung:
+    figures, console, reason = None, "", ""
+    try:
+        saved = crash(case, store, workdir, append=NO_ONE_THERE, saver=contender.saver)
+        console = saved.console
+        figures = contender.figures(saved.saved)
+    except (GuestError, FileNotFoundError) as error:  # not saved, or not as far as the manifest
+        console = console or _console(workdir)
+        reason = str(error)
+    if figures is None or not figures.complete:
+        reason = rung.why(console) or reason
+    return Rung(name, case.memory, reserved, contender.name, figures, rung.init_time(console), reason)
 
 
-def _row(rung: Rung) -> str:
-    head = f"{rung.kernel:7}{rung.memory:>7}{rung.reserved:>11}M"
-    if rung.manifest is None:
-        return f"{head}{'no':>7}  {rung.reason[:100]}"
-    machine, seconds = rung.manifest["capture_machine"], rung.manifest["seconds"]
-    start = machine["uptime_at_start"]
-    sizes = [(machine[key] or 0) / (1 << 20) for key in ("memory_total", "memory_available_least", "peak_rss")]
-    return (
-        f"{head}{'yes' if rung.complete else 'part':>7}{sizes[0]:7.0f}{sizes[1]:7.0f}{sizes[2]:6.0f}{start:9.1f}"
-        f"{start + seconds['vmcore-dmesg.txt']:9.1f}{start + sum(seconds.values()):7.1f}{seconds['vmcore']:8.1f}"
-        f"{_dump_size(rung.manifest) / (1 << 20):9.1f}"
-    )
+def _console(workdir: Path) -> str:
+    log = _console_log(workdir)
+    return log.read_text(errors="replace").replace("\r", "") if log.exists() else ""
 
 
-def _dump_size(manifest: Any) -> int:
-    """Return the bytes of the dump, finished or not; 0 where there is none."""
-    dump = manifest["dump"]
-    return manifest["files"][dump["file"]]["size"] if dump else 0
+def _keep_console(workdir: Path, copy: Path) -> None:
+    log = _console_log(workdir)
+    if log.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(log, copy)
+
+
+def _console_log(workdir: Path) -> Path:
+    return workdir / "console.log"
 
 
 if __name__ == "__main__":

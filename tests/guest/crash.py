@@ -80,6 +80,18 @@ class Images:
     disk: Path  # the ext4 image that holds the kernel and the capture image
 
 
+@dataclass(frozen=True, slots=True)
+class Saver:
+    """Who saves in the capture kernel: what its lines on the console begin with, and how the healthy system is armed.
+
+    ``load`` is a command for its shell, of the case, what to do at the end, the target, and more words for the capture
+    kernel.
+    """
+
+    name: str
+    load: Callable[[Case, str, str, str], str]
+
+
 @dataclass(slots=True)
 class Steps:
     """How long each step took, told as it happens."""
@@ -142,9 +154,16 @@ class CrashOfKinds(Saved):
 class ImageStore:
     """The images of each kernel, built when they are first asked for."""
 
-    def __init__(self, folder: Path, *, squashfs: bool | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        squashfs: bool | None = None,
+        more: Callable[[Kernel, Path], object] | None = None,
+    ) -> None:
         self.folder = folder
         self.squashfs = squashfs  # None: as the builder decides
+        self.more = more  # puts more files into the folder that becomes the healthy machine's disk
         self._built: dict[str, Images] = {}
 
     def images(self, kernel: Kernel, steps: Steps | None = None) -> Images:
@@ -180,6 +199,8 @@ class ImageStore:
         )
         shutil.copy(kernel.vmlinuz, contents / "vmlinuz")
         shutil.copy(WORKLOAD_PROGRAM, contents)
+        if self.more is not None:
+            self.more(kernel, contents)
         disk.make(images.disk, "256M", "healthy", content=contents)
         return images
 
@@ -209,7 +230,7 @@ def healthy(
     hardware = Hardware(
         kernel=kernel.vmlinuz,
         initrd=images.healthy,
-        append=f"console=ttyS0 crashkernel={case.crashkernel} {case.healthy_append}",
+        append=healthy_command_line(case),
         memory=case.memory + (",slots=1,maxmem=8G" if "offline" in case.workloads else ""),
         cpus=case.cpus,
         cpu_model=case.cpu_model,
@@ -259,13 +280,15 @@ def panicked(
     more_disks: tuple[Disk, ...] = (),
     append: str = "",
     before: tuple[str, ...] = (),
+    saver: Saver | None = None,
     steps: Steps | None = None,
 ) -> Iterator[Machine]:
     """A machine that has just panicked, its capture kernel about to start; the disks are those of ``healthy``.
 
-    ``before`` are commands for the healthy machine.
+    ``before`` are commands for the healthy machine. ``saver`` is us where nobody else is named.
     """
     steps = steps or Steps()
+    saver = saver or OURS
     started = healthy(case, store, workdir, target_attached=target_attached, more_disks=more_disks, steps=steps)
     with started as machine:
         with steps.step("giving it something to remember"):
@@ -273,25 +296,36 @@ def panicked(
                 make_workloads(machine, case)
             for command in (*(() if case.workloads else WORKLOAD), *before):
                 demand(machine, command)
-        with steps.step("vmcapture load"):
-            demand(machine, load_command(case, final, target, append), timeout=BOOT_TIMEOUT)
+        with steps.step(f"{saver.name} load"):
+            demand(machine, saver.load(case, final, target, append), timeout=BOOT_TIMEOUT)
         with steps.step("echo c > /proc/sysrq-trigger"):
             machine.send("echo c > /proc/sysrq-trigger")
             machine.expect("Kernel panic - not syncing: sysrq triggered crash", BOOT_TIMEOUT)
         yield machine
 
 
-def crash(case: Case, store: ImageStore, workdir: Path, *, append: str = "", steps: Steps | None = None) -> Saved:
+def crash(
+    case: Case,
+    store: ImageStore,
+    workdir: Path,
+    *,
+    append: str = "",
+    saver: Saver | None = None,
+    steps: Steps | None = None,
+) -> Saved:
     """Crash a machine, let the capture kernel save and power off, and bring what it saved to ``workdir``.
+
+    ``saver`` is us where nobody else is named.
 
     Raises:
         GuestError: a step did not end as it should.
         HostError: the host lacks something.
     """
     steps = steps or Steps()
-    with panicked(case, store, workdir, append=append, steps=steps) as machine:
+    saver = saver or OURS
+    with panicked(case, store, workdir, append=append, saver=saver, steps=steps) as machine:
         with steps.step("the capture kernel boots"):
-            machine.expect(r"^vmcapture: ", BOOT_TIMEOUT)
+            machine.expect(rf"^{saver.name}: ", BOOT_TIMEOUT)
         with steps.step("it saves and powers off"):
             machine.wait_exit(SAVE_TIMEOUT)
     return _collect(case, workdir, machine, steps)
@@ -432,7 +466,10 @@ def old_memory_commands(case: Case) -> tuple[str, ...]:
 def _collect(case: Case, workdir: Path, machine: Machine, steps: Steps) -> Saved:
     with steps.step("reading the target disk"):
         target = target_image(workdir)
-        disk.check(target)
+        try:
+            disk.check(target)
+        except HostError as error:
+            raise GuestError(f"{target} was not left clean (console: {machine.log}): {error}") from None
         crashes = disk.names(target, TARGET_FOLDER)
         if len(crashes) != 1:
             raise GuestError(f"not one saved crash but {crashes} in {target} (console: {machine.log})")
@@ -470,15 +507,27 @@ def memory_bytes(size: str) -> int:
     return int(size[:-1]) << {"M": 20, "G": 30}[size[-1]]
 
 
+def healthy_command_line(case: Case) -> str:
+    """What the healthy kernel is told."""
+    return f"console=ttyS0 crashkernel={case.crashkernel} {case.healthy_append}"
+
+
+def capture_words(case: Case, append: str) -> str:
+    """What the capture kernel is told besides what ``vmcapture load`` puts there."""
+    level = f"vmcapture.level={case.level}" if case.level else ""
+    return " ".join(filter(None, ("console=ttyS0", level, case.append, append)))
+
+
 def load_command(case: Case, final: str, target: str, append: str) -> str:
     """How the healthy system arms itself."""
-    level = f"vmcapture.level={case.level}" if case.level else ""
-    more = " ".join(filter(None, ("console=ttyS0", level, case.append, append)))
     return (
         f"vmcapture load {case.kexec_option} --cpus {case.capture_cpus}"
         " --kernel-image /run/healthy/vmlinuz --image /run/healthy/capture.img"
-        f" --target {target} --path {TARGET_FOLDER} --final {final} --append '{more}'"
+        f" --target {target} --path {TARGET_FOLDER} --final {final} --append '{capture_words(case, append)}'"
     )
+
+
+OURS = Saver("vmcapture", load_command)
 
 
 def demand(machine: Machine, command: str, timeout: float = 60.0) -> str:
