@@ -29,6 +29,8 @@ from tests.guest.qemu import GuestError
 LADDER = (256, 192, 160, 144, 128, 112, 96, 80)
 """MiB."""
 KERNELS = {"6.1": LINUX_6_1, "6.12": LINUX_6_12}
+SAVE_TIMEOUT = 120.0
+"""Seconds. A save that works takes a quarter of it; one that does not may end at a shell that nobody types at."""
 NO_ONE_THERE = "vmcapture.failure=poweroff panic=-1"
 
 
@@ -92,7 +94,7 @@ def _descend(
 def _try(contender: Contender, name: str, case: Case, reserved: int, store: ImageStore, workdir: Path) -> Rung:
     figures, console, reason = None, "", ""
     try:
-        saved = crash(case, store, workdir, append=NO_ONE_THERE, saver=contender.saver)
+        saved = crash(case, store, workdir, append=NO_ONE_THERE, saver=contender.saver, timeout=SAVE_TIMEOUT)
         console = saved.console
         figures = contender.figures(saved.saved)
     except (GuestError, FileNotFoundError) as error:  # not saved, or not as far as the manifest

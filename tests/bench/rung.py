@@ -21,7 +21,7 @@ LEGEND = (
 _TELLING = re.compile(
     r"Kernel panic - not syncing: (?!sysrq).*|Out of memory: Killed process \d+ \([^)]*\)"
     r"|Initramfs unpacking failed: .*|Run /init as init process"
-    r"|(?:vmcapture|peer): .*(?:not unpack|not saved|failed|was killed|ended with).*"
+    r"|(?:vmcapture|peer): .*(?:not unpack|not mount|not saved|failed|was killed|ended with).*"
     r"|makedumpfile Failed\.|.*Cannot allocate memory.*|No space left on device"
 )
 """What is worth quoting of a capture kernel that failed. That its init ran says how far it came."""

@@ -311,11 +311,12 @@ def crash(
     *,
     append: str = "",
     saver: Saver | None = None,
+    timeout: float = SAVE_TIMEOUT,
     steps: Steps | None = None,
 ) -> Saved:
     """Crash a machine, let the capture kernel save and power off, and bring what it saved to ``workdir``.
 
-    ``saver`` is us where nobody else is named.
+    ``saver`` is us where nobody else is named; it has ``timeout`` seconds from its first line on the console.
 
     Raises:
         GuestError: a step did not end as it should.
@@ -327,7 +328,7 @@ def crash(
         with steps.step("the capture kernel boots"):
             machine.expect(rf"^{saver.name}: ", BOOT_TIMEOUT)
         with steps.step("it saves and powers off"):
-            machine.wait_exit(SAVE_TIMEOUT)
+            machine.wait_exit(timeout)
     return _collect(case, workdir, machine, steps)
 
 

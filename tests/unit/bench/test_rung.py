@@ -97,6 +97,7 @@ def test_the_console_is_quoted_from_the_crash_on_each_line_once() -> None:
         "[    1.0] Out of memory: Killed process 1 (before)\n" + CRASH + "[    0.5] Linux version 6.1\n"
         "[    3.1] Initramfs unpacking failed: write error\n"
         "vmcapture: the image did not unpack whole: reserve more memory, crashkernel=\n"
+        "vmcapture: the system in the image does not mount: Invalid argument\n"
         "vmcapture: vmcore-dmesg.txt: 350 records, [ 24.4] Kernel panic - not syncing: sysrq triggered crash\n"
         "[    4.0] Out of memory: Killed process 77 (python3.11) total-vm:100kB\n"
         "[    4.1] Out of memory: Killed process 77 (python3.11) total-vm:100kB\n"
@@ -105,6 +106,7 @@ def test_the_console_is_quoted_from_the_crash_on_each_line_once() -> None:
     assert rung.why(console).split("; ") == [
         "Initramfs unpacking failed: write error",
         "vmcapture: the image did not unpack whole: reserve more memory, crashkernel=",
+        "vmcapture: the system in the image does not mount: Invalid argument",
         "Out of memory: Killed process 77 (python3.11)",
         "Kernel panic - not syncing: System is deadlocked on memory",
     ]
