@@ -19,7 +19,7 @@ help:
 	@echo "make bench           whole dumps against makedumpfile, cp and zstd, on guests of 2 and 8 GiB"
 	@echo "make bench-filter    the page filter's speed against makedumpfile's, on a 4 GiB guest"
 	@echo 'make bench-memory    peak memory on sparse vmcores from 1 GiB to 1 TiB'
-	@echo 'make bench-reservation  the smallest crashkernel= at which a save succeeds, by trying'
+	@echo 'make bench-reservation  the smallest crashkernel= at which a save succeeds, by trying (BENCH=--peer: makedumpfile too)'
 	@echo 'make fuzz            fuzz the parsers for FUZZ_SECONDS (default 60)'
 	@echo 'make clean           remove what the above made here (the cache of downloads stays)'
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import zstandard
 
+from capture.dumpfile.reader import KdumpFile
+from capture.errors import SourceError
 from initramfs import cpio
 from initramfs.errors import ImageError, ToolError
 from initramfs.image import CONSOLE, NULL
@@ -160,10 +162,13 @@ def figures(folder: Path) -> Figures:
         for what, status in (("the log", notes.log_status), ("makedumpfile", notes.dump_status))
         if status
     ]
+    pages = 0
     if not failures:
         try:
             host.run("makedumpfile", "--dump-dmesg", dump, folder / "log-of-the-dump.txt")
-        except HostError as error:
+            with KdumpFile(dump) as opened:
+                pages = opened.page_count()
+        except (HostError, SourceError) as error:
             failures.append(f"the dump does not open: {error}")
     return Figures(
         complete=not failures,
@@ -174,6 +179,7 @@ def figures(folder: Path) -> Figures:
         first_byte=notes.log_saved,
         end=notes.dump_saved,
         dump_seconds=notes.dump_saved - notes.log_saved,
+        dump_pages=pages,
         dump_size=dump.stat().st_size if dump.exists() else 0,
         reason="; ".join(failures),
     )

@@ -11,10 +11,11 @@ SHOWN_REASON = 160
 PANIC = "Kernel panic - not syncing: sysrq triggered crash"
 HEADING = (
     f"{'kernel':7}{'memory':>7}{'crashkernel':>12}{'who':>6}{'saved':>7}{'total':>7}{'least':>7}{'RSS':>6}"
-    f"{'init s':>8}{'start s':>9}{'1st byte':>9}{'end s':>7}{'dump s':>8}{'dump MiB':>9}"
+    f"{'init s':>8}{'start s':>9}{'1st byte':>9}{'end s':>7}{'dump s':>8}{'pages':>7}{'dump MiB':>9}"
 )
 LEGEND = (
-    "total, least: MiB that the capture kernel has, and that were available at the least; RSS: peak, MiB.",
+    "total, least: MiB that the capture kernel has, and that were available at the least; RSS: peak of the process",
+    "that dumps, MiB.",
     "Seconds since the capture kernel's start: its init runs; the job begins, target mounted; the log is on the disk;",
     "all is on the disk. Dump: how long that took alone, until it was on the disk.",
 )
@@ -39,6 +40,7 @@ class Figures:
     first_byte: float
     end: float
     dump_seconds: float
+    dump_pages: int
     dump_size: int
     reason: str = ""
 
@@ -73,7 +75,8 @@ class Rung:
         init = f"{self.init:8.1f}" if self.init is not None else f"{'?':>8}"
         row = (
             f"{head}{'yes' if found.complete else 'part':>7}{sizes}{init}{found.start:9.1f}{found.first_byte:9.1f}"
-            f"{found.end:7.1f}{found.dump_seconds:8.1f}{found.dump_size / MIB:9.1f}"
+            f"{found.end:7.1f}{found.dump_seconds:8.1f}{found.dump_pages:7}"
+            f"{found.dump_size / MIB:9.1f}"
         )
         return f"{row}  {_cut(self.reason or found.reason)}".rstrip()
 
@@ -91,6 +94,7 @@ def of_manifest(manifest: Any) -> Figures:
         first_byte=start + seconds["vmcore-dmesg.txt"],
         end=start + sum(seconds.values()),
         dump_seconds=seconds["vmcore"],
+        dump_pages=dump["pages_written"] if dump else 0,
         dump_size=manifest["files"][dump["file"]]["size"] if dump else 0,
         reason="; ".join(manifest["failures"]),
     )

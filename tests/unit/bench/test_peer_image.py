@@ -10,6 +10,8 @@ import zstandard
 
 from initramfs.kexec import ADDED
 from tests.bench import peer_image
+from tests.builders import PAGE
+from tests.dumps import dump_of
 from tests.guest import host
 from tests.guest.cache import Kernel
 from tests.guest.cases import Case
@@ -26,7 +28,7 @@ def saved(folder: Path, **changes: str) -> Path:
     """A folder as the image leaves it; a note that is changed to nothing is not there."""
     notes = (NOTES | changes).items()
     (folder / peer_image.NOTES).write_text("".join(f"{key} {value}\n" for key, value in notes if value))
-    (folder / peer_image.DUMP).write_bytes(b"KDUMP")
+    (folder / peer_image.DUMP).write_bytes(dump_of({pfn: (0, bytes([pfn]) * PAGE) for pfn in (1, 2, 5)}))
     return folder
 
 
@@ -41,7 +43,7 @@ def test_notes_become_figures(tmp_path: Path) -> None:
     assert (found.complete, found.reason) == (True, "")
     assert (found.memory_total, found.memory_least, found.peak_rss) == (90000 << 10, 50000 << 10, 6000 << 10)
     assert (found.start, found.first_byte, found.end, found.dump_seconds) == (3.25, 3.5, 9.75, 6.25)
-    assert found.dump_size == 5
+    assert (found.dump_pages, found.dump_size) == (3, (tmp_path / peer_image.DUMP).stat().st_size)
 
 
 @pytest.mark.usefixtures("opens")

@@ -13,7 +13,7 @@ MIB = 1 << 20
 CRASH = "[   24.4] Kernel panic - not syncing: sysrq triggered crash\n"
 FIGURES = Figures(
     complete=True, memory_total=89 * MIB, memory_least=27 * MIB, peak_rss=40 * MIB, start=4.9, first_byte=5.1, end=10.0,
-    dump_seconds=4.86, dump_size=int(29.4 * MIB),
+    dump_seconds=4.86, dump_pages=12000, dump_size=int(29.4 * MIB),
 )  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
             "peak_rss": 40 * MIB,
         },
         "seconds": {"vmcore-dmesg.txt": 0.25, "registers.txt": 0.5, "vmcore": 4.0, "manifest.json": 0.125},
-        "dump": {"file": "vmcore"},
+        "dump": {"file": "vmcore", "pages_written": 77},
         "files": {"vmcore": {"size": 12345}, "vmcore-dmesg.txt": {"size": 5}},
     }  # fmt: skip
     return values | changes
@@ -35,7 +35,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
 def words(found: Rung) -> dict[str, str]:
     """A row by the words of the heading that stand above it."""
     names = ["kernel", "memory", "crashkernel", "who", "saved", "total", "least", "RSS", "init", "start", "first",
-             "end", "dump", "MiB"]  # fmt: skip
+             "end", "dump", "pages", "MiB"]  # fmt: skip
     return dict(zip(names, found.row().split(), strict=True))
 
 
@@ -45,7 +45,7 @@ def test_a_row_has_a_column_for_each_word_of_the_heading() -> None:
     assert words(Rung("6.1", "1G", 128, "-c", FIGURES, 2.34)) == {
         "kernel": "6.1", "memory": "1G", "crashkernel": "128M", "who": "-c", "saved": "yes", "total": "89",
         "least": "27", "RSS": "40", "init": "2.3", "start": "4.9", "first": "5.1", "end": "10.0", "dump": "4.9",
-        "MiB": "29.4",
+        "pages": "12000", "MiB": "29.4",
     }  # fmt: skip
 
 
@@ -70,13 +70,13 @@ def test_a_manifest_is_read() -> None:
         True, 89 * MIB, 27 * MIB, 40 * MIB,
     )  # fmt: skip
     assert (found.start, found.first_byte, found.end, found.dump_seconds) == (4.5, 4.75, 9.375, 4.0)
-    assert found.dump_size == 12345
+    assert (found.dump_pages, found.dump_size) == (77, 12345)
     assert not found.reason
 
 
 def test_a_manifest_without_a_dump_is_no_dump() -> None:
     found = rung.of_manifest(manifest(complete=False, dump=None, failures=["vmcore: no room", "registers.txt: no"]))
-    assert (found.complete, found.dump_size) == (False, 0)
+    assert (found.complete, found.dump_pages, found.dump_size) == (False, 0, 0)
     assert found.reason == "vmcore: no room; registers.txt: no"
 
 
