@@ -22,15 +22,13 @@ from tests.bench.common import run, scratch
 from tests.bench.rung import Figures, Rung
 from tests.guest import host
 from tests.guest.cases import LINUX_6_1, LINUX_6_12, Case
-from tests.guest.crash import OURS, ImageStore, Saver, crash
+from tests.guest.crash import OURS, SAVE_TIMEOUT, ImageStore, Saver, crash
 from tests.guest.host import HostError
 from tests.guest.qemu import GuestError
 
 LADDER = (256, 192, 160, 144, 128, 112, 96, 80)
 """MiB."""
 KERNELS = {"6.1": LINUX_6_1, "6.12": LINUX_6_12}
-SAVE_TIMEOUT = 120.0
-"""Seconds. A save that works takes a quarter of it; one that does not may end at a shell that nobody types at."""
 NO_ONE_THERE = "vmcapture.failure=poweroff panic=-1"
 
 
@@ -57,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--ladder", nargs="+", type=int, default=LADDER, metavar="MIB", help="what to reserve, the largest first")
     add("--peer", action="store_true", help="makedumpfile -c and makedumpfile -l as well")
     add("--no-ours", action="store_true", help="the peer alone")
+    add(
+        "--timeout", type=float, default=SAVE_TIMEOUT, metavar="SECONDS",
+        help="for a save, from its first line on (default: %(default).0f); who fails may wait at a shell that long",
+    )  # fmt: skip
     add("--consoles", type=Path, metavar="DIR", help="keep the guests' consoles there")
     arguments = parser.parse_args(argv)
     contenders = (*(() if arguments.no_ours else (US,)), *(PEERS if arguments.peer or arguments.no_ours else ()))
@@ -83,26 +85,31 @@ def _descend(
     case = Case(f"reservation-{name}", KERNELS[name], cpus + 1, memory=memory, capture_cpus=cpus)
     for reserved in arguments.ladder:
         with tempfile.TemporaryDirectory(dir=folder) as workdir:
-            found = _try(contender, name, replace(case, crashkernel=f"{reserved}M"), reserved, store, Path(workdir))
+            tried = replace(case, crashkernel=f"{reserved}M")
+            figures, console, reason = _try(contender, tried, store, Path(workdir), arguments.timeout)
             if arguments.consoles is not None:
                 _keep_console(Path(workdir), arguments.consoles / f"{name}-{memory}-{reserved}M{contender.name}.log")
+        found = Rung(name, memory, reserved, contender.name, figures, rung.init_time(console), reason)
         print(found.row(), flush=True)
         if not found.complete:
             return
 
 
-def _try(contender: Contender, name: str, case: Case, reserved: int, store: ImageStore, workdir: Path) -> Rung:
-    figures, console, reason = None, "", ""
+def _try(
+    contender: Contender, case: Case, store: ImageStore, workdir: Path, timeout: float
+) -> tuple[Figures | None, str, str]:
+    """Return what a save took, if it saved anything, the console, and why it failed, if it did."""
+    figures, console, failure = None, "", ""
     try:
-        saved = crash(case, store, workdir, append=NO_ONE_THERE, saver=contender.saver, timeout=SAVE_TIMEOUT)
+        saved = crash(case, store, workdir, append=NO_ONE_THERE, saver=contender.saver, timeout=timeout)
         console = saved.console
         figures = contender.figures(saved.saved)
     except (GuestError, FileNotFoundError) as error:  # not saved, or not as far as the manifest
         console = console or _console(workdir)
-        reason = str(error)
-    if figures is None or not figures.complete:
-        reason = rung.why(console) or reason
-    return Rung(name, case.memory, reserved, contender.name, figures, rung.init_time(console), reason)
+        failure = str(error)
+    if figures is not None and figures.complete:
+        return figures, console, ""
+    return figures, console, rung.why(failure or (figures.reason if figures else ""), console)
 
 
 def _console(workdir: Path) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MIB = 1 << 20
-SHOWN_REASON = 160
+SHOWN_REASON = 200
 PANIC = "Kernel panic - not syncing: sysrq triggered crash"
 HEADING = (
     f"{'kernel':7}{'memory':>7}{'crashkernel':>12}{'who':>6}{'saved':>7}{'total':>7}{'least':>7}{'RSS':>6}"
@@ -78,7 +78,7 @@ class Rung:
             f"{found.end:7.1f}{found.dump_seconds:8.1f}{found.dump_pages:7}"
             f"{found.dump_size / MIB:9.1f}"
         )
-        return f"{row}  {_cut(self.reason or found.reason)}".rstrip()
+        return f"{row}  {_cut(self.reason)}".rstrip()
 
 
 def of_manifest(manifest: Any) -> Figures:
@@ -106,10 +106,11 @@ def init_time(console: str) -> float | None:
     return float(found[1]) if found else None
 
 
-def why(console: str) -> str:
-    """Return what the console of a capture kernel that failed says of it, in one line; empty where it says nothing."""
+def why(failure: str, console: str) -> str:
+    """Return why a save failed, in one line: what was waited for in vain, then what the capture kernel said of it."""
+    noticed = failure.partition("\n")[0].partition(" (console: ")[0]
     said = (match.group().strip() for match in _TELLING.finditer(_since_the_crash(console)))
-    return "; ".join(dict.fromkeys(said))
+    return "; ".join(filter(None, dict.fromkeys((noticed, *said))))
 
 
 def _since_the_crash(console: str) -> str:

@@ -58,7 +58,7 @@ def test_what_saved_nothing_is_a_row_with_the_reason_in_one_short_line() -> None
 
 def test_a_part_is_a_row_with_figures_and_a_reason() -> None:
     part = Figures(**{name: getattr(FIGURES, name) for name in Figures.__slots__} | {"complete": False, "reason": "no"})
-    row = Rung("6.1", "1G", 96, "-l", part).row()
+    row = Rung("6.1", "1G", 96, "-l", part, reason=part.reason).row()
     assert " part " in row
     assert "?" in row.split()
     assert row.endswith("  29.4  no")
@@ -103,7 +103,9 @@ def test_the_console_is_quoted_from_the_crash_on_each_line_once() -> None:
         "[    4.1] Out of memory: Killed process 77 (python3.11) total-vm:100kB\n"
         "[    5.0] Kernel panic - not syncing: System is deadlocked on memory\n"
     )
-    assert rung.why(console).split("; ") == [
+    failure = "the machine still runs after 300 s (console: /tmp/x/console.log)\n[    5.0] its last lines"
+    assert rung.why(failure, console).split("; ") == [
+        "the machine still runs after 300 s",
         "Initramfs unpacking failed: write error",
         "vmcapture: the image did not unpack whole: reserve more memory, crashkernel=",
         "vmcapture: the system in the image does not mount: Invalid argument",
@@ -112,5 +114,5 @@ def test_the_console_is_quoted_from_the_crash_on_each_line_once() -> None:
     ]
 
 
-def test_a_console_that_says_nothing_gives_no_reason() -> None:
-    assert rung.why(CRASH + "[    0.5] Linux version 6.1\n") == ""
+def test_a_console_that_says_nothing_leaves_what_was_noticed() -> None:
+    assert rung.why("no such folder", CRASH + "[    0.5] Linux version 6.1\n") == "no such folder"
