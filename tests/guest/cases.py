@@ -76,8 +76,8 @@ FILTER_CASES: tuple[Case, ...] = (
 
 # Little memory; and more CPUs in the capture kernel, where there is more.
 RESERVATION_CASES: tuple[Case, ...] = (
-    Case("reserved-112M", LINUX_6_1, 2, LA48, memory="1G", crashkernel="112M"),
-    Case("reserved-128M", LINUX_6_12, 2, LA57, memory="1G", crashkernel="128M"),
+    Case("reserved-112M-6.1", LINUX_6_1, 2, LA48, memory="1G", crashkernel="112M"),
+    Case("reserved-112M-6.12", LINUX_6_12, 2, LA57, memory="1G", crashkernel="112M"),
     Case("two-cpus", LINUX_6_12, 4, LA48, memory="1G", crashkernel="192M", capture_cpus=2),
     # The CPU that the firmware started stays asleep, unless it is the one that panicked.
     Case("four-cpus", LINUX_6_1, 5, LA57, memory="1G", crashkernel="256M", capture_cpus=4),

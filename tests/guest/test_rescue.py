@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,10 +16,12 @@ from tests.guest import disk
 from tests.guest.cache import Kernel
 from tests.guest.cases import RESCUE, Case
 from tests.guest.crash import (
+    OURS,
     SAVE_TIMEOUT,
     TARGET_FOLDER,
     TARGET_LABEL,
     ImageStore,
+    Saver,
     demand,
     panicked,
     rescue_shell,
@@ -117,3 +120,21 @@ def test_a_kernel_without_squashfs_runs_from_a_plain_tree(case: Case, guest_fold
         machine.wait_exit(BOOT_TIMEOUT)
     saved = only_crash(target_image(tmp_path), tmp_path / "saved")
     assert json.loads((saved / "manifest.json").read_text())["complete"]
+
+
+def test_an_image_that_arrives_damaged_ends_as_it_was_told_when_no_one_is_there(
+    case: Case, image_store: ImageStore, tmp_path: Path
+) -> None:
+    """What a reservation that is too small does to it, too: the kernel unpacks what it can, and goes on."""
+    cut = "/run/cut.img"
+
+    def load(*arguments: Any) -> str:
+        return OURS.load(*arguments).replace("/run/healthy/capture.img", cut)
+
+    half = f"head -c $(($(stat -c %s /run/healthy/capture.img) / 2)) /run/healthy/capture.img > {cut}"
+    with panicked(
+        case, image_store, tmp_path, append="vmcapture.failure=poweroff", before=(half,), saver=Saver(OURS.name, load)
+    ) as machine:
+        machine.expect("vmcapture: the image did not unpack whole: reserve more memory", BOOT_TIMEOUT)
+        machine.wait_exit(BOOT_TIMEOUT)
+    assert "vmcapture# " not in machine.console

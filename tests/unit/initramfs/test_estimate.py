@@ -34,9 +34,9 @@ def test_as_many_cpus_as_fit_and_one_in_any_case(reservation: int, image: int, o
         assert estimate.estimate(image, cpus + 1).needed > reservation
 
 
-@pytest.mark.parametrize(("reserved", "cpus"), [(96, 1), (112, 1), (128, 2), (160, 6), (256, 8)])
+@pytest.mark.parametrize(("reserved", "cpus"), [(96, 1), (112, 1), (128, 3), (160, 7), (256, 8)])
 def test_cpus_with_an_image_of_today(reserved: int, cpus: int) -> None:
-    assert estimate.cpus_for(reserved * MIB, 21 * MIB, 64) == cpus
+    assert estimate.cpus_for(reserved * MIB, 13 * MIB, 64) == cpus
 
 
 def test_the_lines_name_every_part_and_sum_up() -> None:
