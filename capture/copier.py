@@ -1,7 +1,7 @@
 """The fast chunked copier: bounded memory, ordered output, all CPUs.
 
 A chunk is read (mapped), its zero pages are set aside, the rest goes to the codec in one call, on as many threads as
-there are CPUs; results are written in PFN order while later chunks are being worked on. No Python code runs for each
+there are CPUs; results are written in their order while later chunks are being worked on. No Python code runs for each
 page, but for runs of pages that do not shrink.
 """
 
@@ -135,7 +135,7 @@ class Copier:
             sizes[~zero] = np.where(raw, size, packed)
             flags[~zero] = np.where(raw, 0, self._codec.flag)
         counts = _Counts(len(sizes), int(zero.sum()), raw_pages, int(sizes.sum()), block.unreadable)
-        return _Worked(PackedPages(sizes, flags, pieces), counts)
+        return _Worked(PackedPages(block.pfns, sizes, flags, pieces), counts)
 
 
 def find_zero_pages(block: PageBlock, page_size: int) -> NDArray[np.bool_]:

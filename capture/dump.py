@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from capture import footprint
 from capture.copier import Copier, CopyStatistics
 from capture.dumpfile import codec as codecs
 from capture.dumpfile.output import OutputFile, sync_directory, target_error
+from capture.dumpfile.passes import Passes
 from capture.dumpfile.writer import DumpPlan, KdumpWriter
 from capture.errors import CaptureError, TargetError
 from capture.footprint import Footprint
@@ -167,10 +169,11 @@ def write_dump(
     with (
         contextlib.closing(OutputFile(unfinished, hashed=options.hashed)) as output,
         contextlib.closing(KdumpWriter(output, plan)) as writer,
+        contextlib.closing(Passes(path.parent, image.max_pfn)) as passes,
     ):
         try:
             writer.map_memory(image.runs())
-            filtered = _select_or_all(vmcore, writer, codec, options, path.parent)
+            filtered = _select_or_all(vmcore, writer, codec, options, passes, path.parent)
             for line in filtered.lines():
                 say(line)
             writer.start(filtered.level | vmcore.level & ~1)
@@ -181,7 +184,7 @@ def write_dump(
             raise
         copier = Copier(image, codec, share_zero_pages=bool(filtered.level & 1), threads=threads)
         with Progress("saving memory", writer.pages * image.page_size, enabled=options.progress) as progress:
-            failure = _copy(copier, writer, vmcore, progress, taken or Footprint())
+            failure = _copy(copier, writer, passes, vmcore, progress, taken or Footprint())
             seconds = progress.seconds
         failure = _finish(writer, copier, vmcore, failure)
         report = DumpReport(
@@ -209,20 +212,23 @@ def write_dump(
 
 
 def _select_or_all(
-    vmcore: Vmcore, writer: KdumpWriter, codec: codecs.Codec, options: DumpOptions, target: Path
+    vmcore: Vmcore, writer: KdumpWriter, codec: codecs.Codec, options: DumpOptions, passes: Passes, target: Path
 ) -> Filtered:
     """Select pages; all of them when the filter itself fails: a bug in it must not cost the dump."""
     try:
-        return _select(vmcore, writer, codec, options, target)
+        return _select(vmcore, writer, codec, options, passes, target)
     except CaptureError:
         raise
     except Exception as error:
         writer.select_all()
+        passes.give_up("the page filter failed")
         level, reason = options.levels[0], f"internal error: {type(error).__name__}: {error}"
         return Filtered(asked=level, level=level & 1, doubts=(reason,))
 
 
-def _select(vmcore: Vmcore, writer: KdumpWriter, codec: codecs.Codec, options: DumpOptions, target: Path) -> Filtered:
+def _select(
+    vmcore: Vmcore, writer: KdumpWriter, codec: codecs.Codec, options: DumpOptions, passes: Passes, target: Path
+) -> Filtered:
     """Choose the level, and select its pages."""
     page_filter = PageFilter(vmcore)
     asked, predicted, room = options.levels[0], {}, None
@@ -235,12 +241,12 @@ def _select(vmcore: Vmcore, writer: KdumpWriter, codec: codecs.Codec, options: D
         asked = next(
             (level for level in options.levels if room is None or predicted[level] <= room), options.levels[-1]
         )
-    writer.select(page_filter.kept(asked))
+    writer.select(page_filter.kept(asked, note=passes.note))
     verdict = page_filter.verdict(asked)
     level = asked if options.trust_filter and page_filter.unusable is None else verdict.level
     poison = verdict.poison or options.trust_filter
     if level | 1 != asked | 1 or not poison:
-        writer.select(page_filter.kept(level, poison=poison))
+        writer.select(page_filter.kept(level, poison=poison, note=passes.note))
     vmemmap_pages = 0
     if options.exclude_vmemmap and page_filter.mem_map is not None:
         vmemmap_pages = exclude_vmemmap(writer, page_filter.mem_map, vmcore.image.page_size)
@@ -285,10 +291,14 @@ def _unfinished(path: Path, *, replace: bool) -> Path:
     return unfinished
 
 
-def _copy(copier: Copier, writer: KdumpWriter, vmcore: Vmcore, progress: Progress, taken: Footprint) -> str | None:
-    """Copy all pages; return why it ended early, if it did."""
+def _copy(
+    copier: Copier, writer: KdumpWriter, passes: Passes, vmcore: Vmcore, progress: Progress, taken: Footprint
+) -> str | None:
+    """Copy all pages, pass by pass; return why it ended early, if it did."""
+    size = _chunk_pages()
+    chunks = chain.from_iterable(vmcore.image.chunks(runs, size) for runs in passes.runs(writer))
     try:
-        copier.run(_sampled(vmcore.image.chunks(writer.selected(), _chunk_pages()), taken), writer, progress)
+        copier.run(_sampled(chunks, taken), writer, progress)
     except CaptureError as error:
         return str(error)
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ Memory: a window of classes (512 KiB), a block of struct pages, and the ranges o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -27,10 +27,14 @@ from capture.kernel.pages import (
     CACHE_PRIVATE,
     CACHE_PRIVATE_BIT,
     CLASS_NAMES,
+    FIRST,
     FREE,
     FREE_BIT,
     HWPOISON,
     KERNEL,
+    LAST,
+    OTHER,
+    TYPED,
     UNKNOWN,
     USER,
     USER_BIT,
@@ -62,11 +66,16 @@ _IMPOSSIBLE_SLACK, _IMPOSSIBLE_SHARE = 16, 0.01
 
 
 class Window(NamedTuple):
-    """Classes of the pages from ``first_pfn`` on, and which of them there are."""
+    """Classes of the pages from ``first_pfn`` on, which of them there are, and in which turn they are to be saved."""
 
     first_pfn: int
     kinds: NDArray[np.uint8]
     there: NDArray[np.bool_]
+    turns: NDArray[np.uint8]
+
+
+Note = Callable[[int, Sequence[NDArray[np.bool_]]], object]
+"""Told, for pages from a first PFN on, which are to be saved in each turn but the last."""
 
 
 @dataclass(slots=True)
@@ -155,6 +164,7 @@ class PageFilter:
         for first_pfn, blocks in self._blocks():
             count = min(WINDOW_PAGES, max(self._image.max_pfn - first_pfn, 0))
             kinds = np.full(count, UNKNOWN, dtype=np.uint8)
+            turns = np.full(count, OTHER, dtype=np.uint8)
             for block in blocks:
                 assert classifier is not None
                 found = classifier.classify(block.pfn, block.rows)
@@ -162,7 +172,8 @@ class PageFilter:
                     found[start:end] = UNKNOWN
                 start = block.pfn - first_pfn
                 kinds[start : start + len(found)] = found
-            window = Window(first_pfn, kinds, self._image.holds(first_pfn, count))
+                turns[start : start + len(found)] = classifier.turns
+            window = Window(first_pfn, kinds, self._image.holds(first_pfn, count), turns)
             self._protect(window, census)
             census.classes += _count(kinds, window.there)
             yield window
@@ -190,10 +201,18 @@ class PageFilter:
             yield group
             group = next(groups, None)
 
-    def kept(self, level: int, *, poison: bool = True) -> Iterator[tuple[int, NDArray[np.bool_]]]:
-        """Yield (first PFN, which pages are kept) of each window for a dump level."""
+    def kept(
+        self, level: int, *, poison: bool = True, note: Note | None = None
+    ) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+        """Yield (first PFN, which pages are kept) of each window for a dump level.
+
+        ``note`` is told in which turns they are to be saved.
+        """
         left_out = excluded_classes(level)
         for window in self.windows(poison=poison):
+            if note is not None:
+                kernel = window.there & (window.kinds == KERNEL)
+                note(window.first_pfn, [kernel & (window.turns == turn) for turn in range(LAST)])
             yield window.first_pfn, window.there & ~left_out[window.kinds]
 
     def verdict(self, level: int) -> Verdict:
@@ -246,6 +265,8 @@ class PageFilter:
             return
         for start, end, kind in self._protected.within(window.first_pfn, len(window.kinds)):
             part, there = window.kinds[start:end], window.there[start:end]
+            turns = window.turns[start:end]
+            turns[:] = np.minimum(turns, TYPED) if kind == protect.VMALLOC else FIRST  # (vmalloc has stacks, modules)
             if not part.any():  # all of them KERNEL, as it should be
                 census.protected[kind, KERNEL] += end - start
                 continue

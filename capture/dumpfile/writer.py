@@ -14,6 +14,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -30,10 +31,14 @@ SYNC_BYTES = 16 << 20
 LEAST_SYNC_BYTES = 2 << 20
 _SYNC_SHARE = 16
 """With less memory a step is smaller: this part of what is available. Two of them may be dirty."""
+_TABLE_BLOCK = 1 << 12
+"""Descriptors (24 bytes each) that are written together where pages do not follow each other."""
 SYNC_PAGES = 1 << 15
 """Descriptors held back between two syncs (24 bytes each)."""
 FIRST_SYNC_BYTES = 4 << 20
 """The first step is smaller: it tells soon how fast the disk is."""
+_NUMBER_WINDOW = 1 << 15
+"""Pages whose descriptors' numbers are worked out together."""
 _BITMAP_WINDOW = 1 << 19
 """Pages of a bitmap that are put together at once."""
 
@@ -61,12 +66,13 @@ class DumpPlan(NamedTuple):
 
 
 class PackedPages(NamedTuple):
-    """Consecutive kept pages ready to be written.
+    """Selected pages ready to be written, ``pfns`` ascending.
 
     ``pieces`` joined are the data of the pages that are not zero pages, in order; ``sizes`` (bytes) and ``flags`` are
     one a page, with size 0 for a zero page, which shares the one that the dump begins with.
     """
 
+    pfns: NDArray[np.int64]
     sizes: NDArray[np.int64]
     flags: NDArray[np.uint32]
     pieces: Sequence[bytes | memoryview]
@@ -85,10 +91,17 @@ class Step(NamedTuple):
     blocked: float
 
 
+class _Described(NamedTuple):
+    """Descriptors, and the number of each in the table."""
+
+    numbers: NDArray[np.int64]
+    table: NDArray[np.void]
+
+
 class _Batch(NamedTuple):
     """Pages on their way to the disk: descriptors, bytes of data that are not synced, the end of the data."""
 
-    descriptors: list[NDArray[np.void]]
+    descriptors: list[_Described]
     unsynced: int
     end: int
 
@@ -97,7 +110,7 @@ class KdumpWriter:
     """Writes one dump to ``output``. ``close`` it before ``output`` is closed.
 
     First ``begin``, which dumps all pages; or ``map_memory``, ``select`` (again, if need be) and ``start``. Then
-    ``append`` for all pages of the dump in PFN order, and ``finish``. ``on_step`` is told of each step, in a thread.
+    ``append`` for all pages of the dump, and ``finish``. ``on_step`` is told of each step, in a thread.
 
     Raises:
         TargetError: from every method; what was written before stays readable after ``finish(complete=False)``.
@@ -110,7 +123,8 @@ class KdumpWriter:
         """Pages of the dump, as selected."""
         self.layout = kdump.Layout(plan.page_size, len(plan.notes.blob), plan.max_mapnr, 0)
         self._zero_page = self._position = 0
-        self._pending: list[NDArray[np.void]] = []
+        self._pending: list[_Described] = []
+        self._numbers = _Numbers(self.selection)
         self._pending_pages = 0
         self._unsynced = 0
         self.pages_written = 0
@@ -148,9 +162,12 @@ class KdumpWriter:
         """Select every page of bitmap 1."""
         self.select(_windows_of(self._runs(self.layout.bitmap1)))
 
-    def selected(self) -> Iterator[tuple[int, int]]:
-        """Yield (first PFN, pages) of every run of bitmap 2, read back from the file."""
-        return self._runs(self.layout.bitmap2)
+    def selected(self, within: Callable[[int, int], NDArray[np.bool_]] | None = None) -> Iterator[tuple[int, int]]:
+        """Yield (first PFN, pages) of every run of bitmap 2, read back from the file.
+
+        ``within`` says, for a first PFN and a number of pages, which of them are wanted; all where it is None.
+        """
+        return self._runs(self.layout.bitmap2, within)
 
     def selection(self, first_pfn: int, pages: int) -> NDArray[np.bool_]:
         """Return which of the pages from ``first_pfn`` on are selected, read back from the file."""
@@ -213,7 +230,7 @@ class KdumpWriter:
         descriptors["flags"] = packed.flags
         self._position += written
         self._unsynced += written
-        self._pending.append(descriptors)
+        self._pending.append(_Described(self._numbers.of(packed.pfns), descriptors))
         self._pending_pages += len(descriptors)
         if self._unsynced >= min(self._sync_bytes, SYNC_BYTES) or self._pending_pages >= SYNC_PAGES:
             self._start_step()
@@ -241,16 +258,34 @@ class KdumpWriter:
                 self._output.forget(self._kept_to, batch.end - self._kept_to)
         synced = time.monotonic()
         if batch.descriptors:  # none: the disk was full, and they were given back
-            table = np.concatenate(batch.descriptors)
-            start = self.layout.descriptor_table + self.pages_written * kdump.PAGE_DESCRIPTOR.itemsize
-            self._output.write([table.tobytes()], start)
-            self.pages_written += len(table)
+            self._describe(
+                np.concatenate([part.numbers for part in batch.descriptors]),
+                np.concatenate([part.table for part in batch.descriptors]),
+            )
         self._kept_to = batch.end
         if batch.unsynced and self.on_step is not None:
             since, blocked = self._blocked_since, self._blocked
             blocked += synced - since if since is not None else 0.0
             self.on_step(Step(batch.unsynced, synced - started, synced - self._last_step, blocked - self._last_blocked))
             self._last_step, self._last_blocked = synced, blocked
+
+    def _describe(self, numbers: NDArray[np.int64], table: NDArray[np.void]) -> None:
+        """Write descriptors to their places, block by block of the table: one that has gaps is read back first."""
+        if len(numbers) > 1 and not (np.diff(numbers) > 0).all():  # a step in which one pass ends and another begins
+            order = np.argsort(numbers, kind="stable")
+            numbers, table = numbers[order], table[order]
+        bounds = np.flatnonzero(np.diff(numbers // _TABLE_BLOCK)) + 1
+        width = kdump.PAGE_DESCRIPTOR.itemsize
+        for start, end in pairwise([0, *bounds.tolist(), len(numbers)]):
+            first, last = int(numbers[start]), int(numbers[end - 1])
+            at = self.layout.descriptor_table + first * width
+            part = table[start:end]
+            if last - first + 1 > end - start:
+                block = np.frombuffer(self._output.read_back(at, (last - first + 1) * width), kdump.PAGE_DESCRIPTOR)
+                part = block.copy()
+                part[numbers[start:end] - first] = table[start:end]
+            self._output.write([part.tobytes()], at)
+            self.pages_written += end - start
 
     def _settle(self) -> None:
         """Wait for the step that is under way.
@@ -297,7 +332,7 @@ class KdumpWriter:
     def _give_back(self) -> None:
         """On a full disk, drop the newest pages that have no descriptor yet: the manifest needs some room as well."""
         if self._pending:
-            dropped = self._pending.pop()
+            dropped = self._pending.pop().table
             self._pending_pages -= len(dropped)
             own = dropped["offset"] != self._zero_page
             self._position -= int(dropped["size"][own].sum())
@@ -354,8 +389,10 @@ class KdumpWriter:
             bits += int(np.count_nonzero(window))
         return bits
 
-    def _runs(self, start: int) -> Iterator[tuple[int, int]]:
-        """Yield (first PFN, pages) of every run of ones of a bitmap in the file."""
+    def _runs(
+        self, start: int, within: Callable[[int, int], NDArray[np.bool_]] | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """Yield (first PFN, pages) of every run of ones of a bitmap in the file, of those that are ``within``."""
         first, end = 0, 0
         for first_pfn in range(0, self._plan.max_mapnr, _BITMAP_WINDOW):
             length = min(_BITMAP_WINDOW // 8, self.layout.bitmap_bytes - first_pfn // 8)
@@ -364,6 +401,8 @@ class KdumpWriter:
                 continue
             bits = np.zeros(8 * length + 2, dtype=np.uint8)
             bits[1:-1] = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+            if within is not None:
+                bits[1:-1] &= within(first_pfn, 8 * length)
             edges = np.flatnonzero(bits[1:] != bits[:-1])
             for low, high in (edges.reshape(-1, 2) + first_pfn).tolist():
                 if low != end:
@@ -373,6 +412,38 @@ class KdumpWriter:
                 end = high
         if end > first:
             yield first, end - first
+
+
+class _Numbers:
+    """The numbers of descriptors: how many selected pages come before a page. Quick where PFNs ascend."""
+
+    def __init__(self, selection: Callable[[int, int], NDArray[np.bool_]]) -> None:
+        self._selection = selection
+        self._window = -1
+        self._before = 0
+        """Selected pages below the window."""
+        self._within = np.zeros(1, dtype=np.int64)
+        """Selected pages of the window below each of its pages; at last, all of them."""
+
+    def of(self, pfns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number of each of ``pfns``, which ascend and are selected."""
+        numbers = np.empty(len(pfns), dtype=np.int64)
+        windows = pfns // _NUMBER_WINDOW
+        for start, end in pairwise([0, *(np.flatnonzero(np.diff(windows)) + 1).tolist(), len(pfns)]):
+            self._move(int(windows[start]))
+            numbers[start:end] = self._before + self._within[pfns[start:end] - self._window * _NUMBER_WINDOW]
+        return numbers
+
+    def _move(self, window: int) -> None:
+        if window < self._window:
+            self._window, self._before, self._within = -1, 0, np.zeros(1, dtype=np.int64)
+        while self._window < window:
+            self._window += 1
+            self._before += int(self._within[-1])
+            chosen = self._selection(self._window * _NUMBER_WINDOW, _NUMBER_WINDOW)
+            self._within = np.zeros(_NUMBER_WINDOW + 1, dtype=np.int64)
+            np.cumsum(chosen, out=self._within[1 : len(chosen) + 1])
+            self._within[len(chosen) + 1 :] = self._within[len(chosen)]
 
 
 def _step_bytes(available: int | None) -> int:

@@ -23,6 +23,10 @@ from capture.kernel.pagerules import InSecondPage, PageRules, PageType
 KERNEL, FREE, CACHE, CACHE_PRIVATE, USER, HWPOISON, OFFLINE, UNKNOWN = range(8)
 """Classes. KERNEL is everything that no dump level leaves out; UNKNOWN has no struct page that can be read."""
 CLASS_NAMES = ("kernel", "free", "cache", "cache_private", "user", "hwpoison", "offline", "unknown")
+FIRST, TYPED, SLAB, OTHER, LAST = range(5)
+"""Turns in which pages are saved. FIRST is what no crash is understood without, and known from elsewhere; TYPED pages
+have a page type of their own: page tables of processes, and what else the kernel marks so; OTHER are the rest of class
+KERNEL, LAST all that is not."""
 BLOCK_PAGES = 65536
 """Struct pages looked at together: 4 MiB of them; what is worked out of them fits in a second-level cache."""
 _NEAR_PAGES = 8192
@@ -70,12 +74,17 @@ class PageClassifier:
     A free block or a compound page may reach into later blocks: how far, and as what, is carried from call to call.
     ``oddities`` collects what cannot be; ``free_pages`` counts pages of free blocks of the buddy allocator,
     ``poisoned_pages`` those that are marked poisoned. Without ``poison`` these are taken for what they were.
+
+    ``turns`` says, of the block that was classified last, in which turn pages are to be saved if they are of class
+    KERNEL: TYPED, SLAB or OTHER.
     """
 
     def __init__(self, rules: PageRules, *, poison: bool = True) -> None:
         self._rules = rules if poison else rules._replace(hwpoison=0)
         self._carried_to = 0
         self._carried_kind = KERNEL
+        self._turn_to, self._turn = 0, OTHER
+        self.turns = np.zeros(0, dtype=np.uint8)
         self.oddities = Oddities()
         self.free_pages = 0
         self.poisoned_pages = 0
@@ -115,6 +124,7 @@ class PageClassifier:
                 offline = types[_is(mapcount[types], rules.offline)]
                 offline = offline[(kinds[offline] == KERNEL) & (flags[offline] & rules.slab_flag == 0)]
                 kinds[offline] = OFFLINE
+        self._take_turns(first_pfn, rows, flags, mapcount, types, compound)
         compound = compound[(kinds[compound] != KERNEL) & (kinds[compound] != FREE)]
         if len(compound):
             spans.append(self._compound(first_pfn, rows, compound))
@@ -127,6 +137,30 @@ class PageClassifier:
         if seen == _ALL_FLAGS:
             kinds[_column(rows, rules.flags, "<u8") == _NEVER_INITIALISED] = UNKNOWN
         return kinds
+
+    def _take_turns(
+        self,
+        first_pfn: int,
+        rows: NDArray[np.uint8],
+        flags: NDArray[np.uint32],
+        mapcount: NDArray[np.int32],
+        typed: NDArray[np.intp],
+        compound: NDArray[np.intp],
+    ) -> None:
+        """Work ``turns`` out; all of a compound page has the turn of its head."""
+        rules, count = self._rules, len(rows)
+        turns = self.turns = np.full(count, OTHER, dtype=np.uint8)
+        turns[typed] = TYPED
+        if rules.slab is not None:
+            turns[typed[_is(mapcount[typed], rules.slab)]] = SLAB
+        if rules.slab_flag:
+            turns[flags & rules.slab_flag != 0] = SLAB
+        turns[: min(count, max(0, self._turn_to - first_pfn))] = self._turn
+        heads, pages = self._compound(first_pfn, rows, compound[turns[compound] != OTHER])
+        for start, length in zip(heads[pages > 1].tolist(), pages[pages > 1].tolist(), strict=True):
+            turns[start : start + length] = turns[start]
+            if start + length > count:
+                self._turn_to, self._turn = first_pfn + start + length, int(turns[start])
 
     def _columns(
         self, rows: NDArray[np.uint8]

@@ -28,7 +28,9 @@ from capture.dumpfile import output as output_module
 from capture.dumpfile import writer as writer_module
 from capture.dumpfile.output import OutputFile
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile
+from capture.kernel.pages import FIRST, KERNEL, LAST, SLAB, TYPED
 from capture.memory import image as image_module
+from capture.options import DumpOptions
 from capture.pagefilter import PageFilter
 from capture.selftest import elf_core
 from capture.vmcore import open_vmcore
@@ -521,6 +523,30 @@ def test_a_full_disk_keeps_some_room_for_the_manifest(tmp_path: Path, vmcore_fil
     with tmpfs(tmp_path / "disk", "size=100k") as disk:
         assert run("dump", name, disk / "dump").status == 3
         (disk / "manifest.json").write_bytes(b"m" * PAGE)
+
+
+def test_a_dump_that_is_cut_short_has_what_a_crash_is_explained_with(tmp_path: Path, corpus_vmcore: Path) -> None:
+    """Kernel image, mem_map, page tables, log, stacks, slab of a real machine, where there is room for no more."""
+    level31 = DumpOptions(levels=(31,), progress=False)
+    with open_vmcore(str(corpus_vmcore)) as vmcore:
+        whole = write_dump(vmcore, tmp_path / "whole", level31)
+        turns: list[set[int]] = [set() for _ in range(LAST)]
+        for window in PageFilter(vmcore).windows():
+            for turn, pfns in enumerate(turns):
+                there = window.there & (window.kinds == KERNEL) & (window.turns == turn)
+                pfns |= set((window.first_pfn + np.flatnonzero(there)).tolist())
+        precious = turns[FIRST] | turns[TYPED] | turns[SLAB]
+        last = max(
+            offset + size for pfn, (offset, size, *_) in by_hand(whole.path).descriptors.items() if pfn in precious
+        )
+        with file_size_limit(last + PAGE):
+            part = write_dump(vmcore, tmp_path / "part", level31)
+    assert part.failure is not None
+    written = written_pages(part.path)
+    assert min(map(len, turns)) > 1000
+    assert precious <= set(written)
+    assert len(written) < whole.pages
+    assert len(precious) + 500 > len(written)
 
 
 @pytest.mark.usefixtures("small_steps")

@@ -7,7 +7,7 @@ import os
 import random
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -41,10 +41,10 @@ PLAN = DumpPlan(
 )  # fmt: skip
 
 
-def packed(pages: Sequence[bytes], *, share_zero_pages: bool = True) -> PackedPages:
+def packed(pages: Mapping[int, bytes], *, share_zero_pages: bool = True) -> PackedPages:
     """Pack pages naively: zero pages share, the others are zlib, or raw where that is shorter."""
     sizes, flags, pieces = [], [], []
-    for page in pages:
+    for page in pages.values():
         small = zlib.compress(page)
         if share_zero_pages and not any(page):
             sizes.append(0)
@@ -54,7 +54,13 @@ def packed(pages: Sequence[bytes], *, share_zero_pages: bool = True) -> PackedPa
         pieces.append(page if raw else small)
         sizes.append(len(pieces[-1]))
         flags.append(0 if raw else ZLIB)
-    return PackedPages(np.array(sizes, dtype=np.int64), np.array(flags, dtype=np.uint32), pieces)
+    pfns = np.array(list(pages), dtype=np.int64)
+    return PackedPages(pfns, np.array(sizes, dtype=np.int64), np.array(flags, dtype=np.uint32), pieces)
+
+
+def part(pages: Mapping[int, bytes], start: int, end: int) -> dict[int, bytes]:
+    """The pages from the ``start``-th to before the ``end``-th, by PFN."""
+    return {pfn: pages[pfn] for pfn in sorted(pages)[start:end]}
 
 
 def runs_of(pfns: Sequence[int]) -> list[tuple[int, int]]:
@@ -78,9 +84,8 @@ def write_pages(file: OutputFile, pages: dict[int, bytes], plan: DumpPlan = PLAN
     plan = plan._replace(max_mapnr=max([*pages, plan.max_mapnr - 1]) + 1)
     made = KdumpWriter(file, plan)
     made.begin(runs_of(sorted(pages)))
-    data = [pages[pfn] for pfn in sorted(pages)]
-    for first in range(0, len(data), at_once):
-        made.append(packed(data[first : first + at_once], share_zero_pages=bool(plan.level & 1)))
+    for first in range(0, len(pages), at_once):
+        made.append(packed(part(pages, first, first + at_once), share_zero_pages=bool(plan.level & 1)))
     made.finish(complete=True)
     return made
 
@@ -279,18 +284,17 @@ def test_pages_whose_sync_failed_never_get_a_descriptor(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Linux tells of a failed write once: the sync after that succeeds, and the bytes are lost all the same."""
-    data = [MANY[pfn] for pfn in sorted(MANY)]
     with created(tmp_path / "dump") as file:
         made = KdumpWriter(file, PLAN)
         made.begin(runs_of(sorted(MANY)))
-        made.append(packed(data[:4]))
+        made.append(packed(part(MANY, 0, 4)))
         made.finish(complete=False)
         monkeypatch.setattr(writer, "SYNC_BYTES", 1)
         with monkeypatch.context() as once:
             once.setattr(os, "fdatasync", raising(OSError(number, os.strerror(number))))
-            made.append(packed(data[4:6]))
+            made.append(packed(part(MANY, 4, 6)))
             with pytest.raises(TargetError):
-                made.append(packed(data[6:8]))  # waits for the step before
+                made.append(packed(part(MANY, 6, 8)))  # waits for the step before
         made.finish(complete=False)
         assert made.pages_written == 4
     dump = by_hand(tmp_path / "dump")
@@ -319,12 +323,11 @@ def test_bitmaps_and_room_for_descriptors_are_on_the_disk_before_the_first_page(
 
 
 def test_an_unfinished_dump_keeps_its_mark_and_every_page_that_was_appended(tmp_path: Path) -> None:
-    data = [MANY[pfn] for pfn in sorted(MANY)]
     with created(tmp_path / "dump") as file:
         made = KdumpWriter(file, PLAN)
         made.begin(runs_of(sorted(MANY)))
-        made.append(packed(data[:5]))
-        made.append(packed(data[5:11]))
+        made.append(packed(part(MANY, 0, 5)))
+        made.append(packed(part(MANY, 5, 11)))
         made.finish(complete=False)
         assert made.pages_written == 11
     dump = by_hand(tmp_path / "dump")
@@ -341,7 +344,8 @@ def test_what_is_held_back_is_bounded(unit: str, tmp_path: Path, monkeypatch: py
         made = KdumpWriter(file, PLAN._replace(max_mapnr=1000))
         made.begin([(0, 1000)])
         for first in range(0, 1000, 10):
-            made.append(packed([filled(".") if unit == "pages" else filled("a")] * 10))
+            page = filled(".") if unit == "pages" else filled("a")
+            made.append(packed(dict.fromkeys(range(first, first + 10), page)))
             assert first + 10 - made.pages_written < 2 * 100 + 10  # two steps are under way, no more
 
 
@@ -368,8 +372,8 @@ def test_only_the_first_step_is_a_small_one(watched: bool, tmp_path: Path, monke
             real(fd)
 
         monkeypatch.setattr(os, "fdatasync", noted)
-        for page in noise:
-            made.append(PackedPages(np.array([PAGE]), np.zeros(1, np.uint32), [page]))
+        for pfn, page in enumerate(noise):
+            made.append(PackedPages(np.array([pfn]), np.array([PAGE]), np.zeros(1, np.uint32), [page]))
         made.checkpoint()
     assert syncs == [0, 2, 10, 18, 26]
     assert [step.size // PAGE for step in looked_at] == [2, 8, 8, 8, 8] * watched
@@ -433,7 +437,7 @@ def test_a_descriptor_that_a_power_cut_halved_counts_as_not_written(tmp_path: Pa
     with created(tmp_path / "dump") as file:
         made = KdumpWriter(file, PLAN._replace(max_mapnr=400))
         made.begin([(0, 400)])
-        made.append(packed(list(pages.values())))
+        made.append(packed(pages))
         made.finish(complete=False)
         table = made.layout.descriptor_table
     edge = table + 2 * PAGE  # 8192 is 341 descriptors and 8 bytes

@@ -22,6 +22,9 @@ from capture.kernel.pages import (
     HWPOISON,
     KERNEL,
     OFFLINE,
+    OTHER,
+    SLAB,
+    TYPED,
     UNKNOWN,
     USER,
     PageClassifier,
@@ -120,6 +123,26 @@ def test_tails_that_show_the_head_again_belong_to_the_first_head() -> None:
             array.data[copy * SIZE : (copy + 64) * SIZE] = page
         check(array)
         check(array, 64)
+
+
+# --- what is wanted first
+
+
+@pytest.mark.parametrize("block", [2, 64, module.BLOCK_PAGES])
+def test_slab_and_pages_with_a_type_are_saved_before_others_with_all_of_their_pages(era: Era, block: int) -> None:
+    array = every_kind(era)
+    array.slab(7168, order=5)
+    array.put(4, MAPCOUNT, "<i", -0x0400_0001)  # a type that VMCOREINFO does not name
+    classifier = PageClassifier(page_rules(era.info))
+    found, turns = [], []
+    for first in range(0, array.count, block):
+        found.append(classifier.classify(first, array.rows[first : first + block]))
+        turns.append(classifier.turns)
+    kernel = np.concatenate(found) == KERNEL
+    assert np.flatnonzero(kernel & (np.concatenate(turns) == TYPED)).tolist() == [4]
+    slab = [12, *range(128, 136), *range(7168, 7200)]
+    assert np.flatnonzero(kernel & (np.concatenate(turns) == SLAB)).tolist() == slab
+    assert set(np.concatenate(turns).tolist()) == {TYPED, SLAB, OTHER}
 
 
 # --- poisoned pages

@@ -1,0 +1,94 @@
+"""In which order pages are saved: what a crash is explained with first, what is large and seldom looked at last.
+
+Data may lie in any order in a dump, readers follow the descriptors. One that is cut short (a full disk, a power cut, a
+deadline) then lacks what hurts least. The passes are bitmaps, four of 32 KiB for a GiB of memory, in a file beside the
+dump that has no name and is gone with the process. Where it cannot be made or written, there is one pass, in PFN order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capture.dumpfile.writer import KdumpWriter
+from capture.kernel.pages import LAST
+
+NAMED = LAST
+"""Passes whose pages are noted; one more has all the others."""
+
+
+class Passes:
+    """Which pages go in which pass.
+
+    PFNs are below ``max_pfn``; the file is made in ``directory``. ``failure`` says why there is one pass only.
+    """
+
+    def __init__(self, directory: Path, max_pfn: int) -> None:
+        self._bytes = -(-max_pfn // 8)
+        self._fd = -1
+        self.failure: str | None = None
+        try:
+            self._fd = _unnamed_file(directory)
+        except OSError as error:
+            self.failure = f"a file in {directory}: {error.strerror}"
+
+    def note(self, first_pfn: int, passes: Sequence[NDArray[np.bool_]]) -> None:
+        """Put pages from ``first_pfn`` (a multiple of 8) on into the first passes, a truth value for each of them."""
+        try:
+            for number, pages in enumerate(passes if self.failure is None else ()):
+                bits = np.packbits(pages, bitorder="little").tobytes()
+                if os.pwrite(self._fd, bits, number * self._bytes + first_pfn // 8) < len(bits):
+                    self.failure = "no room for the order of pages"
+        except OSError as error:
+            self.failure = f"the order of pages cannot be written: {error.strerror}"
+
+    def give_up(self, reason: str) -> None:
+        """Have one pass only."""
+        self.failure = reason
+
+    def runs(self, writer: KdumpWriter) -> Iterator[Iterator[tuple[int, int]]]:
+        """Yield, pass by pass, the runs (first PFN, pages) of the pages that ``writer`` has selected."""
+        if self.failure is not None:
+            yield writer.selected()
+            return
+        for number in range(NAMED):
+            yield writer.selected(partial(self._bits, number))
+        yield writer.selected(self._others)
+
+    def _others(self, first_pfn: int, pages: int) -> NDArray[np.bool_]:
+        noted = self._bits(0, first_pfn, pages)
+        for number in range(1, NAMED):
+            noted |= self._bits(number, first_pfn, pages)
+        return ~noted
+
+    def _bits(self, number: int, first_pfn: int, pages: int) -> NDArray[np.bool_]:
+        length = -(-pages // 8)
+        room = max(0, min(length, self._bytes - first_pfn // 8))
+        # A read that fails loses the order, never a page: what the named passes lack, the last one has.
+        raw = b""
+        with contextlib.suppress(OSError):
+            raw = os.pread(self._fd, room, number * self._bytes + first_pfn // 8)
+        bits = np.frombuffer(raw.ljust(length, b"\0"), dtype=np.uint8)
+        return np.unpackbits(bits, bitorder="little", count=pages).view(np.bool_)
+
+    def close(self) -> None:
+        """Let the file go."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _unnamed_file(directory: Path) -> int:
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:  # not every file system knows that
+        fd, name = tempfile.mkstemp(prefix=".order-", dir=directory)
+        Path(name).unlink()
+        return fd
