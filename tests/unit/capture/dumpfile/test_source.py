@@ -42,7 +42,11 @@ def test_a_dump_filtered_again_is_the_one_that_was_filtered_at_once(
     assert run("dump", "-q", "-d", "1", "-c", compression, kernel, whole).status == 0
     assert run("dump", "-q", "-d", "31", whole, again).status == 0
     assert run("dump", "-q", "-d", "31", kernel, once).status == 0
-    assert again.read_bytes() == once.read_bytes()
+    # Other page tables are walked where there is no ELF header to map memory: what is saved first may differ.
+    ours, expected = by_hand(again), by_hand(once)
+    assert ours.pages == expected.pages
+    assert (ours.status, ours.level, ours.data_start) == (expected.status, expected.level, expected.data_start)
+    assert all((one == other).all() for one, other in zip(bitmaps(again), bitmaps(once), strict=True))
 
 
 def test_what_a_first_dump_left_out_stays_out_and_the_level_says_so(kernel: str, tmp_path: Path, run: Run) -> None:
@@ -209,4 +213,8 @@ def test_a_dump_of_a_real_kernel_filtered_again_is_the_one_made_at_once(
     whole, again, once = (tmp_path / name for name in ("whole", "again", "once"))
     for level, source, target in (("1", corpus_vmcore, whole), ("31", whole, again), ("31", corpus_vmcore, once)):
         assert run("dump", "-q", "-d", level, source, target).status == 0
-    assert again.read_bytes() == once.read_bytes()
+    # Other page tables are walked where there is no ELF header to map memory: what is saved first may differ.
+    ours, expected = by_hand(again), by_hand(once)
+    assert ours.pages == expected.pages
+    assert (ours.status, ours.level, ours.data_start) == (expected.status, expected.level, expected.data_start)
+    assert all((one == other).all() for one, other in zip(bitmaps(again), bitmaps(once), strict=True))
