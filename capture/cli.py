@@ -81,7 +81,11 @@ def add_commands(subparsers: Subparsers) -> None:
     """Add the commands of the capture side."""
     dump = command(subparsers, "dump", _dump, "write one dump, kdump-compressed")
     _add_dump_options(dump, levels=(1,))
-    dump.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    there = dump.add_mutually_exclusive_group()
+    there.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    there.add_argument(
+        "--resume", action="store_true", help="go on with OUT.incomplete, if it is there and of the same crash"
+    )
     _add_source(dump, required=True)
     dump.add_argument("out", metavar="OUT", type=Path, help="the dump to write")
 
@@ -191,16 +195,13 @@ def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
 # What a command needs is imported when it runs: `vmcapture status` should not wait for NumPy.
 
 
-def _dump_options(
-    args: argparse.Namespace, levels: tuple[int, ...], compression: str, *, replace: bool = False, hashed: bool = True
-) -> Any:  # noqa: ANN401
+def _dump_options(args: argparse.Namespace, levels: tuple[int, ...], compression: str, *, hashed: bool = True) -> Any:  # noqa: ANN401
     from capture.options import DumpOptions
 
     options = DumpOptions(
         levels=levels if args.level is None else args.level,
         compression=args.compress or compression,
         threads=args.threads,
-        replace=replace,
         hashed=hashed,
         progress=progress_wanted(args),
         trust_filter=args.trust_filter,
@@ -218,7 +219,8 @@ def _dump(args: argparse.Namespace) -> int:
     if str(args.out) == "-":
         raise UsageError("OUT -: the flattened format is not supported yet; name a file")
     console = Console(quiet=args.quiet)
-    options = _dump_options(args, args.level, DUMP_COMPRESSION, replace=args.force, hashed=False)
+    options = _dump_options(args, args.level, DUMP_COMPRESSION, hashed=False)
+    options = options._replace(replace=args.force, resume=args.resume)
     with open_vmcore(args.source) as vmcore:
         for line in vmcore.problems:
             console.say(line)

@@ -65,6 +65,8 @@ class Copier:
         self._share_zero_pages = share_zero_pages
         self._threads = threads
         self._writer: KdumpWriter | None = None
+        self._found = 0
+        """Pages that the dump had before."""
         self._statistics = CopyStatistics()
         self._uncounted: deque[_Counts] = deque()
 
@@ -75,6 +77,7 @@ class Copier:
             TargetError: the writer could not write; all chunks before are written.
         """
         self._writer = writer
+        self._found = writer.pages_written
         if self._codec.pace is not None:
             self._codec.pace.threads = self._threads
             writer.on_step = self._codec.pace.stepped
@@ -100,7 +103,7 @@ class Copier:
     def _count_kept(self) -> None:
         """Count the blocks that have their descriptors."""
         statistics = self._statistics
-        kept = self._writer.pages_written if self._writer is not None else 0
+        kept = self._writer.pages_written - self._found if self._writer is not None else 0
         while self._uncounted and statistics.pages + self._uncounted[0].pages <= kept:
             counts = self._uncounted.popleft()
             statistics.pages += counts.pages

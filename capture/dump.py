@@ -13,6 +13,7 @@ from typing import NamedTuple
 from capture import footprint
 from capture.copier import Copier, CopyStatistics
 from capture.dumpfile import codec as codecs
+from capture.dumpfile import resume
 from capture.dumpfile.output import OutputFile, sync_directory, target_error
 from capture.dumpfile.passes import Passes
 from capture.dumpfile.writer import DumpPlan, KdumpWriter
@@ -141,7 +142,8 @@ def write_dump(
     """Write ``vmcore`` to ``path``, which gets its name only when everything is in it.
 
     Until then the file is ``path`` + ".incomplete": readable, and marked incomplete. It stays when the dump is cut
-    short (no room, an error, Ctrl-C), with every page written so far. ``say`` is told, line by line, what a person has
+    short (no room, an error, Ctrl-C), with every page written so far; with ``resume`` in the options the next call goes
+    on from there. ``say`` is told, line by line, what a person has
     to know before it is done. ``taken`` is brought up to date along the way.
 
     Raises:
@@ -151,7 +153,7 @@ def write_dump(
     options.check()
     codec = codecs.codec(options.compression)
     threads = options.threads or default_threads()
-    unfinished = _unfinished(path, replace=options.replace)
+    unfinished = _unfinished(path, replace=options.replace, resume=options.resume)
     image = vmcore.image
     memory = KernelMemory(image, vmcore.info, vmcore.core.machine)
     plan = DumpPlan(
@@ -166,24 +168,19 @@ def write_dump(
         notes=vmcore.notes,
         excluded_vmemmap=options.exclude_vmemmap,
     )
+    going_on = options.resume and unfinished.exists()
     with (
-        contextlib.closing(OutputFile(unfinished, hashed=options.hashed)) as output,
+        contextlib.closing(OutputFile(unfinished, hashed=options.hashed, existing=going_on)) as output,
         contextlib.closing(KdumpWriter(output, plan)) as writer,
         contextlib.closing(Passes(path.parent, image.max_pfn)) as passes,
     ):
-        try:
-            writer.map_memory(image.runs())
-            filtered = _select_or_all(vmcore, writer, codec, options, passes, path.parent)
-            for line in filtered.lines():
-                say(line)
-            writer.start(filtered.level | vmcore.level & ~1)
-            sync_directory(path.parent)  # from here on a power cut leaves a dump under its name
-        except (TargetError, KeyboardInterrupt):
-            with contextlib.suppress(OSError):  # not a page is in it, perhaps not even a header
-                unfinished.unlink()
-            raise
+        if going_on:
+            filtered = _take_over(vmcore, unfinished, writer, passes, plan, options, say)
+        else:
+            filtered = _begin(vmcore, unfinished, writer, codec, options, passes, say)
         copier = Copier(image, codec, share_zero_pages=bool(filtered.level & 1), threads=threads)
-        with Progress("saving memory", writer.pages * image.page_size, enabled=options.progress) as progress:
+        left = writer.pages - writer.pages_written
+        with Progress("saving memory", left * image.page_size, enabled=options.progress) as progress:
             failure = _copy(copier, writer, passes, vmcore, progress, taken or Footprint())
             seconds = progress.seconds
         failure = _finish(writer, copier, vmcore, failure)
@@ -209,6 +206,62 @@ def write_dump(
             raise target_error(path, f"renaming {unfinished.name}", error) from None
     sync_directory(path.parent)
     return report
+
+
+def _begin(
+    vmcore: Vmcore,
+    unfinished: Path,
+    writer: KdumpWriter,
+    codec: codecs.Codec,
+    options: DumpOptions,
+    passes: Passes,
+    say: Callable[[str], object],
+) -> Filtered:
+    """Choose the pages of a new dump, and make it readable."""
+    try:
+        writer.map_memory(vmcore.image.runs())
+        filtered = _select_or_all(vmcore, writer, codec, options, passes, unfinished.parent)
+        for line in filtered.lines():
+            say(line)
+        writer.start(filtered.level | vmcore.level & ~1)
+        sync_directory(unfinished.parent)  # from here on a power cut leaves a dump under its name
+    except (TargetError, KeyboardInterrupt):
+        with contextlib.suppress(OSError):  # not a page is in it, perhaps not even a header
+            unfinished.unlink()
+        raise
+    return filtered
+
+
+def _take_over(
+    vmcore: Vmcore,
+    unfinished: Path,
+    writer: KdumpWriter,
+    passes: Passes,
+    plan: DumpPlan,
+    options: DumpOptions,
+    say: Callable[[str], object],
+) -> Filtered:
+    """Go on with a dump that was cut short: its level and its pages stay as they are."""
+    found = resume.take_over(unfinished, writer, passes, plan, progress=options.progress)
+    say(found.line(unfinished))
+    try:
+        page_filter = PageFilter(vmcore)
+        for _ in page_filter.kept(found.level, note=passes.note):  # what comes first of what is left
+            pass
+    except Exception as error:  # (a bug in it must cost the order only)
+        passes.give_up(f"internal error: {type(error).__name__}: {error}")
+        return Filtered(asked=found.level, level=found.level, doubts=())
+    census = page_filter.census
+    return Filtered(
+        asked=found.level,
+        level=found.level,
+        doubts=(),
+        classes=census.by_name(),
+        rescued=census.rescued(found.level),
+        protects=page_filter.protects,
+        free_found=census.free_found,
+        free_counted=census.free_counted,
+    )
 
 
 def _select_or_all(
@@ -276,13 +329,16 @@ def _room(directory: Path) -> int | None:
     return max(0, found.f_bavail * found.f_frsize - MANIFEST_ROOM)
 
 
-def _unfinished(path: Path, *, replace: bool) -> Path:
-    """Return the name that the dump has until it is finished; make way for it when ``replace``."""
+def _unfinished(path: Path, *, replace: bool, resume: bool) -> Path:
+    """Return the name that the dump has until it is finished; make way for it when ``replace``.
+
+    With ``resume`` it may be there already.
+    """
     try:
         if not path.name or path.is_dir():
             raise TargetError(f"{path}: is a directory; name the file to write")
         unfinished = path.with_name(path.name + INCOMPLETE_SUFFIX)
-        if replace:
+        if replace and not resume:
             unfinished.unlink(missing_ok=True)
         elif path.exists() or path.is_symlink():
             raise TargetError(f"{path}: exists already; remove it, or use --force")

@@ -12,7 +12,8 @@ SAVE_COMPRESSION = "zstd:auto"
 
 
 class DumpOptions(NamedTuple):
-    """How to dump. ``threads`` None means as many as there are CPUs and memory for; ``replace`` an existing file.
+    """How to dump. ``threads`` None means as many as there are CPUs and memory for; ``replace`` an existing file, or
+    ``resume`` an unfinished one of the same crash.
 
     ``levels`` are dump levels, the first one that fits on the target is made, else the last. ``trust_filter`` makes
     that level even when the filter fails its checks; ``exclude_vmemmap`` leaves out mem_map of pages left out.
@@ -22,6 +23,7 @@ class DumpOptions(NamedTuple):
     compression: str = DUMP_COMPRESSION
     threads: int | None = None
     replace: bool = False
+    resume: bool = False
     progress: bool = True
     trust_filter: bool = False
     exclude_vmemmap: bool = False

@@ -44,22 +44,24 @@ def target_error(path: Path | str, doing: str, error: OSError) -> TargetError:
 
 
 class OutputFile:
-    """A new file, written at offsets. Without ``hashed`` it has no ``digests``, and no time is spent on them.
+    """A file that is written at offsets: a new one, or with ``existing`` one that is there and goes on being written.
+
+    Without ``hashed`` it has no ``digests``, and no time is spent on them.
 
     Raises:
         TargetError: from every method, with the path and the reason; TargetFullError when there is no room.
     """
 
-    def __init__(self, path: Path, *, hashed: bool = True) -> None:
+    def __init__(self, path: Path, *, hashed: bool = True, existing: bool = False) -> None:
         self.path = path
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (0 if existing else os.O_CREAT | os.O_EXCL)
         try:
             self._fd = os.open(path, flags, FILE_MODE)
             os.fchmod(self._fd, FILE_MODE)  # an umask can only take away, even what root needs
         except OSError as error:
-            raise target_error(path, "creating", error) from None
-        self.size = 0
-        self._hashes = _BlockHashes() if hashed else None
+            raise target_error(path, "opening" if existing else "creating", error) from None
+        self.size = os.fstat(self._fd).st_size
+        self._hashes = _BlockHashes(self.size) if hashed else None
         self._lock = threading.Lock()
         """Around ``size`` and the hashes."""
 
@@ -157,12 +159,12 @@ class OutputFile:
 
 
 class _BlockHashes:
-    """SHA-256 of each block of a file that is written at offsets."""
+    """SHA-256 of each block of a file that is written at offsets; ``size`` bytes of it are there already."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         self._open: dict[int, tuple[Any, int]] = {}  # block → (hash so far, bytes fed)
         self._done: dict[int, str] = {}
-        self._dirty: set[int] = set()
+        self._dirty = set(range(-(-size // HASH_BLOCK)))
 
     def feed(self, pieces: Sequence[bytes | memoryview], offset: int) -> None:
         for piece in pieces:

@@ -18,10 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capture.dumpfile.writer import KdumpWriter
+from capture.errors import TargetError
 from capture.kernel.pages import LAST
 
 NAMED = LAST
 """Passes whose pages are noted; one more has all the others."""
+_DONE = NAMED
+"""The bitmap of pages that are saved already."""
 
 
 class Passes:
@@ -31,7 +34,9 @@ class Passes:
     """
 
     def __init__(self, directory: Path, max_pfn: int) -> None:
+        self._directory = directory
         self._bytes = -(-max_pfn // 8)
+        self._some_done = False
         self._fd = -1
         self.failure: str | None = None
         try:
@@ -49,6 +54,23 @@ class Passes:
         except OSError as error:
             self.failure = f"the order of pages cannot be written: {error.strerror}"
 
+    def note_done(self, pfns: NDArray[np.int64]) -> None:
+        """Leave pages (ascending) out of every pass: they are saved already.
+
+        Raises:
+            TargetError: there is no room to remember it.
+        """
+        if not len(pfns):
+            return
+        first = int(pfns[0]) // 8 * 8
+        done = self._bits(_DONE, first, -(-(int(pfns[-1]) + 1 - first) // 8) * 8)
+        done[pfns - first] = True
+        try:
+            os.pwrite(self._fd, np.packbits(done, bitorder="little").tobytes(), _DONE * self._bytes + first // 8)
+        except OSError as error:
+            raise TargetError(f"{self._directory}: what is saved already cannot be noted: {error.strerror}") from None
+        self._some_done = True
+
     def give_up(self, reason: str) -> None:
         """Have one pass only."""
         self.failure = reason
@@ -56,17 +78,26 @@ class Passes:
     def runs(self, writer: KdumpWriter) -> Iterator[Iterator[tuple[int, int]]]:
         """Yield, pass by pass, the runs (first PFN, pages) of the pages that ``writer`` has selected."""
         if self.failure is not None:
-            yield writer.selected()
+            yield writer.selected(self._open if self._some_done else None)
             return
         for number in range(NAMED):
-            yield writer.selected(partial(self._bits, number))
+            yield writer.selected(partial(self._named, number))
         yield writer.selected(self._others)
 
+    def _named(self, number: int, first_pfn: int, pages: int) -> NDArray[np.bool_]:
+        return self._bits(number, first_pfn, pages) & self._open(first_pfn, pages)
+
     def _others(self, first_pfn: int, pages: int) -> NDArray[np.bool_]:
-        noted = self._bits(0, first_pfn, pages)
-        for number in range(1, NAMED):
-            noted |= self._bits(number, first_pfn, pages)
-        return ~noted
+        others = self._open(first_pfn, pages)
+        for number in range(NAMED):
+            others &= ~self._bits(number, first_pfn, pages)
+        return others
+
+    def _open(self, first_pfn: int, pages: int) -> NDArray[np.bool_]:
+        """Return which pages are not saved yet."""
+        if not self._some_done:
+            return np.ones(pages, dtype=np.bool_)
+        return ~self._bits(_DONE, first_pfn, pages)
 
     def _bits(self, number: int, first_pfn: int, pages: int) -> NDArray[np.bool_]:
         length = -(-pages // 8)

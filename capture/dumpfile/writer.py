@@ -214,6 +214,37 @@ class KdumpWriter:
         self._output.sync()
         self._last_step = time.monotonic()
 
+    def take_over(self, pages: int, level: int) -> None:
+        """Go on with a dump of ``pages`` pages that is in the file already, instead of ``start``.
+
+        What is in it is told by ``found`` afterwards; nothing is written over.
+        """
+        self.pages = pages
+        self._plan = self._plan._replace(level=level)
+        self.layout = self.layout._replace(descriptors=pages)
+        self._zero_page = self._position = self._kept_to = self.layout.data
+        if level & 1:
+            self._position = self._kept_to = self._position + self._plan.page_size
+            if any(self._output.read_back(self._zero_page, self._plan.page_size)):
+                self._output.write([bytes(self._plan.page_size)], self._zero_page)
+        self._last_step = time.monotonic()
+
+    def found(self, number: int, written: NDArray[np.bool_]) -> None:
+        """Count the pages from descriptor ``number`` on that are there and right; data goes on behind theirs."""
+        width = kdump.PAGE_DESCRIPTOR.itemsize
+        raw = self._output.read_back(self.layout.descriptor_table + number * width, len(written) * width)
+        table = np.frombuffer(raw, kdump.PAGE_DESCRIPTOR)[written]
+        self.pages_written += len(table)
+        if len(table):
+            end = int((table["offset"] + table["size"].astype(np.int64)).max())
+            self._position = self._kept_to = max(self._position, end)
+
+    def forget(self, numbers: NDArray[np.int64]) -> None:
+        """Take descriptors back: their pages are damaged."""
+        empty = bytes(kdump.PAGE_DESCRIPTOR.itemsize)
+        for number in numbers.tolist():
+            self._output.write([empty], self.layout.descriptor_table + number * len(empty))
+
     def append(self, packed: PackedPages) -> None:
         """Write the data of the next pages; their descriptors follow with the next sync."""
         try:

@@ -1,0 +1,90 @@
+"""Goes on from a dump that was cut short: what is in it is read back, and what is right need not be saved again.
+
+Full disks get room, disks that vanished come back, and the rescue shell has the same dead memory still. Whether it is
+the same is told by the notes: registers of every CPU, CRASHTIME and the kernel's build ID are in them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from capture.dumpfile.passes import Passes
+from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile
+from capture.dumpfile.writer import DumpPlan, KdumpWriter
+from capture.errors import SourceError, TargetError
+from capture.progress import Progress
+
+
+class Found(NamedTuple):
+    """What an unfinished dump has, in pages: those that are right, and those that cannot be read back."""
+
+    level: int
+    pages: int
+    right: int
+    damaged: int
+
+    def line(self, path: Path) -> str:
+        """Return what a person has to know before it goes on."""
+        damaged = f"; {self.damaged} are damaged and saved again" if self.damaged else ""
+        return f"{path}: {self.right} of {self.pages} pages (level {self.level}) are there already{damaged}; going on"
+
+
+def can_resume(path: Path, plan: DumpPlan) -> bool:
+    """Whether ``path`` is an unfinished dump of this crash, as far as its headers say."""
+    try:
+        with KdumpFile(path) as dump:
+            return dump.incomplete and why_other(dump, plan) is None
+    except SourceError:
+        return False
+
+
+def why_other(dump: KdumpFile, plan: DumpPlan) -> str | None:
+    """Return why a dump cannot be gone on with as ``plan`` says, None when it can."""
+    try:
+        notes = dump.notes()
+    except SourceError as error:
+        return str(error)
+    if notes != plan.notes.blob:
+        return "it is of another crash: its notes differ"
+    if dump.page_size != plan.page_size or dump.max_mapnr != plan.max_mapnr:
+        return "it is of other memory"
+    return None
+
+
+def take_over(path: Path, writer: KdumpWriter, passes: Passes, plan: DumpPlan, *, progress: bool) -> Found:
+    """Read back what the unfinished dump at ``path`` has; ``writer``, which has it open, goes on behind that.
+
+    A page that cannot be read back loses its descriptor first: it counts as not written from then on.
+
+    Raises:
+        TargetError: it is no unfinished dump of this crash, or its descriptors cannot be written.
+    """
+    try:
+        with KdumpFile(path) as dump:
+            reason = why_other(dump, plan)
+            if reason is None and not dump.incomplete:
+                reason = "it is finished"
+            if reason is not None:
+                raise TargetError(f"{path}: cannot go on with it: {reason}; remove it, or use --force")
+            pages = dump.page_count()
+            writer.take_over(pages, dump.level)
+            right = damaged = number = 0
+            with Progress("reading back", pages * dump.page_size, enabled=progress) as meter:
+                for batch in dump.pages():
+                    good = np.ones(len(batch.pfns), dtype=np.bool_)
+                    good[list(batch.bad)] = False
+                    lost = [index for index, why in batch.bad.items() if why != NOT_WRITTEN]
+                    if lost:
+                        writer.forget(number + np.array(lost, dtype=np.int64))
+                    writer.found(number, good)
+                    passes.note_done(batch.pfns[good])
+                    right += int(np.count_nonzero(good))
+                    damaged += len(lost)
+                    number += len(batch.pfns)
+                    meter.advance(len(batch.pfns) * dump.page_size)
+            return Found(dump.level, pages, right, damaged)
+    except SourceError as error:
+        raise TargetError(f"{error}: cannot go on with it; remove it, or use --force") from None
