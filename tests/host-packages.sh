@@ -29,6 +29,9 @@ readers=(
 bench=(
     makedumpfile:makedumpfile
     zstd:zstd
+    qemu-storage-daemon:qemu-system-common
+    losetup:mount
+    umount:mount
 )
 
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
