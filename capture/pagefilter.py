@@ -9,7 +9,7 @@ Memory: a window of classes (512 KiB), a block of struct pages, and the ranges o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -74,7 +74,7 @@ class Window(NamedTuple):
     turns: NDArray[np.uint8]
 
 
-Note = Callable[[int, Sequence[NDArray[np.bool_]]], object]
+Note = Callable[[int, Iterable[NDArray[np.bool_]]], object]
 """Told, for pages from a first PFN on, which are to be saved in each turn but the last."""
 
 
@@ -212,7 +212,7 @@ class PageFilter:
         for window in self.windows(poison=poison):
             if note is not None:
                 kernel = window.there & (window.kinds == KERNEL)
-                note(window.first_pfn, [kernel & (window.turns == turn) for turn in range(LAST)])
+                note(window.first_pfn, (kernel & (window.turns == turn) for turn in range(LAST)))
             yield window.first_pfn, window.there & ~left_out[window.kinds]
 
     def verdict(self, level: int) -> Verdict:

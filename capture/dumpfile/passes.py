@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class Passes:
         except OSError as error:
             self.failure = f"a file in {directory}: {error.strerror}"
 
-    def note(self, first_pfn: int, passes: Sequence[NDArray[np.bool_]]) -> None:
+    def note(self, first_pfn: int, passes: Iterable[NDArray[np.bool_]]) -> None:
         """Put pages from ``first_pfn`` (a multiple of 8) on into the first passes, a truth value for each of them."""
         try:
             for number, pages in enumerate(passes if self.failure is None else ()):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
@@ -37,10 +38,12 @@ SYNC_PAGES = 1 << 15
 """Descriptors held back between two syncs (24 bytes each)."""
 FIRST_SYNC_BYTES = 4 << 20
 """The first step is smaller: it tells soon how fast the disk is."""
-_NUMBER_WINDOW = 1 << 15
+_NUMBER_WINDOW = 1 << 13
 """Pages whose descriptors' numbers are worked out together."""
 _BITMAP_WINDOW = 1 << 19
 """Pages of a bitmap that are put together at once."""
+_RUNS_WINDOW = 1 << 17
+"""Pages of a bitmap that are looked at together."""
 
 BitmapWindow = tuple[int, NDArray[np.bool_]]
 """A piece of a bitmap: its first PFN, a multiple of 8, and a bit for each page from there on."""
@@ -425,8 +428,8 @@ class KdumpWriter:
     ) -> Iterator[tuple[int, int]]:
         """Yield (first PFN, pages) of every run of ones of a bitmap in the file, of those that are ``within``."""
         first, end = 0, 0
-        for first_pfn in range(0, self._plan.max_mapnr, _BITMAP_WINDOW):
-            length = min(_BITMAP_WINDOW // 8, self.layout.bitmap_bytes - first_pfn // 8)
+        for first_pfn in range(0, self._plan.max_mapnr, _RUNS_WINDOW):
+            length = min(_RUNS_WINDOW // 8, self.layout.bitmap_bytes - first_pfn // 8)
             data = self._output.read_back(start + first_pfn // 8, length)
             if data.count(0) == length:
                 continue
@@ -446,35 +449,40 @@ class KdumpWriter:
 
 
 class _Numbers:
-    """The numbers of descriptors: how many selected pages come before a page. Quick where PFNs ascend."""
+    """The numbers of descriptors: how many selected pages come before a page.
+
+    Memory: 8 bytes for each window of pages, a quarter of a MiB for a TiB of memory.
+    """
 
     def __init__(self, selection: Callable[[int, int], NDArray[np.bool_]]) -> None:
         self._selection = selection
+        self._before = array("q", [0])
+        """Selected pages below each window, as far as it was asked for."""
         self._window = -1
-        self._before = 0
-        """Selected pages below the window."""
         self._within = np.zeros(1, dtype=np.int64)
-        """Selected pages of the window below each of its pages; at last, all of them."""
+        """Of the window, selected pages below each of its pages; at last, all of them."""
 
     def of(self, pfns: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the number of each of ``pfns``, which ascend and are selected."""
         numbers = np.empty(len(pfns), dtype=np.int64)
         windows = pfns // _NUMBER_WINDOW
         for start, end in pairwise([0, *(np.flatnonzero(np.diff(windows)) + 1).tolist(), len(pfns)]):
-            self._move(int(windows[start]))
-            numbers[start:end] = self._before + self._within[pfns[start:end] - self._window * _NUMBER_WINDOW]
+            window = int(windows[start])
+            self._look_at(window)
+            numbers[start:end] = self._before[window] + self._within[pfns[start:end] - window * _NUMBER_WINDOW]
         return numbers
 
-    def _move(self, window: int) -> None:
-        if window < self._window:
-            self._window, self._before, self._within = -1, 0, np.zeros(1, dtype=np.int64)
-        while self._window < window:
-            self._window += 1
-            self._before += int(self._within[-1])
-            chosen = self._selection(self._window * _NUMBER_WINDOW, _NUMBER_WINDOW)
-            self._within = np.zeros(_NUMBER_WINDOW + 1, dtype=np.int64)
-            np.cumsum(chosen, out=self._within[1 : len(chosen) + 1])
-            self._within[len(chosen) + 1 :] = self._within[len(chosen)]
+    def _look_at(self, window: int) -> None:
+        for below in range(len(self._before) - 1, window):
+            self._before.append(self._before[below] + int(np.count_nonzero(self._chosen(below))))
+        if window != self._window:
+            chosen = self._chosen(window)
+            self._within = np.zeros(len(chosen) + 1, dtype=np.int64)
+            np.cumsum(chosen, out=self._within[1:])
+            self._window = window
+
+    def _chosen(self, window: int) -> NDArray[np.bool_]:
+        return self._selection(window * _NUMBER_WINDOW, _NUMBER_WINDOW)
 
 
 def _step_bytes(available: int | None) -> int:
