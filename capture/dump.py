@@ -96,6 +96,8 @@ class DumpReport(NamedTuple):
     filtered: Filtered
     statistics: CopyStatistics
     pages: int
+    pages_found: int
+    """Pages that were in it before: it was cut short, and gone on with. ``statistics`` are of the others."""
     pages_written: int
     missing_bytes: int
     seconds: float
@@ -155,19 +157,7 @@ def write_dump(
     threads = options.threads or default_threads()
     unfinished = _unfinished(path, replace=options.replace, resume=options.resume)
     image = vmcore.image
-    memory = KernelMemory(image, vmcore.info, vmcore.core.machine)
-    plan = DumpPlan(
-        page_size=image.page_size,
-        max_mapnr=image.max_pfn,
-        level=options.levels[0],
-        compression=codec.flag,
-        utsname=read_utsname(memory, vmcore.info, vmcore.core.machine).raw,
-        crash_time=vmcore.info.crash_time or 0,
-        phys_base=vmcore.info.number("phys_base") or vmcore.info.number("PHYS_OFFSET") or 0,
-        cpus=len(vmcore.notes.prstatus()),
-        notes=vmcore.notes,
-        excluded_vmemmap=options.exclude_vmemmap,
-    )
+    plan = _plan(vmcore, options, codec)
     going_on = options.resume and unfinished.exists()
     with (
         contextlib.closing(OutputFile(unfinished, hashed=options.hashed, existing=going_on)) as output,
@@ -179,8 +169,8 @@ def write_dump(
         else:
             filtered = _begin(vmcore, unfinished, writer, codec, options, passes, say)
         copier = Copier(image, codec, share_zero_pages=bool(filtered.level & 1), threads=threads)
-        left = writer.pages - writer.pages_written
-        with Progress("saving memory", left * image.page_size, enabled=options.progress) as progress:
+        found = writer.pages_written
+        with Progress("saving memory", (writer.pages - found) * image.page_size, enabled=options.progress) as progress:
             failure = _copy(copier, writer, passes, vmcore, progress, taken or Footprint())
             seconds = progress.seconds
         failure = _finish(writer, copier, vmcore, failure)
@@ -194,6 +184,7 @@ def write_dump(
             filtered=filtered,
             statistics=copier.statistics,
             pages=writer.pages,
+            pages_found=found,
             pages_written=writer.pages_written,
             missing_bytes=vmcore.core.missing_bytes,
             seconds=seconds,
@@ -206,6 +197,28 @@ def write_dump(
             raise target_error(path, f"renaming {unfinished.name}", error) from None
     sync_directory(path.parent)
     return report
+
+
+def unfinished_dump(vmcore: Vmcore, path: Path, options: DumpOptions) -> bool:
+    """Whether a dump of this crash to ``path`` was cut short, and can be gone on with (``resume``)."""
+    plan = _plan(vmcore, options, codecs.codec(options.compression))
+    return resume.can_resume(path.with_name(path.name + INCOMPLETE_SUFFIX), plan)
+
+
+def _plan(vmcore: Vmcore, options: DumpOptions, codec: codecs.Codec) -> DumpPlan:
+    memory = KernelMemory(vmcore.image, vmcore.info, vmcore.core.machine)
+    return DumpPlan(
+        page_size=vmcore.image.page_size,
+        max_mapnr=vmcore.image.max_pfn,
+        level=options.levels[0],
+        compression=codec.flag,
+        utsname=read_utsname(memory, vmcore.info, vmcore.core.machine).raw,
+        crash_time=vmcore.info.crash_time or 0,
+        phys_base=vmcore.info.number("phys_base") or vmcore.info.number("PHYS_OFFSET") or 0,
+        cpus=len(vmcore.notes.prstatus()),
+        notes=vmcore.notes,
+        excluded_vmemmap=options.exclude_vmemmap,
+    )
 
 
 def _begin(

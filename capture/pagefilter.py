@@ -4,7 +4,7 @@ A filter that is wrong destroys a dump without a sound. So it is held against wh
 no dump may lack, the kernel's own count of free pages, pages that cannot be what they say. A class that fails is kept
 whole: the dump gets a lower level, larger than asked for, and says so.
 
-Memory: a window of classes (512 KiB), a block of struct pages, and the ranges of protected pages.
+Memory: a window of classes (256 KiB), a block of struct pages, and the ranges of protected pages.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from capture.memory.image import MemoryImage
 from capture.notes import prstatus
 from capture.vmcore import Vmcore
 
-WINDOW_PAGES = 1 << 19
+WINDOW_PAGES = 1 << 18
 """Pages whose classes are worked out together."""
 
 ZERO_BIT = 1

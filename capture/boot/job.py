@@ -73,13 +73,14 @@ class SaveReport:
 
 
 def save(vmcore: Vmcore, parent: Path, options: DumpOptions, console: Console) -> SaveReport:
-    """Save ``vmcore`` into a new directory below ``parent``.
+    """Save ``vmcore`` into a new directory below ``parent``; or go on in one in which it was cut short.
 
     Raises:
         TargetError: the directory cannot be made. What goes wrong after that is in the report.
     """
-    job = _Job(vmcore, _make_directory(vmcore, parent), options, console)
-    return job.run()
+    unfinished = _unfinished_directory(vmcore, parent, options)
+    directory = unfinished or _make_directory(vmcore, parent)
+    return _Job(vmcore, directory, options._replace(resume=unfinished is not None), console).run()
 
 
 class _Job:
@@ -92,19 +93,35 @@ class _Job:
         self._crash_boot = vmcore.source.name == PROC_VMCORE or vmcore.source.name.startswith("/dev/")
 
     def run(self) -> SaveReport:
-        self._console.say(f"saving to {self._report.directory}")
+        going_on = ", where it was cut short before" if self._options.resume else ""
+        self._console.say(f"saving to {self._report.directory}{going_on}")
         for line in self._vmcore.problems:
             self._console.say(line)
-        self._step("vmcore-dmesg.txt", self._save_log)
-        self._step("registers.txt", self._save_registers_text)
-        self._step("registers.json", self._save_registers_json)
+        self._step("vmcore-dmesg.txt", self._unless_there(self._save_log))
+        self._step("registers.txt", self._unless_there(self._save_registers_text))
+        self._step("registers.json", self._unless_there(self._save_registers_json))
         self._step("vmcore", self._save_dump)
-        self._step("capture-log.txt", self._save_capture_log)
+        self._step(_free_name(self._report.directory, "capture-log", ".txt"), self._save_capture_log)
         self._step(MANIFEST, self._save_manifest)
         if not self._report.files:
             with contextlib.suppress(OSError):  # not empty: a part of the log is better than none
                 self._report.directory.rmdir()
         return self._report
+
+    def _unless_there(self, action: Callable[[str], None]) -> Callable[[str], None]:
+        """Return ``action``, or what lists its file where the save before this one has finished it."""
+
+        def keep(name: str) -> None:
+            path = self._report.directory / name
+            if not (self._options.resume and path.exists()):
+                action(name)
+                return
+            with contextlib.closing(OutputFile(path, existing=True)) as there:
+                self._report.files.append(SavedFile(name, there.size, there.digests()))
+            if action == self._save_log:
+                self._report.panic = report.find_panic(self._vmcore)
+
+        return keep
 
     def _step(self, name: str, action: Callable[[str], None]) -> None:
         """Run one step; whatever it ends with, the next one runs. Only Ctrl-C outside the dump stops the job."""
@@ -166,7 +183,19 @@ class _Job:
         self._write(name, lines)
 
     def _save_manifest(self, name: str) -> None:
-        self._write(name, [_json(_manifest(self._vmcore, self._report, self._taken))])
+        content = [_json(_manifest(self._vmcore, self._report, self._taken))]
+        path = self._report.directory / name
+        if not path.exists():
+            self._write(name, content)
+            return
+        new = _free_name(self._report.directory, name, ".new")  # the one of the save that was cut short
+        self._write(new, content)
+        try:
+            (self._report.directory / new).replace(path)
+        except OSError as error:
+            raise target_error(path, f"renaming {new}", error) from None
+        self._report.files[-1] = self._report.files[-1]._replace(name=name)
+        sync_directory(self._report.directory)
 
     def _write(self, name: str, pieces: Iterable[bytes]) -> None:
         """Write one small file whole and bring it, and its name, to the disk."""
@@ -225,16 +254,48 @@ def default_source() -> str:
     return OLDMEM if is_crash_boot() and not Path(PROC_VMCORE).exists() else PROC_VMCORE
 
 
-def _make_directory(vmcore: Vmcore, parent: Path) -> Path:
-    """Make ``parent``/<host>-<time of the crash>, with a number behind when that exists already."""
+def _unfinished_directory(vmcore: Vmcore, parent: Path, options: DumpOptions) -> Path | None:
+    """Return the directory in which a save of this crash was cut short, None where there is none."""
+    name = _directory_name(vmcore)
+    for number in range(_MAX_NAME_TRIES):
+        directory = parent / (name + (f"-{number}" if number else ""))
+        try:
+            if directory.is_symlink() or not directory.is_dir():
+                return None
+            there = (directory / "vmcore.incomplete").exists()
+        except OSError:
+            return None
+        if there:
+            from capture.dump import unfinished_dump  # see _save_dump
+
+            if unfinished_dump(vmcore, directory / "vmcore", options):
+                return directory
+    return None
+
+
+def _free_name(directory: Path, stem: str, suffix: str) -> str:
+    """Return a name that nothing in the directory has."""
+    numbers = ("", *(f"-{number}" for number in range(2, _MAX_NAME_TRIES)))
+    names = (f"{stem}{number}{suffix}" for number in numbers)
+    return next((name for name in names if not (directory / name).exists()), f"{stem}{suffix}")
+
+
+def _directory_name(vmcore: Vmcore) -> str:
+    """Return <host>-<time of the crash>."""
     names = read_utsname(KernelMemory(vmcore.image, vmcore.info, vmcore.core.machine), vmcore.info, vmcore.core.machine)
     nodename = names.text("nodename").replace("(none)", "")  # the kernel's name for a host that was given none
     host = re.sub(r"[^A-Za-z0-9._-]", "_", nodename).strip("._-")[:_HOST_LIMIT] or "localhost"
     when = datetime.fromtimestamp(vmcore.info.crash_time or time.time(), UTC).strftime("%Y-%m-%d-%H:%M:%S")
+    return f"{host}-{when}"
+
+
+def _make_directory(vmcore: Vmcore, parent: Path) -> Path:
+    """Make ``parent``/<host>-<time of the crash>, with a number behind when that exists already."""
+    name = _directory_name(vmcore)
     try:
         parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
         for number in range(_MAX_NAME_TRIES):
-            directory = parent / (f"{host}-{when}" + (f"-{number}" if number else ""))
+            directory = parent / (name + (f"-{number}" if number else ""))
             with contextlib.suppress(FileExistsError):
                 directory.mkdir(mode=DIRECTORY_MODE)
                 directory.chmod(DIRECTORY_MODE)  # an umask can only take away, even what root needs
@@ -286,6 +347,7 @@ def _dump_values(dump: DumpReport) -> dict[str, Any]:
         "pages_by_zstd_level": {str(level): pages for level, pages in dump.zstd_levels.items()},
         "target_bytes_per_second": None if dump.target_speed is None else round(dump.target_speed),
         "pages": dump.pages,
+        "pages_found": dump.pages_found,
         "pages_written": dump.pages_written,
         "zero_pages": statistics.zero_pages,
         "raw_pages": statistics.raw_pages,

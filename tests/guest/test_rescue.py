@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from tests.guest.crash import (
     target_image,
 )
 from tests.guest.qemu import BOOT_TIMEOUT, Disk
+from tests.readers import drgn_reader
 
 Kernels = Callable[[str], Kernel]
 
@@ -108,6 +110,37 @@ def test_a_target_that_is_too_small_keeps_what_fits_and_a_shell_says_so(
     report = verify(KdumpFile(saved / "vmcore.incomplete"), None, progress=False)
     assert (report.exit_status, report.damaged) == (3, 0)
     assert report.pages - report.unwritten == manifest["dump"]["pages_written"] > 0
+
+
+def test_a_save_that_ran_out_of_room_goes_on_once_there_is_some(
+    case: Case, image_store: ImageStore, tmp_path: Path
+) -> None:
+    fill = (
+        f"mkdir -p /run/target && mount -t ext4 LABEL={TARGET_LABEL} /run/target"
+        " && dd if=/dev/zero of=/run/target/room bs=1M count=8"
+        " && { dd if=/dev/zero of=/run/target/ballast bs=1M; rm /run/target/room && umount /run/target; }"
+    )
+    with panicked(replace(case, target_size="128M"), image_store, tmp_path, final="shell", before=(fill,)) as machine:
+        machine.expect(r"^vmcapture: saved in part.*no room left.*\n", BOOT_TIMEOUT + SAVE_TIMEOUT)
+        machine.shell()
+        target = f"mkdir -p /run/target && mount LABEL={TARGET_LABEL} /run/target"
+        demand(machine, f"{target} && rm /run/target/ballast && umount /run/target")
+
+        status, said = machine.run("vmcapture save", SAVE_TIMEOUT)
+
+        assert status == 0, said
+        assert "where it was cut short before" in said
+        assert re.search(r"vmcore.incomplete: [1-9]\d* of \d+ pages \(level 31\) are there already; going on", said)
+        verify = f"vmcapture verify /run/target{TARGET_FOLDER}/*/vmcore --against /proc/vmcore"
+        assert "pages equal the source" in demand(machine, f"{target} && {verify}", SAVE_TIMEOUT)
+        demand(machine, "umount /run/target")
+        machine.send("poweroff -f")
+        machine.wait_exit(BOOT_TIMEOUT)
+    saved = only_crash(target_image(tmp_path), tmp_path / "saved")
+    manifest = json.loads((saved / "manifest.json").read_text())
+    assert manifest["complete"]
+    assert 0 < manifest["dump"]["pages_found"] < manifest["dump"]["pages"] == manifest["dump"]["pages_written"]
+    drgn_reader(saved / "vmcore")
 
 
 def test_a_kernel_without_squashfs_runs_from_a_plain_tree(case: Case, guest_folder: Path, tmp_path: Path) -> None:

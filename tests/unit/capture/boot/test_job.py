@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from capture import report
 from capture.boot import job
 from capture.console import Console
+from capture.memory import image as image_module
 from capture.vmcore import open_vmcore
 from tests.builders import (
     MEMORY_AT,
@@ -42,7 +43,7 @@ from tests.builders import (
     simple_core,
 )
 from tests.dumps import INCOMPLETE, STATUS
-from tests.faults import open_poisoned, raising, tmpfs, umask
+from tests.faults import file_size_limit, open_poisoned, raising, tmpfs, umask
 from tests.outcome import FILES, WHEN, Run, check_manifest, dump_options, listing, manifest_of, the_directory
 from tests.readers import ElfPages, by_hand
 
@@ -481,6 +482,84 @@ def test_a_read_only_target_is_refused_in_one_line(
     assert ran.err.count("\n") == 1
     assert ran.err.startswith(f"vmcapture: {disk}/crash: ")
     assert "read-write" in ran.err
+
+
+# --- a save that was cut short, and is asked for again
+
+
+def cut_short(source: str, parent: Path) -> Path:
+    """The directory of a save that had no room for all of its dump."""
+    with file_size_limit(20 * PAGE), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_module, "CHUNK_PAGES", 2)
+        assert save(source, parent).failures
+    folder = the_directory(parent)
+    assert "vmcore.incomplete" in listing(folder)
+    return folder
+
+
+def test_a_save_goes_on_where_it_was_cut_short(vmcore_file: WriteFile, parent: Path, run: Run) -> None:
+    core = crashed_core(pages=filled("a", "b") + os.urandom(30 * PAGE))
+    source = vmcore_file(core)
+    folder = cut_short(source, parent)
+    before = {path.name: (path.read_bytes(), path.stat().st_ino) for path in folder.iterdir()}
+    assert manifest_of(folder)["complete"] is False
+
+    ran = run("save", "-d", "1", "--source", source, parent)
+
+    assert ran.status == 0
+    assert f"saving to {folder}, where it was cut short before" in ran.err
+    assert "pages (level 1) are there already; going on" in ran.err
+    assert the_directory(parent) == folder
+    assert listing(folder) == {*FILES, "capture-log-2.txt"}
+    for name in ("vmcore-dmesg.txt", "registers.txt", "registers.json", "capture-log.txt"):
+        assert (folder / name).read_bytes() == before[name][0]
+    assert (folder / "vmcore").stat().st_ino == before["vmcore.incomplete"][1]
+    assert read_dump(folder / "vmcore") == (False, ElfPages(core).pages(), 0)
+    manifest = manifest_of(folder)
+    assert manifest["complete"] is True
+    assert manifest["kernel"]["panic"] == PANIC.decode()
+    assert set(manifest["files"]) == set(FILES) - {"capture-log.txt", "manifest.json"} | {"capture-log-2.txt"}
+    for name, said in manifest["files"].items():
+        content = (folder / name).read_bytes()
+        assert (said["size"], said["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    dump = manifest["dump"]
+    assert 0 < dump["pages_found"] < dump["pages"] == dump["pages_written"]
+    assert "going on" in (folder / "capture-log-2.txt").read_text()
+
+
+def test_a_save_that_was_killed_before_its_log_was_whole_goes_on(vmcore_file: WriteFile, parent: Path) -> None:
+    source = vmcore_file(crashed_core(pages=os.urandom(30 * PAGE)))
+    folder = cut_short(source, parent)
+    for name in ("manifest.json", "capture-log.txt", "registers.json"):
+        (folder / name).unlink()
+    save(source, parent)
+    assert listing(folder) == set(FILES)
+    assert check_manifest(folder)["complete"] is True
+
+
+def test_another_crash_does_not_go_on_there(vmcore_file: WriteFile, parent: Path) -> None:
+    pages = os.urandom(30 * PAGE)
+    folder = cut_short(vmcore_file(crashed_core(pages=pages)), parent)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    # The same host in the same second; another kernel.
+    again = save(vmcore_file(crashed_core(pages=pages, keys={"BUILD-ID": "5eed"})), parent).directory
+    assert again.name == f"{folder.name}-1"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_finished_save_is_not_gone_on_with(vmcore_file: WriteFile, parent: Path) -> None:
+    source = vmcore_file(crashed_core())
+    first = save(source, parent).directory
+    assert save(source, parent).directory.name == f"{first.name}-1"
+
+
+def test_a_link_in_place_of_the_directory_is_not_followed(vmcore_file: WriteFile, parent: Path, tmp_path: Path) -> None:
+    source = vmcore_file(crashed_core(pages=os.urandom(30 * PAGE)))
+    folder = cut_short(source, parent)
+    elsewhere = tmp_path / "elsewhere"
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+    assert save(source, parent).directory.name == f"{folder.name}-1"
 
 
 def test_missing_parents_are_made(vmcore_file: WriteFile, tmp_path: Path) -> None:
