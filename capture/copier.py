@@ -2,7 +2,7 @@
 
 A chunk is read (mapped), its zero pages are set aside, the rest goes to the codec in one call, on as many threads as
 there are CPUs; results are written in their order while later chunks are being worked on. No Python code runs for each
-page, but for runs of pages that do not shrink.
+page, but for those that zstd does not shrink: they get a checksum of our own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from capture.dumpfile import kdump
 from capture.dumpfile.codec import Codec
 from capture.dumpfile.writer import KdumpWriter, PackedPages
 from capture.memory.image import Chunk, MemoryImage, PageBlock, PfnRanges, contiguous
@@ -126,9 +127,11 @@ class Copier:
         kept = block.offsets[~zero]
         sizes = np.zeros(len(block.pfns), dtype=np.int64)
         flags = np.zeros(len(block.pfns), dtype=np.uint32)
+        checksums = np.zeros(len(block.pfns), dtype=np.uint64)
         if self._codec.pack is None or not len(kept):
             pieces: list[bytes | memoryview] = [block.buffer[start:end] for start, end in _stretches(kept, size)]
             sizes[~zero] = size
+            checksums[~zero] = _checksums(block.buffer, kept, size)
             raw_pages = len(kept)
         else:
             data, packed = self._codec.pack(block.buffer, kept, size)
@@ -137,8 +140,13 @@ class Copier:
             raw_pages = int(raw.sum())
             sizes[~zero] = np.where(raw, size, packed)
             flags[~zero] = np.where(raw, 0, self._codec.flag)
+            places = np.flatnonzero(~zero)
+            checksums[places[raw]] = _checksums(block.buffer, kept[raw], size)
+            if not self._codec.checked:
+                ends = np.cumsum(packed)[~raw]
+                checksums[places[~raw]] = _checksums(memoryview(data), ends - packed[~raw], packed[~raw])
         counts = _Counts(len(sizes), int(zero.sum()), raw_pages, int(sizes.sum()), block.unreadable)
-        return _Worked(PackedPages(block.pfns, sizes, flags, pieces), counts)
+        return _Worked(PackedPages(block.pfns, sizes, flags, checksums, pieces), counts)
 
 
 def find_zero_pages(block: PageBlock, page_size: int) -> NDArray[np.bool_]:
@@ -172,6 +180,14 @@ def find_zero_pages(block: PageBlock, page_size: int) -> NDArray[np.bool_]:
             pages = words[first[run[0]] : first[run[-1]] + per_page].reshape(-1, per_page)
             zero[run] = np.bitwise_or.reduce(pages, axis=1) == 0
     return zero
+
+
+def _checksums(
+    buffer: memoryview, offsets: NDArray[np.uint64] | NDArray[np.int64], sizes: NDArray[np.int64] | int
+) -> list[int]:
+    """Return the checksum of each stored page; ``sizes`` in bytes, of each or of all of them."""
+    ends = (offsets.astype(np.int64) + sizes).tolist()
+    return [kdump.checksum(buffer[start:end]) for start, end in zip(offsets.tolist(), ends, strict=True)]
 
 
 def _stretches(offsets: NDArray[np.uint64], page_size: int) -> list[tuple[int, int]]:

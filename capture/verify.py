@@ -1,14 +1,17 @@
-"""Read every page of a dump back: descriptors, checksums, and against its source byte for byte."""
+"""Read every page of a dump back: descriptors, checksums, the manifest's SHA-256, and against its source."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from capture.dumpfile.output import HASH_BLOCK, MANIFEST, digests_of
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile, ReadPages
 from capture.errors import IncompleteError, SourceError
 from capture.memory.image import MemoryImage, contiguous
@@ -25,7 +28,8 @@ class VerifyReport:
 
     ``damaged`` ones cannot be read back, ``unwritten`` ones have no data yet, ``different`` ones are not what the
     source has, ``absent`` ones are only in the source, ``extra`` only in the dump. ``left_out`` by its dump level are
-    pages that the dump knows of. ``named`` are the first of those that are wrong, a line each.
+    pages that the dump knows of. ``changed`` are blocks of the file whose SHA-256 is not the one in the manifest beside
+    it; ``hashed`` is whether there is such a manifest. ``named`` are the first of those that are wrong, a line each.
     """
 
     pages: int = 0
@@ -38,21 +42,25 @@ class VerifyReport:
     level: int = 0
     incomplete: bool = False
     compared: bool = False
+    hashed: bool = False
+    changed: int = 0
     named: list[str] = field(default_factory=list)
 
     @property
     def good(self) -> bool:
         """Whether nothing at all is wrong, the mark included."""
-        return not (self.damaged or self.unwritten or self.different or self.absent or self.extra or self.incomplete)
+        return not (self._wrong or self.unwritten or self.absent or self.incomplete)
+
+    @property
+    def _wrong(self) -> int:
+        return self.damaged + self.different + self.extra + self.changed
 
     @property
     def exit_status(self) -> int:
         """0: good; 3: every page is right but pages are missing and it says so (marked incomplete); 1: damaged."""
         if self.good:
             return 0
-        return (
-            IncompleteError.exit_status if self.incomplete and not (self.different or self.damaged or self.extra) else 1
-        )
+        return IncompleteError.exit_status if self.incomplete and not self._wrong else 1
 
     def values(self) -> dict[str, Any]:
         """Return the report as values for JSON."""
@@ -74,6 +82,12 @@ class VerifyReport:
         how = "equal the source" if self.compared else "read back well"
         state = f"; {self.left_out} left out by level {self.level}" if self.left_out else ""
         state += "; marked incomplete" if self.incomplete else ""
+        if self.hashed:
+            state += (
+                f"; the SHA-256 of {self.changed} blocks is not the manifest's"
+                if self.changed
+                else "; SHA-256 as in the manifest"
+            )
         summary = f"{self.pages} pages" + (f": {', '.join(found)}" if found else f" {how}") + state
         return "\n".join([summary, *self.named])
 
@@ -113,7 +127,32 @@ def verify(dump: KdumpFile, image: MemoryImage | None, *, progress: bool) -> Ver
             meter.advance(len(batch.pfns) * dump.page_size)
     if image is not None:
         _count_others(dump, image, report)
+    _compare_digests(dump.path, report)
     return report
+
+
+def _compare_digests(path: Path, report: VerifyReport) -> None:
+    """Hold the file against the manifest beside it, if that names it: what no page is made of is covered as well."""
+    try:
+        manifest = json.loads((path.parent / MANIFEST).read_bytes())
+        said, block = manifest["files"][path.name], int(manifest["hash_block"])
+        expected = said.get("sha256_blocks") or [said["sha256"]]
+        size = int(said["size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # none, or not ours
+    if block != HASH_BLOCK:
+        return
+    report.hashed = True
+    found = digests_of(path)
+    for number in range(max(len(found), len(expected))):
+        if number >= len(found) or number >= len(expected) or found[number] != expected[number]:
+            report.changed += 1
+            report.name(
+                f"bytes {number * block:#x} to {(number + 1) * block:#x}: changed since the manifest was written"
+            )
+    if not report.changed and path.stat().st_size != size:
+        report.changed += 1
+        report.name(f"{path.stat().st_size} bytes, {size} in the manifest")
 
 
 def _count_others(dump: KdumpFile, image: MemoryImage, report: VerifyReport) -> None:

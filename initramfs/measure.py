@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from capture.boot.config import BootConfig
-from capture.boot.job import MANIFEST
+from capture.dumpfile.output import MANIFEST
 from capture.errors import CaptureError
 from initramfs import cpio, kexec, modules, qemu, runtime, tools
 from initramfs.errors import ImageError, MeasureError, NotSavedError

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capture import __version__, report
 from capture.console import Console
-from capture.dumpfile.output import HASH_BLOCK, OutputFile, sync_directory, target_error
+from capture.dumpfile.output import HASH_BLOCK, MANIFEST, OutputFile, digests_of, sync_directory, target_error
 from capture.errors import CaptureError, IncompleteError, TargetError
 from capture.footprint import Footprint
 from capture.kernel.address import KernelMemory
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from capture.dump import DumpReport, Filtered
 
 DIRECTORY_MODE = 0o700
-MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 _WRITE_SIZE = 1 << 16
 _MAX_NAME_TRIES = 100
@@ -116,8 +115,10 @@ class _Job:
             if not (self._options.resume and path.exists()):
                 action(name)
                 return
-            with contextlib.closing(OutputFile(path, existing=True)) as there:
-                self._report.files.append(SavedFile(name, there.size, there.digests()))
+            try:
+                self._report.files.append(SavedFile(name, path.stat().st_size, digests_of(path)))
+            except OSError as error:
+                raise target_error(path, "reading it back", error) from None
             if action == self._save_log:
                 self._report.panic = report.find_panic(self._vmcore)
 

@@ -50,6 +50,11 @@ class Codec(NamedTuple):
     pace: Pace | None = None
 
     @property
+    def checked(self) -> bool:
+        """Whether what it packs carries a checksum that readers verify: zstd's frames do. (zlib's is a weak one.)"""
+        return self.flag == kdump.COMPRESSED_ZSTD
+
+    @property
     def largest(self) -> Codec:
         """The codec that makes a dump as large as this one may: what a size is predicted with."""
         return self if self.pace is None else Codec(*_zstd(LEVELS[0]))

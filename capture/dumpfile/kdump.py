@@ -9,6 +9,7 @@ endian.
 
 from __future__ import annotations
 
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +64,15 @@ KDUMP_SUB_HEADER = np.dtype(
 
 PAGE_DESCRIPTOR = np.dtype([("offset", "<i8"), ("size", "<u4"), ("flags", "<u4"), ("page_flags", "<u8")])
 """struct page_desc."""
+
+CHECKED = 0x5643_4B31
+"""The upper half of ``page_flags`` where the lower one is the CRC-32 of a page as it is stored: in our dumps, of pages
+that carry no checksum of their own. crash, drgn and makedumpfile do not look at it; makedumpfile writes 0."""
+
+
+def checksum(stored: bytes | memoryview) -> int:
+    """Return the ``page_flags`` of a page that is stored so."""
+    return CHECKED << 32 | zlib.crc32(stored)
 
 
 class Layout(NamedTuple):

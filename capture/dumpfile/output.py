@@ -20,6 +20,8 @@ from typing import Any
 
 from capture.errors import TargetError
 
+MANIFEST = "manifest.json"
+"""The file in which the digests of the others stand."""
 HASH_BLOCK = 64 << 20
 FILE_MODE = 0o600
 _IOV_MAX = 1024
@@ -156,6 +158,20 @@ class OutputFile:
         """Close the file; call ``sync`` first where that matters."""
         with contextlib.suppress(OSError):
             os.close(self._fd)
+
+
+def digests_of(path: Path) -> list[str]:
+    """Return the SHA-256 of each block of 64 MiB of a file, hexadecimal.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        return _BlockHashes(size).finish(fd, size)
+    finally:
+        os.close(fd)
 
 
 class _BlockHashes:

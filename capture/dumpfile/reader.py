@@ -294,6 +294,11 @@ class KdumpFile:
                 reason = f"flags {flag:#x}, {len(content)} bytes: no codec for it here"
             if reason is not None:
                 failed[number + index] = reason
+        checked = stored["page_flags"] >> np.uint64(32) == kdump.CHECKED
+        for index in map(int, np.flatnonzero(checked)):
+            content = window[int(offsets[index]) : int(offsets[index]) + int(sizes[index])]
+            if kdump.checksum(content) != int(stored["page_flags"][index]):
+                failed[number + index] = "checksum: its bytes are not those that were written"
 
 
 def _windows(stored: NDArray[np.void]) -> list[tuple[int, int]]:

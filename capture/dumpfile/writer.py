@@ -71,13 +71,15 @@ class DumpPlan(NamedTuple):
 class PackedPages(NamedTuple):
     """Selected pages ready to be written, ``pfns`` ascending.
 
-    ``pieces`` joined are the data of the pages that are not zero pages, in order; ``sizes`` (bytes) and ``flags`` are
-    one a page, with size 0 for a zero page, which shares the one that the dump begins with.
+    ``pieces`` joined are the data of the pages that are not zero pages, in order; ``sizes`` (bytes), ``flags`` and
+    ``checksums`` (kdump.checksum, or 0) are one a page, with size 0 for a zero page, which shares the one that the dump
+    begins with.
     """
 
     pfns: NDArray[np.int64]
     sizes: NDArray[np.int64]
     flags: NDArray[np.uint32]
+    checksums: NDArray[np.uint64]
     pieces: Sequence[bytes | memoryview]
 
 
@@ -126,6 +128,7 @@ class KdumpWriter:
         """Pages of the dump, as selected."""
         self.layout = kdump.Layout(plan.page_size, len(plan.notes.blob), plan.max_mapnr, 0)
         self._zero_page = self._position = 0
+        self._zero_checksum = np.uint64(kdump.checksum(bytes(plan.page_size)))
         self._pending: list[_Described] = []
         self._numbers = _Numbers(self.selection)
         self._pending_pages = 0
@@ -262,6 +265,7 @@ class KdumpWriter:
         descriptors["offset"][zero] = self._zero_page
         descriptors["size"] = np.where(zero, self._plan.page_size, packed.sizes)
         descriptors["flags"] = packed.flags
+        descriptors["page_flags"] = np.where(zero, self._zero_checksum, packed.checksums)
         self._position += written
         self._unsynced += written
         self._pending.append(_Described(self._numbers.of(packed.pfns), descriptors))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from capture.boot.job import MANIFEST
+from capture.dumpfile.output import MANIFEST
 from tests.bench import peer_image, rung
 from tests.bench.common import run, scratch
 from tests.bench.rung import Figures, Rung

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from capture import progress
@@ -22,11 +22,11 @@ from capture.memory.source import Source
 from capture.selftest import elf_core
 from capture.verify import MAX_NAMED, VerifyReport, verify
 from capture.vmcore import open_vmcore
-from tests.builders import PAGE, filled, numbered, patched, prstatus_note, vmcoreinfo_note
+from tests.builders import PAGE, crashed_core, filled, numbered, patched, prstatus_note, vmcoreinfo_note
 from tests.dumps import BLOCK_SIZE, INCOMPLETE, STATUS, dump_of
 from tests.kernels import busy_kernel
-from tests.outcome import Run, dump_options
-from tests.readers import bitmaps
+from tests.outcome import Run, dump_options, the_directory
+from tests.readers import bitmaps, by_hand
 
 WriteFile = Callable[..., str]
 
@@ -179,7 +179,7 @@ def test_json_has_every_count(pair: tuple[Path, Path], run: Run) -> None:
     assert {key: found[key] for key in found if key != "named"} == {
         "pages": 6, "damaged": 0, "unwritten": 1, "different": 0, "absent": 0, "extra": 0, "left_out": 0,
         "level": 1, "incomplete": False,
-        "compared": True, "good": False,
+        "compared": True, "hashed": False, "changed": 0, "good": False,
     }  # fmt: skip
     assert found["named"] == ["PFN 0x105: not written"]
 
@@ -277,7 +277,7 @@ def test_any_difference_is_counted_as_sets_count_it(
 
 def test_only_a_report_without_a_fault_is_good() -> None:
     assert VerifyReport(pages=5).exit_status == 0
-    for fault in ("damaged", "unwritten", "different", "absent", "extra"):
+    for fault in ("damaged", "unwritten", "different", "absent", "extra", "changed"):
         report = VerifyReport(pages=5)
         setattr(report, fault, 1)
         assert not report.good
@@ -298,3 +298,66 @@ def test_pages_that_the_level_leaves_out_are_counted_and_not_read(
     left_out = int((existing & ~kept).sum())
     assert left_out > 2000
     assert ran.out.endswith(f"{int(kept.sum())} pages equal the source; {left_out} left out by level 31\n")
+
+
+# --- bits that flip
+
+
+@pytest.fixture(params=["zstd", "zlib", "none"])
+def saved(request: pytest.FixtureRequest, tmp_path: Path, run: Run) -> Path:
+    """The dump of a save, with its manifest beside it."""
+    pages = filled(".", "a", "b", ".") + random.Random(3).randbytes(4 * PAGE) + numbered(9, 2)
+    (tmp_path / "vmcore.elf").write_bytes(crashed_core(pages=pages))
+    assert (
+        run("save", "-d", "1", "-c", request.param, "--source", tmp_path / "vmcore.elf", tmp_path / "crash").status == 0
+    )
+    return the_directory(tmp_path / "crash") / "vmcore"
+
+
+def test_the_manifest_beside_it_is_held_against_the_file(saved: Path, run: Run) -> None:
+    ran = run("verify", saved)
+    assert (ran.status, ran.out.endswith("read back well; SHA-256 as in the manifest\n")) == (0, True)
+    assert json.loads(run("verify", "--json", saved).out)["hashed"] is True
+    other = saved.rename(saved.with_name("renamed"))
+    assert run("verify", other).out.endswith("read back well\n")
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": 7}', '{"files": {"vmcore": {}}, "hash_block": 5}'])
+def test_a_manifest_that_says_nothing_is_passed_over(manifest: str, saved: Path, run: Run) -> None:
+    (saved.parent / "manifest.json").write_text(manifest)
+    assert run("verify", saved).out.endswith("read back well\n")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_flipped_bit_passes(data: st.DataObject, saved: Path, run: Run) -> None:
+    whole = saved.read_bytes()
+    at = data.draw(st.integers(0, len(whole) - 1))
+    bit = data.draw(st.integers(0, 7))
+    saved.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+    try:
+        ran = run("verify", saved)
+        assert ran.status in (1, 3, 4), f"bit {bit} of byte {at:#x}"
+        assert ran.out.count("\n") + ran.err.count("\n") >= 1
+    finally:
+        saved.write_bytes(whole)
+
+
+def test_a_longer_or_shorter_file_is_not_the_one_of_the_manifest(saved: Path, run: Run) -> None:
+    whole = saved.read_bytes()
+    saved.write_bytes(whole + b"x")
+    assert run("verify", saved).status == 1
+    saved.write_bytes(whole[:-1])
+    assert run("verify", saved).status == 1
+
+
+def test_without_a_manifest_every_page_still_has_its_checksum(saved: Path, run: Run) -> None:
+    (saved.parent / "manifest.json").unlink()
+    dump, raw = by_hand(saved), saved.read_bytes()
+    assert len({flags for _, _, flags, _ in dump.descriptors.values()}) >= 1
+    for pfn, (offset, size, _, _) in dump.descriptors.items():
+        for at in (offset, offset + size // 2, offset + size - 1):
+            saved.write_bytes(raw[:at] + bytes([raw[at] ^ 0x10]) + raw[at + 1 :])
+            ran = run("verify", saved)
+            assert ran.status == 1, (hex(pfn), at)
+            assert f"PFN {pfn:#x}: " in ran.out

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capture.boot.job import MANIFEST
+from capture.dumpfile.output import MANIFEST
 from capture.errors import CaptureError
 from initramfs import cpio, measure, qemu, tools
 from initramfs.errors import ImageError, MeasureError, NotSavedError, ToolError

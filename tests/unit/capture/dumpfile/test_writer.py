@@ -55,7 +55,8 @@ def packed(pages: Mapping[int, bytes], *, share_zero_pages: bool = True) -> Pack
         sizes.append(len(pieces[-1]))
         flags.append(0 if raw else ZLIB)
     pfns = np.array(list(pages), dtype=np.int64)
-    return PackedPages(pfns, np.array(sizes, dtype=np.int64), np.array(flags, dtype=np.uint32), pieces)
+    none = np.zeros(len(pfns), dtype=np.uint64)
+    return PackedPages(pfns, np.array(sizes, dtype=np.int64), np.array(flags, dtype=np.uint32), none, pieces)
 
 
 def part(pages: Mapping[int, bytes], start: int, end: int) -> dict[int, bytes]:
@@ -180,7 +181,8 @@ def test_zero_pages_share_the_page_that_the_data_begins_with(tmp_path: Path) -> 
     with created(tmp_path / "dump") as file:
         write_pages(file, PAGES)
     dump = by_hand(tmp_path / "dump")
-    assert dump.descriptors[2] == dump.descriptors[10] == (dump.data_start, PAGE, 0, 0)
+    checksum = 0x5643_4B31 << 32 | zlib.crc32(bytes(PAGE))
+    assert dump.descriptors[2] == dump.descriptors[10] == (dump.data_start, PAGE, 0, checksum)
     assert (tmp_path / "dump").stat().st_size == dump.data_start + PAGE + sum(
         size for offset, size, _, _ in dump.descriptors.values() if offset != dump.data_start
     )
@@ -373,7 +375,9 @@ def test_only_the_first_step_is_a_small_one(watched: bool, tmp_path: Path, monke
 
         monkeypatch.setattr(os, "fdatasync", noted)
         for pfn, page in enumerate(noise):
-            made.append(PackedPages(np.array([pfn]), np.array([PAGE]), np.zeros(1, np.uint32), [page]))
+            made.append(
+                PackedPages(np.array([pfn]), np.array([PAGE]), np.zeros(1, np.uint32), np.zeros(1, np.uint64), [page])
+            )
         made.checkpoint()
     assert syncs == [0, 2, 10, 18, 26]
     assert [step.size // PAGE for step in looked_at] == [2, 8, 8, 8, 8] * watched
