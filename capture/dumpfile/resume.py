@@ -70,7 +70,7 @@ def take_over(path: Path, writer: KdumpWriter, passes: Passes, plan: DumpPlan, *
             if reason is not None:
                 raise TargetError(f"{path}: cannot go on with it: {reason}; remove it, or use --force")
             pages = dump.page_count()
-            writer.take_over(pages, dump.level)
+            writer.take_over(pages, dump.level, int(dump.header["status"]))
             right = damaged = number = 0
             with Progress("reading back", pages * dump.page_size, enabled=progress) as meter:
                 for batch in dump.pages():

@@ -220,13 +220,18 @@ class KdumpWriter:
         self._output.sync()
         self._last_step = time.monotonic()
 
-    def take_over(self, pages: int, level: int) -> None:
+    def take_over(self, pages: int, level: int, status: int) -> None:
         """Go on with a dump of ``pages`` pages that is in the file already, instead of ``start``.
 
-        What is in it is told by ``found`` afterwards; nothing is written over.
+        ``status`` is its header's: what it says of the pages that are there stays true. What is in it is told by
+        ``found`` afterwards; nothing is written over.
         """
         self.pages = pages
-        self._plan = self._plan._replace(level=level)
+        self._plan = self._plan._replace(
+            level=level,
+            compression=self._plan.compression | status & ~(kdump.INCOMPLETE | kdump.EXCLUDED_VMEMMAP),
+            excluded_vmemmap=bool(status & kdump.EXCLUDED_VMEMMAP),
+        )
         self.layout = self.layout._replace(descriptors=pages)
         self._zero_page = self._position = self._kept_to = self.layout.data
         if level & 1:

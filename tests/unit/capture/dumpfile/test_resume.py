@@ -25,7 +25,7 @@ from capture.vmcore import open_vmcore
 from tests.builders import DIRECT_MAP, PAGE, READABLE_BY_DRGN, filled, prstatus_note, vmcoreinfo_note
 from tests.faults import file_size_limit
 from tests.outcome import Run, sha256_blocks
-from tests.readers import HandRead, bitmaps, by_hand, model
+from tests.readers import HandRead, bitmaps, by_hand, model, read_by_drgn
 
 WriteFile = Callable[..., str]
 
@@ -143,6 +143,20 @@ def test_level_and_pages_stay_those_of_the_dump(name: str, tmp_path: Path) -> No
     report = dumped(name, tmp_path / "dump", level=0)
     assert report.level == 1
     assert all((one == other).all() for one, other in zip(bitmaps(report.path), expected, strict=True))
+
+
+@pytest.mark.parametrize("first", ["zlib", "zstd", "none"])
+def test_pages_may_be_compressed_another_way_from_there_on(first: str, name: str, tmp_path: Path, run: Run) -> None:
+    target = tmp_path / "dump"
+    with file_size_limit(100_000):
+        assert run("dump", "-q", "-c", first, name, target).status == 3
+    assert run("dump", "-q", "-c", "zstd", "--resume", name, target).status == 0
+    dump = by_hand(target)
+    assert dump.pages == PAGES
+    used = {flags for _, _, flags, _ in dump.descriptors.values()}
+    assert all(flags & dump.status == flags for flags in used)
+    assert not dump.incomplete
+    assert read_by_drgn(target, PAGES) == PAGES
 
 
 def test_where_nothing_was_begun_it_begins(name: str, tmp_path: Path) -> None:
