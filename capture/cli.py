@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -163,6 +164,12 @@ def _add_dump_options(parser: argparse.ArgumentParser, *, levels: tuple[int, ...
         metavar="N",
         help="compressing threads (default: one a CPU, less where memory is short)",
     )
+    parser.add_argument(
+        "--deadline",
+        type=positive(),
+        metavar="SECONDS",
+        help="end after that time with what is saved by then, marked incomplete (default: no limit)",
+    )
 
 
 def _levels(text: str) -> tuple[int, ...]:
@@ -206,6 +213,7 @@ def _dump_options(args: argparse.Namespace, levels: tuple[int, ...], compression
         progress=progress_wanted(args),
         trust_filter=args.trust_filter,
         exclude_vmemmap=args.exclude_vmemmap,
+        deadline=None if args.deadline is None else time.monotonic() + args.deadline,
     )
     options.check()
     return options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -17,7 +18,7 @@ from capture.dumpfile import resume
 from capture.dumpfile.output import OutputFile, sync_directory, target_error
 from capture.dumpfile.passes import Passes
 from capture.dumpfile.writer import DumpPlan, KdumpWriter
-from capture.errors import CaptureError, TargetError
+from capture.errors import CaptureError, IncompleteError, TargetError
 from capture.footprint import Footprint
 from capture.kernel.address import KernelMemory
 from capture.kernel.utsname import read_utsname
@@ -171,7 +172,7 @@ def write_dump(
         copier = Copier(image, codec, share_zero_pages=bool(filtered.level & 1), threads=threads)
         found = writer.pages_written
         with Progress("saving memory", (writer.pages - found) * image.page_size, enabled=options.progress) as progress:
-            failure = _copy(copier, writer, passes, vmcore, progress, taken or Footprint())
+            failure = _copy(copier, writer, passes, vmcore, progress, taken or Footprint(), options.deadline)
             seconds = progress.seconds
         failure = _finish(writer, copier, vmcore, failure)
         report = DumpReport(
@@ -361,13 +362,19 @@ def _unfinished(path: Path, *, replace: bool, resume: bool) -> Path:
 
 
 def _copy(
-    copier: Copier, writer: KdumpWriter, passes: Passes, vmcore: Vmcore, progress: Progress, taken: Footprint
+    copier: Copier,
+    writer: KdumpWriter,
+    passes: Passes,
+    vmcore: Vmcore,
+    progress: Progress,
+    taken: Footprint,
+    deadline: float | None,
 ) -> str | None:
     """Copy all pages, pass by pass; return why it ended early, if it did."""
     size = _chunk_pages()
     chunks = chain.from_iterable(vmcore.image.chunks(runs, size) for runs in passes.runs(writer))
     try:
-        copier.run(_sampled(chunks, taken), writer, progress)
+        copier.run(_until(deadline, _sampled(chunks, taken)), writer, progress)
     except CaptureError as error:
         return str(error)
     except KeyboardInterrupt:
@@ -383,6 +390,18 @@ def _chunk_pages() -> int | None:
     """Return how many pages a chunk may have: less where memory is short."""
     available = footprint.memory("MemAvailable")
     return SMALL_CHUNK_PAGES if available is not None and available < SCARCE_MEMORY else None
+
+
+def _until(deadline: float | None, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """Pass chunks on as long as there is time.
+
+    Raises:
+        IncompleteError: there is none left.
+    """
+    for chunk in chunks:
+        if deadline is not None and time.monotonic() >= deadline:
+            raise IncompleteError("the time that it may take is over (deadline)")
+        yield chunk
 
 
 def _sampled(chunks: Iterable[Chunk], taken: Footprint) -> Iterator[Chunk]:

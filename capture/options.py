@@ -27,6 +27,8 @@ class DumpOptions(NamedTuple):
     progress: bool = True
     trust_filter: bool = False
     exclude_vmemmap: bool = False
+    deadline: float | None = None
+    """When to end in an orderly way with what there is, on ``time.monotonic``'s clock."""
     hashed: bool = True
     """Whether SHA-256 of the dump is taken while it is written."""
 

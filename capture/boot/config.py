@@ -9,6 +9,7 @@
 | ``vmcapture.wait=`` | seconds to wait for the target to appear | 30 |
 | ``vmcapture.level=`` | dump level 0 to 31; or several, ``1,17,31``: the first that fits | 31 |
 | ``vmcapture.compress=`` | zstd:auto, zstd[:N], zlib[:N] or none | zstd:auto |
+| ``vmcapture.deadline=`` | seconds from the job's start on; then it ends with what it has. 0: no limit | 0 |
 
 A word that makes no sense is said on the console and replaced by its default: at this point nobody can mend it.
 """
@@ -25,6 +26,7 @@ from capture.options import SAVE_COMPRESSION
 ACTIONS = ("reboot", "poweroff", "halt", "shell")
 _PREFIX = "vmcapture."
 MAX_WAIT = 3600
+MAX_DEADLINE = 7 * 24 * 3600
 
 
 class BootConfig(NamedTuple):
@@ -37,6 +39,7 @@ class BootConfig(NamedTuple):
     wait: int = 30
     levels: tuple[int, ...] = (31,)
     compression: str = SAVE_COMPRESSION
+    deadline: int = 0
     problems: tuple[str, ...] = ()
 
 
@@ -102,6 +105,7 @@ def parse(command_line: str) -> BootConfig:
         wait=number("wait", default.wait, range(MAX_WAIT + 1)),
         levels=levels(),
         compression=compression(),
+        deadline=number("deadline", default.deadline, range(MAX_DEADLINE + 1)),
     )
     problems += [f"vmcapture.{key}=: no such option, ignored" for key in words]
     return config._replace(problems=tuple(problems))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from capture.boot.config import BootConfig
@@ -40,7 +41,9 @@ def save_to_target(
         raise UsageError(
             "no vmcapture.target= on this kernel's command line: mount a disk and name a directory: vmcapture save DIR"
         )
-    options = options or DumpOptions(levels=boot.levels, compression=boot.compression)
+    if options is None:
+        deadline = time.monotonic() + boot.deadline if boot.deadline else None
+        options = DumpOptions(levels=boot.levels, compression=boot.compression, deadline=deadline)
     with open_vmcore(source or default_source()) as vmcore, mounted_target(boot.target, boot.wait, console) as root:
         saved = save(vmcore, _inside(root, boot), options, console)
     saved.directory = Path("/") / saved.directory.relative_to(root)

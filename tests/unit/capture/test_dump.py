@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,18 @@ from capture.options import DumpOptions
 from capture.pagefilter import PageFilter
 from capture.selftest import elf_core
 from capture.vmcore import open_vmcore
-from tests.builders import DIRECT_MAP, PAGE, filled, numbered, prstatus_note, simple_core, vmcoreinfo_note
+from tests.builders import (
+    DIRECT_MAP,
+    P_FILESZ,
+    PAGE,
+    filled,
+    numbered,
+    patched,
+    program_header,
+    prstatus_note,
+    simple_core,
+    vmcoreinfo_note,
+)
 from tests.dumps import ZLIB, ZSTD
 from tests.faults import PowerCut, failing, failing_codec, file_size_limit, interrupted_after, tmpfs, umask
 from tests.kernels import MEM_MAP_PAGES, MEM_MAP_PFN, SmallKernel, busy_kernel
@@ -454,6 +466,39 @@ def test_an_error_in_the_midst_leaves_every_page_written_so_far(
     assert dump.pages == {pfn: PAGES[pfn] for pfn in list(PAGES)[:4]}
     assert ran.status in statuses
     assert ran.err.count("\n") == 1
+
+
+# --- a deadline
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_when_its_time_is_over_a_dump_ends_with_what_it_has(
+    tmp_path: Path, vmcore_file: WriteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = random.Random(1).randbytes(60 * PAGE)
+    name = vmcore_file(core([(0x10_0000, pages)]))
+    ticks = iter(range(1000))
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
+    report = dumped(name, tmp_path / "dump", deadline=15)  # a tick a chunk, a chunk two pages
+    assert report.failure == "the time that it may take is over (deadline)"
+    written = written_pages(tmp_path / "dump.incomplete")
+    assert 0 < len(written) <= 30
+    assert written.items() <= model([(0x10_0000, pages)]).items()
+    assert dumped(name, tmp_path / "dump", resume=True).failure is None
+    assert by_hand(tmp_path / "dump").pages == model([(0x10_0000, pages)])
+
+
+def test_a_deadline_ends_the_command_with_status_3_in_one_line(tmp_path: Path, run: Run) -> None:
+    source = tmp_path / "sparse.elf"
+    source.write_bytes(core([(0x10_0000, b"x" * PAGE)]))
+    raw = patched(source.read_bytes(), program_header(1, P_FILESZ), "Q", 64 << 30)
+    source.write_bytes(raw)
+    os.truncate(source, len(raw) + (64 << 30) - PAGE)
+    started = time.monotonic()
+    ran = run("dump", "-q", "-d", "0", "-c", "zlib", "--deadline", "1", source, tmp_path / "dump")
+    assert time.monotonic() - started < 30
+    assert (ran.status, ran.err.count("\n")) == (3, 1)
+    assert "not whole: the time that it may take is over (deadline)" in ran.err
 
 
 # --- full disks

@@ -42,6 +42,7 @@ def test_nothing_said_means_the_defaults_of_the_readme() -> None:
         "wait": str(DEFAULTS.wait),
         "level": ",".join(map(str, DEFAULTS.levels)),
         "compress": DEFAULTS.compression,
+        "deadline": str(DEFAULTS.deadline),
     }
 
 
@@ -68,6 +69,7 @@ def test_nothing_said_means_the_defaults_of_the_readme() -> None:
         ("vmcapture.compress=zlib", {"compression": "zlib"}),
         ("vmcapture.compress=zlib:9", {"compression": "zlib:9"}),
         ("vmcapture.compress=zstd:-5", {"compression": "zstd:-5"}),
+        ("vmcapture.deadline=600", {"deadline": 600}),
         ("elfcorehdr=0x2ff60000", {}),
     ],
 )
