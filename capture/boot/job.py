@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capture import __version__, report
 from capture.console import Console
-from capture.dumpfile.output import HASH_BLOCK, MANIFEST, OutputFile, digests_of, sync_directory, target_error
+from capture.dumpfile.output import HASH_BLOCK, MANIFEST, OutputFile, sync_directory, target_error
 from capture.errors import CaptureError, IncompleteError, TargetError
 from capture.footprint import Footprint
 from capture.kernel.address import KernelMemory
@@ -96,9 +96,9 @@ class _Job:
         self._console.say(f"saving to {self._report.directory}{going_on}")
         for line in self._vmcore.problems:
             self._console.say(line)
-        self._step("vmcore-dmesg.txt", self._unless_there(self._save_log))
-        self._step("registers.txt", self._unless_there(self._save_registers_text))
-        self._step("registers.json", self._unless_there(self._save_registers_json))
+        self._step("vmcore-dmesg.txt", self._save_log)
+        self._step("registers.txt", self._save_registers_text)
+        self._step("registers.json", self._save_registers_json)
         self._step("vmcore", self._save_dump)
         self._step(_free_name(self._report.directory, "capture-log", ".txt"), self._save_capture_log)
         self._step(MANIFEST, self._save_manifest)
@@ -106,23 +106,6 @@ class _Job:
             with contextlib.suppress(OSError):  # not empty: a part of the log is better than none
                 self._report.directory.rmdir()
         return self._report
-
-    def _unless_there(self, action: Callable[[str], None]) -> Callable[[str], None]:
-        """Return ``action``, or what lists its file where the save before this one has finished it."""
-
-        def keep(name: str) -> None:
-            path = self._report.directory / name
-            if not (self._options.resume and path.exists()):
-                action(name)
-                return
-            try:
-                self._report.files.append(SavedFile(name, path.stat().st_size, digests_of(path)))
-            except OSError as error:
-                raise target_error(path, "reading it back", error) from None
-            if action == self._save_log:
-                self._report.panic = report.find_panic(self._vmcore)
-
-        return keep
 
     def _step(self, name: str, action: Callable[[str], None]) -> None:
         """Run one step; whatever it ends with, the next one runs. Only Ctrl-C outside the dump stops the job."""
@@ -184,23 +167,17 @@ class _Job:
         self._write(name, lines)
 
     def _save_manifest(self, name: str) -> None:
-        content = [_json(_manifest(self._vmcore, self._report, self._taken))]
-        path = self._report.directory / name
-        if not path.exists():
-            self._write(name, content)
-            return
-        new = _free_name(self._report.directory, name, ".new")  # the one of the save that was cut short
-        self._write(new, content)
-        try:
-            (self._report.directory / new).replace(path)
-        except OSError as error:
-            raise target_error(path, f"renaming {new}", error) from None
-        self._report.files[-1] = self._report.files[-1]._replace(name=name)
-        sync_directory(self._report.directory)
+        self._write(name, [_json(_manifest(self._vmcore, self._report, self._taken))])
 
     def _write(self, name: str, pieces: Iterable[bytes]) -> None:
-        """Write one small file whole and bring it, and its name, to the disk."""
-        output = OutputFile(self._report.directory / name)
+        """Write one small file whole and bring it, and its name, to the disk.
+
+        The one of a save that was cut short, perhaps within it, is replaced when the new one is whole.
+        """
+        directory = self._report.directory
+        replaced = self._options.resume and (directory / name).exists()
+        path = directory / (_free_name(directory, name, ".new") if replaced else name)
+        output = OutputFile(path)
         position = 0
         buffer = bytearray()
         try:
@@ -211,13 +188,22 @@ class _Job:
                     buffer.clear()
             position += output.write([bytes(buffer)], position)
             output.sync()
+            if replaced:
+                _rename(path, directory / name)
             self._report.files.append(SavedFile(name, output.size, output.digests()))
         except TargetError:
             output.discard_if_empty()
             raise
         finally:
             output.close()
-        sync_directory(self._report.directory)
+        sync_directory(directory)
+
+
+def _rename(path: Path, name: Path) -> None:
+    try:
+        path.replace(name)
+    except OSError as error:
+        raise target_error(name, f"renaming {path.name}", error) from None
 
 
 def kernel_messages() -> list[bytes]:

@@ -537,6 +537,19 @@ def test_a_save_that_was_killed_before_its_log_was_whole_goes_on(vmcore_file: Wr
     assert check_manifest(folder)["complete"] is True
 
 
+def test_small_files_that_were_cut_short_are_replaced_whole(vmcore_file: WriteFile, parent: Path) -> None:
+    source = vmcore_file(crashed_core(pages=os.urandom(30 * PAGE)))
+    folder = cut_short(source, parent)
+    whole = {name: (folder / name).read_bytes() for name in ("vmcore-dmesg.txt", "registers.txt", "registers.json")}
+    for name, content in whole.items():
+        (folder / name).write_bytes(content[: len(content) // 2])
+    (folder / "manifest.json").write_text("{")
+    save(source, parent)
+    assert {name: (folder / name).read_bytes() for name in whole} == whole
+    assert listing(folder) == {*FILES, "capture-log-2.txt"}
+    assert manifest_of(folder)["complete"] is True
+
+
 def test_another_crash_does_not_go_on_there(vmcore_file: WriteFile, parent: Path) -> None:
     pages = os.urandom(30 * PAGE)
     folder = cut_short(vmcore_file(crashed_core(pages=pages)), parent)
