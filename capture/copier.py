@@ -145,6 +145,8 @@ class Copier:
             if not self._codec.checked:
                 ends = np.cumsum(packed)[~raw]
                 checksums[places[~raw]] = _checksums(memoryview(data), ends - packed[~raw], packed[~raw])
+        if block.unreadable:
+            checksums[np.isin(block.pfns, block.unreadable)] = np.uint64(kdump.UNREADABLE << 32)
         counts = _Counts(len(sizes), int(zero.sum()), raw_pages, int(sizes.sum()), block.unreadable)
         return _Worked(PackedPages(block.pfns, sizes, flags, checksums, pieces), counts)
 

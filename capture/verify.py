@@ -26,13 +26,16 @@ _WINDOW_PAGES = 1 << 19
 class VerifyReport:
     """What became of the pages of a dump.
 
+    ``unreadable`` ones are zeros because they could not be read when they were saved, which the dump's mark says.
     ``damaged`` ones cannot be read back, ``unwritten`` ones have no data yet, ``different`` ones are not what the
     source has, ``absent`` ones are only in the source, ``extra`` only in the dump. ``left_out`` by its dump level are
-    pages that the dump knows of. ``changed`` are blocks of the file whose SHA-256 is not the one in the manifest beside
-    it; ``hashed`` is whether there is such a manifest. ``named`` are the first of those that are wrong, a line each.
+    pages that the dump knows of. ``changed`` are blocks of the file whose SHA-256 is not the one in the manifest
+    beside it; ``hashed`` is whether there is such a manifest. ``named`` are the first of those that are wrong, a line
+    each.
     """
 
     pages: int = 0
+    unreadable: int = 0
     damaged: int = 0
     unwritten: int = 0
     different: int = 0
@@ -71,6 +74,7 @@ class VerifyReport:
         found = [
             f"{count} {what}"
             for count, what in (
+                (self.unreadable, "could not be read when they were saved"),
                 (self.damaged, "cannot be read back"),
                 (self.unwritten, "were not written"),
                 (self.different, "differ from the source"),
@@ -116,6 +120,9 @@ def verify(dump: KdumpFile, image: MemoryImage | None, *, progress: bool) -> Ver
     with Progress("verifying", total, enabled=progress) as meter:
         for batch in dump.pages():
             report.pages += len(batch.pfns)
+            report.unreadable += int(np.count_nonzero(batch.unreadable))
+            for pfn in batch.pfns[batch.unreadable].tolist():
+                report.name(f"PFN {pfn:#x}: could not be read when it was saved")
             for index, reason in batch.bad.items():
                 if reason == NOT_WRITTEN:
                     report.unwritten += 1

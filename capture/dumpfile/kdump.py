@@ -69,6 +69,9 @@ CHECKED = 0x5643_4B31
 """The upper half of ``page_flags`` where the lower one is the CRC-32 of a page as it is stored: in our dumps, of pages
 that carry no checksum of their own. crash, drgn and makedumpfile do not look at it; makedumpfile writes 0."""
 
+UNREADABLE = 0x5643_4B32
+"""The upper half of ``page_flags`` of a page that is zeros because it could not be read."""
+
 
 def checksum(stored: bytes | memoryview) -> int:
     """Return the ``page_flags`` of a page that is stored so."""

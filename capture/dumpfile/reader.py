@@ -39,11 +39,15 @@ _MAX_ZSTD_WINDOW = 1 << 20
 
 
 class ReadPages(NamedTuple):
-    """A batch of pages: ``data`` is (pages, page size) bytes; ``bad`` says for each index why it has none."""
+    """A batch of pages: ``data`` is (pages, page size) bytes; ``bad`` says for each index why it has none.
+
+    ``unreadable`` are those that are zeros because they could not be read when they were saved.
+    """
 
     pfns: NDArray[np.int64]
     data: NDArray[np.uint8]
     bad: dict[int, str]
+    unreadable: NDArray[np.bool_]
 
 
 class KdumpFile:
@@ -270,7 +274,7 @@ class KdumpFile:
                     for index, page in zip(np.flatnonzero(inside), which, strict=True)
                     if int(page) in failed
                 }
-        return ReadPages(pfns, data, bad)
+        return ReadPages(pfns, data, bad, inside & (table["page_flags"] >> np.uint64(32) == kdump.UNREADABLE))
 
     def _decode(self, stored: NDArray[np.void], pages: NDArray[np.uint8], number: int, failed: dict[int, str]) -> None:
         """Read and decode neighbouring stored pages into ``pages``; ``number`` is the first one's in ``failed``."""

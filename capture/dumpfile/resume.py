@@ -76,6 +76,7 @@ def take_over(path: Path, writer: KdumpWriter, passes: Passes, plan: DumpPlan, *
                 for batch in dump.pages():
                     good = np.ones(len(batch.pfns), dtype=np.bool_)
                     good[list(batch.bad)] = False
+                    good &= ~batch.unreadable  # perhaps they can be read now; else they are named again
                     lost = [index for index, why in batch.bad.items() if why != NOT_WRITTEN]
                     if lost:
                         writer.forget(number + np.array(lost, dtype=np.int64))

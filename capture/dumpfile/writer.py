@@ -72,8 +72,8 @@ class PackedPages(NamedTuple):
     """Selected pages ready to be written, ``pfns`` ascending.
 
     ``pieces`` joined are the data of the pages that are not zero pages, in order; ``sizes`` (bytes), ``flags`` and
-    ``checksums`` (kdump.checksum, or 0) are one a page, with size 0 for a zero page, which shares the one that the dump
-    begins with.
+    ``checksums`` (kdump.checksum, UNREADABLE, or 0) are one a page, with size 0 for a zero page, which shares the one
+    that the dump begins with.
     """
 
     pfns: NDArray[np.int64]
@@ -270,7 +270,7 @@ class KdumpWriter:
         descriptors["offset"][zero] = self._zero_page
         descriptors["size"] = np.where(zero, self._plan.page_size, packed.sizes)
         descriptors["flags"] = packed.flags
-        descriptors["page_flags"] = np.where(zero, self._zero_checksum, packed.checksums)
+        descriptors["page_flags"] = np.where(zero & (packed.checksums == 0), self._zero_checksum, packed.checksums)
         self._position += written
         self._unsynced += written
         self._pending.append(_Described(self._numbers.of(packed.pfns), descriptors))

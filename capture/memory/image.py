@@ -70,23 +70,35 @@ class PageBlock(NamedTuple):
 
 @dataclass(slots=True)
 class PfnRanges:
-    """A set of PFNs that is added to in ascending order and kept as ranges [first, last]; bounded in memory."""
+    """A set of PFNs that is added to in ascending order, time after time, and kept as ranges; bounded in memory."""
 
     count: int = 0
-    ranges: list[list[int]] = field(default_factory=list)
+    _ranges: list[list[int]] = field(default_factory=list)
+
+    @property
+    def ranges(self) -> list[list[int]]:
+        """The ranges [first, last], ascending, neighbours joined."""
+        found: list[list[int]] = []
+        for first, last in sorted(self._ranges):
+            if found and found[-1][1] >= first - 1:
+                found[-1][1] = max(found[-1][1], last)
+            else:
+                found.append([first, last])
+        return found
 
     def add(self, pfn: int) -> None:
         """Count one PFN, and list it while there is room (MAX_LISTED_RANGES)."""
         self.count += 1
-        if self.ranges and self.ranges[-1][1] == pfn - 1:
-            self.ranges[-1][1] = pfn
-        elif len(self.ranges) < MAX_LISTED_RANGES:
-            self.ranges.append([pfn, pfn])
+        if self._ranges and self._ranges[-1][1] == pfn - 1:
+            self._ranges[-1][1] = pfn
+        elif len(self._ranges) < MAX_LISTED_RANGES:
+            self._ranges.append([pfn, pfn])
 
     def text(self) -> str:
         """Return the first ranges for a person: ``PFN 0x9f, 0x100-0x1ff, ...``."""
-        shown = [f"{first:#x}" if first == last else f"{first:#x}-{last:#x}" for first, last in self.ranges[:MAX_SHOWN]]
-        return "PFN " + ", ".join(shown + ["..."] * (len(self.ranges) > MAX_SHOWN))
+        ranges = self.ranges
+        shown = [f"{first:#x}" if first == last else f"{first:#x}-{last:#x}" for first, last in ranges[:MAX_SHOWN]]
+        return "PFN " + ", ".join(shown + ["..."] * (len(ranges) > MAX_SHOWN))
 
     @property
     def listed(self) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
+import random
 import re
 import signal
 import stat
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,10 @@ from hypothesis import strategies as st
 from capture import report
 from capture.boot import job
 from capture.console import Console
+from capture.dumpfile.reader import KdumpFile
 from capture.memory import image as image_module
+from capture.memory.source import Source
+from capture.verify import verify
 from capture.vmcore import open_vmcore
 from tests.builders import (
     MEMORY_AT,
@@ -379,6 +385,66 @@ def test_pages_that_cannot_be_read_are_zeros_and_named(vmcore_file: WriteFile, p
     assert incomplete
     assert missing == 0
     assert pages == {**ElfPages(core).pages(), **dict.fromkeys(bad, bytes(PAGE))}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EFAULT, errno.EPERM], ids=errno.errorcode.__getitem__)
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "read"])
+@pytest.mark.parametrize("level", [0, 1])
+def test_faults_at_a_hundred_places_are_named_exactly(
+    number: int, mapped: bool, level: int, vmcore_file: WriteFile, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Single pages and ranges; by a mapping that faults, or where nothing can be mapped; and what is left is right."""
+    core = crashed_core(pages=numbered(0, 600))
+    start = len(core) - 600 * PAGE
+    some = random.Random(number + level)
+    bad = set(some.sample(range(600), 60)) | set(range(300, 340))
+    first = MEMORY_AT // PAGE
+    real_map, real_read = Source.map, Source.read
+
+    def check(offset: int, length: int) -> None:
+        low, high = (offset - start) // PAGE, -((start - offset - length) // PAGE)
+        if any(page in bad for page in range(max(low, 0), high)):
+            raise OSError(number, os.strerror(number))
+
+    def map_it(source: Source, offset: int, length: int) -> memoryview | None:
+        check(offset, length)
+        return real_map(source, offset, length) if mapped else None
+
+    def read_it(source: Source, offset: int, length: int) -> bytes:
+        check(offset, length)
+        return real_read(source, offset, length)
+
+    monkeypatch.setattr(Source, "map", map_it)
+    monkeypatch.setattr(Source, "read", read_it)
+    saved = save(vmcore_file(core), parent, level=level)
+    assert (job.exit_status(saved), saved.failures) == (3, [])
+    dump = check_manifest(saved.directory)["dump"]
+    ranges = dump["unreadable_pfn_ranges"]
+    assert {pfn for low, high in ranges for pfn in range(low, high + 1)} == {first + page for page in bad}
+    assert ranges == sorted(ranges)
+    assert all(one[1] + 1 < other[0] for one, other in pairwise(ranges))
+    assert dump["unreadable_pages"] == dump["unreadable_pages_listed"] == len(bad)
+    pages = {**ElfPages(core).pages(), **{first + page: bytes(PAGE) for page in bad}}
+    assert read_dump(saved.directory / "vmcore") == (True, pages, 0)
+    with KdumpFile(saved.directory / "vmcore") as file:
+        told = verify(file, None, progress=False)
+    assert (told.unreadable, told.damaged, told.exit_status) == (len(bad), 0, 3)
+
+
+def test_pages_that_can_be_read_again_are_saved_when_a_save_goes_on(
+    vmcore_file: WriteFile, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = crashed_core(pages=numbered(0, 40))
+    name, start = vmcore_file(core), len(core) - 40 * PAGE
+    with file_size_limit(30 * PAGE), monkeypatch.context() as patch:
+        patch.setattr(image_module, "CHUNK_PAGES", 2)
+        vmcore = open_poisoned(name, range(start + 5 * PAGE, start + 7 * PAGE))
+        job.save(vmcore, parent, dump_options(compression="none"), Console(file=io.StringIO()))
+    with KdumpFile(the_directory(parent) / "vmcore.incomplete") as file:
+        assert verify(file, None, progress=False).unreadable == 2
+    again = save(name, parent, compression="none")
+    assert (job.exit_status(again), again.failures) == (0, [])
+    assert read_dump(the_directory(parent) / "vmcore") == (False, ElfPages(core).pages(), 0)
 
 
 def test_a_log_that_lies_in_unreadable_memory_costs_the_log_only(vmcore_file: WriteFile, parent: Path) -> None:
