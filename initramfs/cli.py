@@ -11,9 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import capture.cli
+from capture.boot.config import MAX_KEEP
+from capture.boot.room import parse_floor
 from capture.cli import Subparsers, command, positive
 from capture.console import Console, printable
-from capture.errors import CaptureError
+from capture.errors import CaptureError, UsageError
 from initramfs import devices, estimate, kexec, measure, modules
 from initramfs.devices import Needed
 from initramfs.errors import ImageError, KexecError, MeasureError
@@ -94,6 +96,14 @@ def _add_load(subparsers: Subparsers) -> None:
     add("--path", metavar="DIR", help="directory on the target, default: /var/crash")
     add("--final", choices=kexec.FINALS, default="reboot", help="what follows a save (default: %(default)s)")
     add("--failure", choices=kexec.FINALS, default="shell", help="what follows a failure (default: %(default)s)")
+    add(
+        "--keep", type=positive(MAX_KEEP), metavar="N",
+        help="how many crashes of this host stay after a whole save, the new one included (default: all)",
+    )  # fmt: skip
+    add(
+        "--free", type=_floor, metavar="SIZE",
+        help="room to be left after a whole save, 10G or 10%%: older crashes of this host go until it is",
+    )  # fmt: skip
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--syscall", choices=kexec.SYSCALLS, default="auto", help="auto: the first one that works")
     way.add_argument("-s", dest="syscall", action="store_const", const="file", help="kexec_file_load")
@@ -104,6 +114,15 @@ def _add_load(subparsers: Subparsers) -> None:
     )  # fmt: skip
     add("--append", default="", metavar="STR", help="more for the capture kernel's command line")
     add("--command-line", metavar="STR", help="the capture kernel's whole command line")
+
+
+def _floor(text: str) -> str:
+    """Return the text, as it goes to the capture kernel, when that would understand it."""
+    try:
+        parse_floor(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _add_estimate(subparsers: Subparsers) -> None:
@@ -206,6 +225,8 @@ def run_load(args: argparse.Namespace) -> int:
             args.append,
             cpus=args.cpus or _cpus(args.image),
             boot_cpu=kexec.boot_cpu_apic_id(),
+            keep=args.keep,
+            free=args.free,
         )
     loaded = kexec.load(CrashKernel(args.kernel_image, args.image, line, args.syscall))
     console.say(

@@ -188,9 +188,12 @@ def capture_command_line(
     *,
     cpus: int = 1,
     boot_cpu: int | None = None,
+    keep: int | None = None,
+    free: str | None = None,
 ) -> str:
     """Return the capture kernel's command line, made from the running kernel's.
 
+    ``keep`` and ``free`` are ``vmcapture.keep=`` and ``vmcapture.free=`` (see ``capture.boot.config``).
     ``boot_cpu`` is the APIC id of the CPU that the firmware started: with more than one CPU the capture kernel must not
     wake it up, because an INIT would reset the machine (kernel-parameters.txt up to Linux 6.8, disable_cpu_apicid).
     Since about 6.9 the kernel finds that CPU itself and does not know the word, which does no harm.
@@ -200,6 +203,7 @@ def capture_command_line(
     if cpus > 1 and boot_cpu is not None:
         added.append(f"disable_cpu_apicid={boot_cpu}")
     ours = {"target": target, "path": path, "final": final, "failure": failure}
+    ours |= {"keep": str(keep or ""), "free": free or ""}
     for key, value in ours.items():
         if re.search(r"[\s\"]", value):
             raise UsageError(f"vmcapture.{key}={value!r}: blanks and quotes do not survive a kernel command line")

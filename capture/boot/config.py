@@ -10,6 +10,10 @@
 | ``vmcapture.level=`` | dump level 0 to 31; or several, ``1,17,31``: the first that fits | 31 |
 | ``vmcapture.compress=`` | zstd:auto, zstd[:N], zlib[:N] or none | zstd:auto |
 | ``vmcapture.deadline=`` | seconds from the job's start on; then it ends with what it has. 0: no limit | 0 |
+| ``vmcapture.keep=`` | crashes of this host that stay, the new one included | all |
+| ``vmcapture.free=`` | room to be left, 10G or 10%: older crashes of this host go until it is | 0 |
+
+Nothing is removed that nobody said may go: an old dump may be the only one of its kind.
 
 A word that makes no sense is said on the console and replaced by its default: at this point nobody can mend it.
 """
@@ -17,20 +21,24 @@ A word that makes no sense is said on the console and replaced by its default: a
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from capture.errors import UsageError
 from capture.levels import parse_levels
 from capture.options import SAVE_COMPRESSION
 
+if TYPE_CHECKING:
+    from capture.boot.room import Floor
+
 ACTIONS = ("reboot", "poweroff", "halt", "shell")
 _PREFIX = "vmcapture."
 MAX_WAIT = 3600
 MAX_DEADLINE = 7 * 24 * 3600
+MAX_KEEP = 9999
 
 
 class BootConfig(NamedTuple):
-    """``problems`` are words that were not understood."""
+    """``keep`` and ``free`` None: nothing is removed. ``problems`` are words that were not understood."""
 
     target: str | None = None
     path: str = "/var/crash"
@@ -40,6 +48,8 @@ class BootConfig(NamedTuple):
     levels: tuple[int, ...] = (31,)
     compression: str = SAVE_COMPRESSION
     deadline: int = 0
+    keep: int | None = None
+    free: Floor | None = None
     problems: tuple[str, ...] = ()
 
 
@@ -92,6 +102,25 @@ def parse(command_line: str) -> BootConfig:
             problems.append(f"vmcapture.level={value}: not possible; taking {fallback}")
             return default.levels
 
+    def keep() -> int | None:
+        value = words.pop("keep", None)
+        if value is None or (re.fullmatch("[0-9]{1,9}", value) and 1 <= int(value) <= MAX_KEEP):
+            return default.keep if value is None else int(value)
+        problems.append(f"vmcapture.keep={value}: not a number from 1 to {MAX_KEEP}; keeping all")
+        return default.keep
+
+    def free() -> Floor | None:
+        value = words.pop("free", None)
+        if value is None:
+            return default.free
+        from capture.boot.room import parse_floor  # not needed before the end of the save, where anybody asks for it
+
+        try:
+            return parse_floor(value)
+        except UsageError as error:
+            problems.append(f"vmcapture.free={error}; removing nothing for it")
+            return default.free
+
     target = words.pop("target", "")
     path = words.pop("path", default.path)
     if not path.startswith("/") or ".." in path.split("/"):
@@ -106,6 +135,8 @@ def parse(command_line: str) -> BootConfig:
         levels=levels(),
         compression=compression(),
         deadline=number("deadline", default.deadline, range(MAX_DEADLINE + 1)),
+        keep=keep(),
+        free=free(),
     )
     problems += [f"vmcapture.{key}=: no such option, ignored" for key in words]
     return config._replace(problems=tuple(problems))

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from capture.boot.config import BootConfig
-from capture.boot.job import SaveReport, default_source, save
+from capture.boot.job import SaveReport, default_source, exit_status, save
 from capture.boot.targets import mounted_target
 from capture.console import Console
 from capture.errors import TargetError, UsageError
@@ -30,6 +30,8 @@ def save_to_target(
 ) -> SaveReport:
     """Mount the target, save the dead kernel below ``boot.path`` on it, unmount it.
 
+    Once that is whole and on the disk, older crashes go as ``boot.keep`` and ``boot.free`` say.
+
     The directory in the report is as seen on the target's own file system.
 
     Raises:
@@ -46,5 +48,9 @@ def save_to_target(
         options = DumpOptions(levels=boot.levels, compression=boot.compression, deadline=deadline)
     with open_vmcore(source or default_source()) as vmcore, mounted_target(boot.target, boot.wait, console) as root:
         saved = save(vmcore, _inside(root, boot), options, console)
+        if exit_status(saved) == 0 and (boot.keep is not None or boot.free is not None):
+            from capture.boot.room import make_room
+
+            make_room(saved.directory, boot.keep, boot.free, console)
     saved.directory = Path("/") / saved.directory.relative_to(root)
     return saved

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import pytest
 
+from capture.boot.config import parse
 from initramfs import cli, devices, measure
 from initramfs.cli import main
 from initramfs.devices import Mount, Needed
@@ -160,6 +161,43 @@ def test_load_takes_as_many_cpus_as_the_reservation_is_enough_for(
         (machine / "crash_size").write_text(f"{mebibytes << 20}\n")
         assert load(machine, "--target", "LABEL=later", *arguments) == 0
         assert f" nr_cpus={cpus} " in (machine / "calls").read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], []),
+        (["--keep", "5"], ["vmcapture.keep=5"]),
+        (["--free", "10%"], ["vmcapture.free=10%"]),
+        (["--free", "0"], ["vmcapture.free=0"]),
+        (["--free", "2g", "--keep", "9999"], ["vmcapture.keep=9999", "vmcapture.free=2g"]),
+    ],
+)
+def test_load_tells_the_capture_kernel_how_much_room_to_leave(
+    arguments: list[str], words: list[str], machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "find_device", lambda _: None)
+    assert load(machine, "--target", "LABEL=later", *arguments) == 0
+    line = (machine / "calls").read_text().splitlines()[-1]
+    assert [word for word in line.split() if word.startswith(("vmcapture.keep", "vmcapture.free"))] == words
+    assert parse(line).problems == ()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--keep", "0"), ("--keep", "-1"), ("--keep", "10000"), ("--keep", "all"), ("--free", "100%"), ("--free", ""),
+     ("--free", "10GB"), ("--free=-1",), ("--free", "1G 2G")],
+    ids=" ".join,
+)  # fmt: skip
+def test_nonsense_is_refused_while_somebody_is_there_to_mend_it(
+    arguments: tuple[str, ...], machine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        load(machine, "--target", "LABEL=later", *arguments)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"vmcapture load: argument {arguments[0].partition('=')[0]}: ")
+    assert not (machine / "calls").exists()
 
 
 def image_of(size: int, folder: Path) -> str:

@@ -178,6 +178,12 @@ def test_a_blank_in_a_path_is_refused() -> None:
         capture_command_line("", "/dev/vda", "/my crash", "reboot", "shell")
 
 
+def test_what_is_to_be_kept_stands_there_when_somebody_said_so() -> None:
+    asked = capture_command_line("", "/dev/vda", "/", "reboot", "shell", "debug", keep=3, free="10%")
+    assert asked.endswith(" vmcapture.failure=shell vmcapture.keep=3 vmcapture.free=10% debug")
+    assert not [word for word in line("") if word.startswith(("vmcapture.keep", "vmcapture.free"))]
+
+
 def crash_kernel(machine: Path, syscall: str = "auto") -> CrashKernel:
     return CrashKernel(machine / "kernel", machine / "image", "console=ttyS0", syscall)
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capture.boot.config import BootConfig, parse
+from capture.boot.room import Floor
 from capture.dumpfile.codec import codec
 
 REPOSITORY = Path(__file__).resolve().parents[4]
@@ -23,6 +24,8 @@ DEFAULTS = BootConfig(
     wait=30,
     levels=(31,),
     compression="zstd:auto",
+    keep=None,
+    free=None,
     problems=(),
 )
 """The table in README.md."""
@@ -43,6 +46,8 @@ def test_nothing_said_means_the_defaults_of_the_readme() -> None:
         "level": ",".join(map(str, DEFAULTS.levels)),
         "compress": DEFAULTS.compression,
         "deadline": str(DEFAULTS.deadline),
+        "keep": "all",
+        "free": "0",
     }
 
 
@@ -70,6 +75,11 @@ def test_nothing_said_means_the_defaults_of_the_readme() -> None:
         ("vmcapture.compress=zlib:9", {"compression": "zlib:9"}),
         ("vmcapture.compress=zstd:-5", {"compression": "zstd:-5"}),
         ("vmcapture.deadline=600", {"deadline": 600}),
+        ("vmcapture.keep=1", {"keep": 1}),
+        ("vmcapture.keep=09999", {"keep": 9999}),
+        ("vmcapture.free=0", {"free": Floor()}),
+        ("vmcapture.free=10G", {"free": Floor(size=10 << 30)}),
+        ("vmcapture.free=5%", {"free": Floor(percent=5)}),
         ("elfcorehdr=0x2ff60000", {}),
     ],
 )
@@ -83,7 +93,7 @@ def test_each_word_changes_one_thing(word: str, changed: dict[str, Any]) -> None
     [
         ("target=LABEL=a", "target=LABEL=b"), ("path=/a", "path=/b"), ("final=halt", "final=shell"),
         ("failure=halt", "failure=reboot"), ("wait=1", "wait=2"), ("level=1", "level=0"),
-        ("compress=zlib", "compress=none"),
+        ("compress=zlib", "compress=none"), ("keep=1", "keep=2"), ("free=1G", "free=5%"),
     ],
 )  # fmt: skip
 def test_the_last_of_two_equal_words_counts(first: str, last: str) -> None:
@@ -121,6 +131,18 @@ def test_nonsense_before_a_good_word_does_no_harm() -> None:
         "vmcapture.compress=zlib:10",
         "vmcapture.compress=none:1",
         "vmcapture.compress=",
+        "vmcapture.keep=",
+        "vmcapture.keep=0",
+        "vmcapture.keep=-1",
+        "vmcapture.keep=10000",
+        "vmcapture.keep=all",
+        "vmcapture.keep=\u0663",
+        "vmcapture.free=",
+        "vmcapture.free=100%",
+        "vmcapture.free=-1G",
+        "vmcapture.free=10GB",
+        "vmcapture.free=\u0663",
+        "vmcapture.free=much",
         "vmcapture.path=",
         "vmcapture.path=crash",
         "vmcapture.path=/var/../../etc",
@@ -138,7 +160,9 @@ def test_nonsense_is_said_and_the_default_taken(word: str) -> None:
     assert problem.startswith(word.partition("=")[0])
 
 
-@pytest.mark.parametrize("start", ["wait=", "wait=000000000", "level=000000000", "compress=zstd:", "compress=zlib:"])
+@pytest.mark.parametrize(
+    "start", ["wait=", "wait=000000000", "level=000000000", "compress=zstd:", "compress=zlib:", "keep=", "free="]
+)
 def test_a_number_of_five_thousand_digits_is_nonsense_too(start: str) -> None:
     """Python refuses to convert more than 4300 digits."""
     found = parse(f"vmcapture.{start}{'9' * 5000}")
@@ -162,12 +186,12 @@ def test_words_of_others_are_none_of_our_business() -> None:
     )
 
 
-KEYS = ("target", "path", "final", "failure", "wait", "level", "compress")
+KEYS = ("target", "path", "final", "failure", "wait", "level", "compress", "keep", "free")
 VALUES = st.one_of(
     st.text(st.characters(exclude_categories=("Z", "Cc")), max_size=30),
     st.from_regex(r"-?[0-9]{1,40}", fullmatch=True),
     st.from_regex(r"(/|\.\.|[a-z])*", fullmatch=True),
-    st.sampled_from(["reboot", "halt", "zstd", "zlib:6", "none", "LABEL=x"]),
+    st.sampled_from(["reboot", "halt", "zstd", "zlib:6", "none", "LABEL=x", "5%", "10G"]),
 )
 WORDS = st.one_of(
     st.builds(lambda key, value: f"vmcapture.{key}={value}", st.sampled_from(KEYS), VALUES),
@@ -187,6 +211,8 @@ def test_no_command_line_is_too_strange(line: str) -> None:
     assert all(0 <= level <= 31 for level in found.levels)
     assert found.path.startswith("/")
     assert ".." not in found.path.split("/")
+    assert found.keep is None or 1 <= found.keep <= 9999
+    assert found.free is None or (found.free.size >= 0 and 0 <= found.free.percent < 100)
     codec(found.compression)  # raises where there is no such codec
     assert all(problem.startswith("vmcapture.") for problem in found.problems)
 
