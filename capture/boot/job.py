@@ -36,6 +36,7 @@ DIRECTORY_MODE = 0o700
 MANIFEST_FORMAT = 1
 _WRITE_SIZE = 1 << 16
 _MAX_NAME_TRIES = 100
+_MAX_NUMBER = 9999
 _HOST_LIMIT = 64
 
 
@@ -244,19 +245,16 @@ def default_source() -> str:
 def _unfinished_directory(vmcore: Vmcore, parent: Path, options: DumpOptions) -> Path | None:
     """Return the directory in which a save of this crash was cut short, None where there is none."""
     name = _directory_name(vmcore)
-    for number in range(_MAX_NAME_TRIES):
-        directory = parent / (name + (f"-{number}" if number else ""))
-        try:
-            if directory.is_symlink() or not directory.is_dir():
-                return None
-            there = (directory / "vmcore.incomplete").exists()
-        except OSError:
-            return None
-        if there:
-            from capture.dump import unfinished_dump  # see _save_dump
+    try:
+        taken = [parent / _numbered(name, number) for number in _numbers(parent, name)]
+        there = [path for path in taken if not path.is_symlink() and (path / "vmcore.incomplete").exists()]
+    except OSError:
+        return None
+    for directory in there:
+        from capture.dump import unfinished_dump  # see _save_dump
 
-            if unfinished_dump(vmcore, directory / "vmcore", options):
-                return directory
+        if unfinished_dump(vmcore, directory / "vmcore", options):
+            return directory
     return None
 
 
@@ -276,13 +274,26 @@ def _directory_name(vmcore: Vmcore) -> str:
     return f"{host}-{when}"
 
 
+def _numbered(name: str, number: int) -> str:
+    return f"{name}-{number}" if number else name
+
+
+def _numbers(parent: Path, name: str) -> list[int]:
+    """Return the numbers behind ``name`` that are taken, in order; 0 is the name itself."""
+    found = (re.fullmatch(re.escape(name) + "(?:-([1-9][0-9]{0,3}))?", path.name) for path in parent.iterdir())
+    return sorted(int(match[1] or 0) for match in found if match)
+
+
 def _make_directory(vmcore: Vmcore, parent: Path) -> Path:
-    """Make ``parent``/<host>-<time of the crash>, with a number behind when that exists already."""
+    """Make ``parent``/<host>-<time of the crash>, with a number behind when that exists already.
+
+    It is higher than all that are there, also where lower ones were removed: it tells which is the newest.
+    """
     name = _directory_name(vmcore)
     try:
         parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-        for number in range(_MAX_NAME_TRIES):
-            directory = parent / (name + (f"-{number}" if number else ""))
+        for number in range(max(_numbers(parent, name), default=-1) + 1, _MAX_NUMBER + 1):
+            directory = parent / _numbered(name, number)
             with contextlib.suppress(FileExistsError):
                 directory.mkdir(mode=DIRECTORY_MODE)
                 directory.chmod(DIRECTORY_MODE)  # an umask can only take away, even what root needs
@@ -292,7 +303,7 @@ def _make_directory(vmcore: Vmcore, parent: Path) -> Path:
         raise TargetError(f"{parent}: is not a directory; name another place") from None
     except OSError as error:
         raise target_error(parent, "making a directory for this crash", error) from None
-    raise TargetError(f"{parent}: this crash was saved {_MAX_NAME_TRIES} times already; remove some of them")
+    raise TargetError(f"{parent}: this crash was saved {_MAX_NUMBER} times already; remove the last of them")
 
 
 def _manifest(vmcore: Vmcore, saved: SaveReport, taken: Footprint) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _MAX_PERCENT = 99
 
 _NAME = re.compile(
-    r"([A-Za-z0-9._-]+)-([0-9]{4}-[0-9]{2}-[0-9]{2})-([0-9]{2}:[0-9]{2}:[0-9]{2})(?:-([1-9][0-9]?))?", re.ASCII
+    r"([A-Za-z0-9._-]+)-([0-9]{4}-[0-9]{2}-[0-9]{2})-([0-9]{2}:[0-9]{2}:[0-9]{2})(?:-([1-9][0-9]{0,3}))?", re.ASCII
 )
 """Host, day, time and number, as ``capture.boot.job`` puts them together. A host name has no colon there."""
 _FILE = re.compile(

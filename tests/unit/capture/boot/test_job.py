@@ -30,6 +30,7 @@ from capture import report
 from capture.boot import job
 from capture.console import Console
 from capture.dumpfile.reader import KdumpFile
+from capture.errors import TargetError
 from capture.memory import image as image_module
 from capture.memory.source import Source
 from capture.verify import verify
@@ -624,6 +625,25 @@ def test_another_crash_does_not_go_on_there(vmcore_file: WriteFile, parent: Path
     again = save(vmcore_file(crashed_core(pages=pages, keys={"BUILD-ID": "5eed"})), parent).directory
     assert again.name == f"{folder.name}-1"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_save_goes_on_where_those_before_it_were_removed(vmcore_file: WriteFile, parent: Path) -> None:
+    source = vmcore_file(crashed_core(pages=os.urandom(30 * PAGE)))
+    folder = cut_short(source, parent)
+    later = folder.rename(parent / f"{folder.name}-7")
+    (parent / f"{folder.name}-5").symlink_to(later)
+    assert save(source, parent).directory == later
+    assert listing(later) == {*FILES, "capture-log-2.txt"}
+
+
+def test_a_number_is_higher_than_all_that_are_there(vmcore_file: WriteFile, parent: Path) -> None:
+    source = vmcore_file(crashed_core())
+    first = save(source, parent).directory
+    for taken, number in (("3", 4), ("99", 100), ("0100", 101), ("10000", 102), ("9998", 9999)):
+        (parent / f"{first.name}-{taken}").touch()
+        assert save(source, parent).directory.name == f"{first.name}-{number}"
+    with pytest.raises(TargetError, match="times already"):
+        save(source, parent)
 
 
 def test_a_finished_save_is_not_gone_on_with(vmcore_file: WriteFile, parent: Path) -> None:
