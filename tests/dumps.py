@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Mapping
 
 from tests.builders import PAGE
@@ -13,6 +14,13 @@ STATUS, BLOCK_SIZE, SUB_HDR_SIZE, BITMAP_BLOCKS, MAX_MAPNR = 424, 428, 432, 436,
 """Offsets in struct disk_dump_header."""
 DESCRIPTOR = "<qIIQ"
 """struct page_desc: offset, size, flags, page_flags."""
+
+
+def stored_checksum(stored: bytes) -> int:
+    """``page_flags`` of a page that is stored so, and has no checksum of its own: docs/format.md."""
+    return 0x5643_4B31 << 32 | zlib.crc32(stored)
+
+
 DESCRIPTOR_BYTES = 24
 
 

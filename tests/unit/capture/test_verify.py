@@ -177,9 +177,8 @@ def test_json_has_every_count(pair: tuple[Path, Path], run: Run) -> None:
     ran = run("verify", dump, "--against", source, "--json")
     found = json.loads(ran.out)
     assert {key: found[key] for key in found if key != "named"} == {
-        "pages": 6, "damaged": 0, "unwritten": 1, "different": 0, "absent": 0, "extra": 0, "left_out": 0,
-        "level": 1, "incomplete": False,
-        "compared": True, "hashed": False, "changed": 0, "good": False,
+        "pages": 6, "unreadable": 0, "damaged": 0, "unwritten": 1, "different": 0, "absent": 0, "extra": 0,
+        "left_out": 0, "level": 1, "incomplete": False, "compared": True, "hashed": False, "changed": 0, "good": False,
     }  # fmt: skip
     assert found["named"] == ["PFN 0x105: not written"]
 
