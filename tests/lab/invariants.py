@@ -1,0 +1,260 @@
+"""What a directory has to be like, whatever became of the job that made it: the promises of docs/format.md, checked.
+
+Nothing is asserted here: what is wrong is returned in lines, so that a table can have them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+import struct
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import drgn
+
+from capture.dumpfile.reader import KdumpFile
+from capture.errors import CaptureError
+from capture.verify import verify
+from capture.vmcore import open_vmcore
+from tests.builders import PAGE
+from tests.dumps import INCOMPLETE, STATUS
+from tests.outcome import FILES, listing, manifest_of, read_back, sha256_blocks
+from tests.readers import drgn_reader
+
+SMALL = FILES[:3]
+"""What has the same bytes in every save of a crash."""
+PARTLY = ".incomplete"
+NAMES = re.compile("|".join([*(re.escape(name) + f"({re.escape(PARTLY)})?" for name in FILES),
+                             rf"capture-log-\d+\.txt({re.escape(PARTLY)})?"]))  # fmt: skip
+"""Every name that is documented; anything else is a stray file."""
+
+
+class Reference(NamedTuple):
+    """A save that nothing disturbed: its small files, and the pages of its dump by PFN."""
+
+    source: Path
+    small: dict[str, bytes]
+    pages: dict[int, bytes]
+    folder: str
+
+
+def reference_of(source: Path, folder: Path) -> Reference:
+    """Take what ``folder`` has as what is right; whether it is, the tests of the job itself say."""
+    pages, bad = read_back(folder / "vmcore")
+    assert not bad
+    return Reference(source, {name: (folder / name).read_bytes() for name in SMALL}, pages, folder.name)
+
+
+class State(NamedTuple):
+    """What a directory has: the dump's file, None where there is none that opens, and its pages that read back right."""
+
+    dump: Path | None
+    pages: int
+    marked: bool
+
+    def text(self, reference: Reference) -> str:
+        if self.dump is None:
+            return "no dump yet"
+        return f"{self.dump.name}, {self.pages} of {len(reference.pages)} pages"
+
+
+def directories(parent: Path) -> list[Path]:
+    """The directories of crashes below ``parent``, those that were made first before the others."""
+    found = sorted(parent.iterdir()) if parent.is_dir() else []
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
+def state_of(folder: Path, reference: Reference) -> State:
+    for name in ("vmcore", "vmcore" + PARTLY):
+        path = folder / name
+        if path.exists() and has_header(path):
+            right, _ = readable(path)
+            return State(path, len(right), bool(struct.unpack_from("<I", path.read_bytes(), STATUS)[0] & INCOMPLETE))
+    return State(None, 0, False)
+
+
+def readable(path: Path) -> tuple[dict[int, bytes], dict[int, str]]:
+    try:
+        return read_back(path)
+    except CaptureError:
+        return {}, {}
+
+
+def has_header(path: Path) -> bool:
+    """Whether the second sync, or what comes before it, has brought a header: from there on it is a dump."""
+    with path.open("rb") as file:
+        return file.read(5) == b"KDUMP"
+
+
+def wrong(parent: Path, reference: Reference) -> list[str]:
+    """Everything below ``parent`` that is not as promised at every instant, a line each."""
+    return [
+        f"{folder.name}: {line}" for folder in directories(parent) for line in _wrong_with_directory(folder, reference)
+    ]
+
+
+def _wrong_with_directory(folder: Path, reference: Reference) -> Iterator[str]:
+    if not folder.is_dir() or not folder.name.startswith(reference.folder):
+        yield "a stray file"
+        return
+    if (mode := stat.S_IMODE(folder.stat().st_mode)) != 0o700:
+        yield f"mode {mode:o}"
+    for path in sorted(folder.iterdir()):
+        if (mode := stat.S_IMODE(path.stat().st_mode)) != 0o600:
+            yield f"{path.name}: mode {mode:o}"
+        if not NAMES.fullmatch(path.name):
+            yield f"{path.name}: a stray file"
+        if path.name in SMALL and path.read_bytes() != reference.small[path.name]:
+            yield f"{path.name}: not what an undisturbed save has"
+    if (folder / "manifest.json").exists():
+        yield from _wrong_with_manifest(folder)
+    for path in (folder / "vmcore", folder / ("vmcore" + PARTLY)):
+        if path.exists():
+            yield from (f"{path.name}: {line}" for line in _wrong_with_dump(path, reference))
+
+
+def _wrong_with_manifest(folder: Path) -> Iterator[str]:
+    """A file that is named is there, with that size and those hashes."""
+    try:
+        manifest = manifest_of(folder)
+    except ValueError as error:
+        yield f"manifest.json: {error}"
+        return
+    for name, said in manifest["files"].items():
+        path = folder / name
+        if not path.exists():
+            yield f"manifest.json: names {name}, which is not there"
+            continue
+        data = path.read_bytes()
+        blocks = sha256_blocks(data, manifest["hash_block"])
+        if said != {"size": len(data), **({"sha256": blocks[0]} if len(blocks) == 1 else {"sha256_blocks": blocks})}:
+            yield f"manifest.json: size or SHA-256 of {name} differ"
+    dump = manifest["dump"]
+    if dump is not None and not (folder / dump["file"]).exists():
+        yield f"manifest.json: the dump is {dump['file']}, which is not there"
+
+
+def _wrong_with_dump(path: Path, reference: Reference) -> Iterator[str]:
+    finished = path.name == "vmcore"
+    if not has_header(path):
+        if finished:
+            yield "no header"
+        return
+    try:
+        with KdumpFile(path) as dump, open_vmcore(str(reference.source)) as vmcore:
+            report = verify(dump, vmcore.image, progress=False)
+    except CaptureError as error:
+        yield str(error)
+        return
+    if report.different or report.damaged or report.extra or report.absent or report.left_out:
+        yield report.text().splitlines()[0]
+    if finished and report.incomplete:
+        yield "has its name and is marked incomplete"
+    if not report.incomplete and report.unwritten:
+        yield f"is not marked incomplete, and lacks {report.unwritten} pages"
+    right, bad = readable(path)
+    if {pfn: reference.pages[pfn] for pfn in right} != right or len(right) + len(bad) != len(reference.pages):
+        yield "its pages are not those of an undisturbed dump"
+    if not report.damaged:  # (a reader that maps the file may die of a descriptor that points outside of it)
+        yield from _wrong_for_drgn(path, right, bad)
+
+
+def _wrong_for_drgn(path: Path, right: dict[int, bytes], bad: Collection[int]) -> Iterator[str]:
+    try:
+        read = drgn_reader(path)
+    except Exception as error:  # (whatever it raises, it does not open)
+        yield f"drgn does not open it: {error}"
+        return
+    for pfn, page in right.items():
+        try:
+            if read(pfn * PAGE, PAGE) != page:
+                yield f"drgn reads PFN {pfn:#x} otherwise"
+        except drgn.FaultError as error:
+            yield f"drgn does not read PFN {pfn:#x}: {error}"
+    for pfn in list(bad)[:3]:
+        try:
+            read(pfn * PAGE, PAGE)
+            yield f"drgn reads PFN {pfn:#x}, which was not written"
+        except drgn.FaultError:
+            pass
+
+
+# --- of a job that ended by itself
+
+
+def wrong_in_the_end(parent: Path, reference: Reference, status: int, said: str) -> list[str]:
+    """What exit status, console and manifest do not say as it is, of the only save that there was, a line each."""
+    lines = [f"it says {word!r}" for word in ("Traceback", "internal error", "escaped") if word in said]
+    found = directories(parent)
+    names = listing(found[0]) if found else set()
+    if status == 5:
+        if names & {*FILES}:
+            lines.append(f"status 5, and there is {sorted(names)}")
+        return lines
+    if status not in (0, 3):
+        return [*lines, f"status {status} is none that is documented for a save"]
+    if "manifest.json" not in names:
+        if status == 0 or "manifest.json: " not in said:
+            lines.append(f"status {status}, no manifest, and the console does not say why")
+        return lines
+    manifest = manifest_of(found[0])
+    return [*lines, *_wrong_story(found[0], manifest, names, status, reference)]
+
+
+def _wrong_story(
+    folder: Path, manifest: dict[str, Any], names: set[str], status: int, reference: Reference
+) -> Iterator[str]:
+    failures, dump = manifest["failures"], manifest["dump"]
+    blamed = {failure.split(":")[0] for failure in failures}
+    if status == 0 and (names != set(FILES) or failures):
+        yield f"status 0 with {sorted(names)} and failures {failures}"
+    if manifest["complete"] and status != 0 and not blamed:  # (what failed after the manifest was written)
+        yield "status 3, and the manifest says that all is there"
+    for name in FILES[:-1]:
+        if name not in names and name not in blamed:
+            yield f"{name} is not there, and no failure names it"
+    for name in blamed:
+        if name not in FILES:
+            yield f"a failure of {name}, which is no step"
+    unlisted = names - set(manifest["files"]) - {"manifest.json"}
+    if unlisted - {name + PARTLY for name in SMALL}:
+        yield f"the manifest does not list {sorted(unlisted)}"
+    state = state_of(folder, reference)
+    if dump is None:
+        if state.dump is not None:
+            yield f"the manifest knows of no dump, and there is {state.text(reference)}"
+        return
+    if state.dump is None or dump["file"] != state.dump.name:
+        yield f"the manifest says {dump['file']}, there is {state.text(reference)}"
+    elif dump["pages_written"] != state.pages:
+        yield f"the manifest counts {dump['pages_written']} pages, there are {state.pages}"
+    if dump["whole"] != (state.pages == len(reference.pages) and dump["file"] == "vmcore"):
+        yield f"the manifest says whole: {dump['whole']}, there is {state.text(reference)}"
+
+
+# --- of a save that was asked for again
+
+
+def wrong_after_again(parent: Path, reference: Reference, before: list[tuple[Path, State]], status: int) -> list[str]:
+    """What is wrong when a second save, undisturbed, has ended: it has to be whole, and to have gone on."""
+    lines = [] if status == 0 else [f"the second save ends with status {status}"]
+    last = directories(parent)[-1]
+    unfinished = [folder for folder, state in before if state.dump is not None and state.dump.name != "vmcore"]
+    if unfinished and last != unfinished[-1]:
+        lines.append(f"the second save did not go on in {unfinished[-1].name}")
+    state = state_of(last, reference)
+    if state.pages != len(reference.pages) or state.dump is None or state.dump.name != "vmcore" or state.marked:
+        lines.append(f"after the second save: {state.text(reference)}")
+    missing = set(FILES) - listing(last)
+    if missing:
+        lines.append(f"after the second save there is no {sorted(missing)}")
+    else:
+        manifest = json.loads((last / "manifest.json").read_bytes())
+        if not manifest["complete"] or manifest["failures"]:
+            lines.append("after the second save the manifest is not that of a whole one")
+    if any(name.endswith(PARTLY) for name in listing(last)):
+        lines.append(f"after the second save there is still {sorted(listing(last))}")
+    return [*lines, *wrong(parent, reference)]
