@@ -300,12 +300,12 @@ class KdumpWriter:
             if self._full_step < SYNC_BYTES:
                 self._output.forget(self._kept_to, batch.end - self._kept_to)
         synced = time.monotonic()
+        self._kept_to = batch.end  # whatever becomes of the descriptors: some of them may be written
         if batch.descriptors:  # none: the disk was full, and they were given back
             self._describe(
                 np.concatenate([part.numbers for part in batch.descriptors]),
                 np.concatenate([part.table for part in batch.descriptors]),
             )
-        self._kept_to = batch.end
         if batch.unsynced and self.on_step is not None:
             since, blocked = self._blocked_since, self._blocked
             blocked += synced - since if since is not None else 0.0
@@ -327,7 +327,12 @@ class KdumpWriter:
                 block = np.frombuffer(self._output.read_back(at, (last - first + 1) * width), kdump.PAGE_DESCRIPTOR)
                 part = block.copy()
                 part[numbers[start:end] - first] = table[start:end]
-            self._output.write([part.tobytes()], at)
+            try:
+                self._output.write([part.tobytes()], at)
+            except TargetError:
+                there = np.frombuffer(self._output.read_back(at, part.nbytes), kdump.PAGE_DESCRIPTOR)
+                self.pages_written += int(np.count_nonzero((there == part)[numbers[start:end] - first]))
+                raise
             self.pages_written += end - start
 
     def _settle(self) -> None:

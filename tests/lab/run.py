@@ -84,13 +84,13 @@ def run(
                 os._exit(status)
         os.close(hits_to)
         with open(hits_from, "rb") as hits:
-            hit = pickle.load(hits) if (first := hits.peek(1)) and first else None  # noqa: S301
+            hit = pickle.load(hits) if (first := hits.peek(1)) and first else None
             hits.read()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         said.seek(0)
         told.seek(0)
         whole = told.read()
-        operations, events = pickle.loads(whole) if whole else ([], [])  # noqa: S301 (our own child's)
+        operations, events = pickle.loads(whole) if whole else ([], [])
         return Outcome(status, said.read().decode(errors="replace"), hit, operations, events)
 
 

@@ -23,7 +23,7 @@ from capture.dumpfile.writer import DumpPlan, KdumpWriter, PackedPages
 from capture.errors import TargetError
 from capture.notes.elfnote import Note, Notes
 from tests.builders import PAGE, filled, new_utsname, numbered, prstatus_note, vmcoreinfo_note, vmcoreinfo_text
-from tests.dumps import INCOMPLETE, MAX_MAPNR, STATUS, SUB_HDR_SIZE, ZLIB, stored_checksum
+from tests.dumps import DESCRIPTOR_BYTES, INCOMPLETE, MAX_MAPNR, STATUS, SUB_HDR_SIZE, ZLIB, stored_checksum
 from tests.faults import Step, after_power_cut, raising, recorded
 from tests.readers import by_hand
 
@@ -302,6 +302,62 @@ def test_pages_whose_sync_failed_never_get_a_descriptor(
     dump = by_hand(tmp_path / "dump")
     assert dump.incomplete
     assert dump.pages == {pfn: MANY[pfn] for pfn in sorted(MANY)[:4]}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_where_descriptors_find_no_room_those_that_did_keep_their_data(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that never writes in place may have no room for a table that was reserved."""
+    monkeypatch.setattr(writer, "_TABLE_BLOCK", 2)
+    real = os.pwritev
+    with created(tmp_path / "dump") as file:
+        made = KdumpWriter(file, PLAN)
+        made.begin(runs_of(sorted(MANY)))
+        refused = made.layout.descriptor_table + 4 * DESCRIPTOR_BYTES
+
+        def full(fd: int, pieces: list[bytes], offset: int) -> int:
+            if offset == refused:
+                raise OSError(number, os.strerror(number))
+            return real(fd, pieces, offset)
+
+        monkeypatch.setattr(os, "pwritev", full)
+        made.append(packed(part(MANY, 0, 6)))
+        with pytest.raises(TargetError):
+            made.checkpoint()
+        made.append(packed(part(MANY, 6, 8)))
+        made.finish(complete=False)
+        assert made.pages_written == 6
+    dump = by_hand(tmp_path / "dump")
+    assert dump.incomplete
+    assert dump.pages == {pfn: MANY[pfn] for pfn in [*sorted(MANY)[:4], *sorted(MANY)[6:8]]}
+
+
+def test_descriptors_that_were_written_in_part_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write on a full disk ends where the room ends: at a sector."""
+    real = os.pwritev
+    with created(tmp_path / "dump") as file:
+        made = KdumpWriter(file, PLAN)
+        made.begin(runs_of(sorted(MANY)))
+
+        def cut(fd: int, pieces: list[bytes], offset: int) -> int:
+            if offset >= made.layout.data:
+                return real(fd, pieces, offset)
+            if offset > made.layout.descriptor_table:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(fd, [b"".join(pieces)[:80]], offset)
+
+        with monkeypatch.context() as full:
+            full.setattr(os, "pwritev", cut)
+            made.append(packed(part(MANY, 0, 6)))
+            with pytest.raises(TargetError):
+                made.checkpoint()
+        made.finish(complete=False)
+        assert made.pages_written == 3
+    reader = KdumpFile(tmp_path / "dump")
+    bad = [why for batch in reader.pages() for why in batch.bad.values()]
+    reader.close()
+    assert bad == [NOT_WRITTEN] * (len(MANY) - 3)
 
 
 def test_the_mark_is_taken_off_last_when_all_is_on_the_disk(tmp_path: Path) -> None:
