@@ -15,7 +15,7 @@ from capture import footprint
 from capture.copier import Copier, CopyStatistics
 from capture.dumpfile import codec as codecs
 from capture.dumpfile import resume
-from capture.dumpfile.output import OutputFile, sync_directory, target_error
+from capture.dumpfile.output import INCOMPLETE_SUFFIX, OutputFile, sync_directory, target_error
 from capture.dumpfile.passes import Passes
 from capture.dumpfile.writer import DumpPlan, KdumpWriter
 from capture.errors import CaptureError, IncompleteError, TargetError
@@ -32,7 +32,6 @@ from capture.vmemmap import exclude_vmemmap
 
 MANIFEST_ROOM = 4 << 20
 """Left free on the target when a level is chosen by size: for the manifest and the capture log."""
-INCOMPLETE_SUFFIX = ".incomplete"
 SCARCE_MEMORY = 128 << 20
 SMALL_CHUNK_PAGES = 256
 """Pages of a chunk where less than that is available: a few MiB less, for a tenth of a microsecond a page."""

@@ -1,7 +1,7 @@
 """The whole job: log, registers, dump, manifest — each step on its own, what is small and precious first.
 
 A step that fails is said, noted in the manifest, and the next one still runs. Each file is synced before the next one
-begins, and nothing is ever written over.
+begins, gets its name when everything is in it, and nothing is ever written over.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capture import __version__, report
 from capture.console import Console
-from capture.dumpfile.output import HASH_BLOCK, MANIFEST, OutputFile, sync_directory, target_error
+from capture.dumpfile.output import (
+    HASH_BLOCK,
+    INCOMPLETE_SUFFIX,
+    MANIFEST,
+    OutputFile,
+    sync_directory,
+    target_error,
+)
 from capture.errors import CaptureError, IncompleteError, TargetError
 from capture.footprint import Footprint
 from capture.kernel.address import KernelMemory
@@ -97,9 +104,11 @@ class _Job:
         self._console.say(f"saving to {self._report.directory}{going_on}")
         for line in self._vmcore.problems:
             self._console.say(line)
-        self._step("vmcore-dmesg.txt", self._save_log)
-        self._step("registers.txt", self._save_registers_text)
-        self._step("registers.json", self._save_registers_json)
+        if self._options.resume:
+            self._forget_manifest()
+        self._step("vmcore-dmesg.txt", self._unless_there(self._save_log))
+        self._step("registers.txt", self._unless_there(self._save_registers_text))
+        self._step("registers.json", self._unless_there(self._save_registers_json))
         self._step("vmcore", self._save_dump)
         self._step(_free_name(self._report.directory, "capture-log", ".txt"), self._save_capture_log)
         self._step(MANIFEST, self._save_manifest)
@@ -107,6 +116,32 @@ class _Job:
             with contextlib.suppress(OSError):  # not empty: a part of the log is better than none
                 self._report.directory.rmdir()
         return self._report
+
+    def _forget_manifest(self) -> None:
+        """Remove the manifest of the save that was cut short: what it says of the dump is untrue as soon as we go on."""
+        path = self._report.directory / MANIFEST
+        try:
+            path.unlink(missing_ok=True)
+            sync_directory(self._report.directory)
+        except OSError as error:
+            self._fail(MANIFEST, str(target_error(path, "removing that of the save before", error)))
+        except CaptureError as error:
+            self._fail(MANIFEST, str(error))
+
+    def _unless_there(self, action: Callable[[str], None]) -> Callable[[str], None]:
+        """Return ``action``, or what lists its file where the save before this one has finished it."""
+
+        def keep(name: str) -> None:
+            path = self._report.directory / name
+            if not (self._options.resume and path.exists()):
+                action(name)
+                return
+            with contextlib.closing(OutputFile(path, existing=True)) as there:
+                self._report.files.append(SavedFile(name, there.size, there.digests()))
+            if action == self._save_log:
+                self._report.panic = report.find_panic(self._vmcore)
+
+        return keep
 
     def _step(self, name: str, action: Callable[[str], None]) -> None:
         """Run one step; whatever it ends with, the next one runs. Only Ctrl-C outside the dump stops the job."""
@@ -171,14 +206,13 @@ class _Job:
         self._write(name, [_json(_manifest(self._vmcore, self._report, self._taken))])
 
     def _write(self, name: str, pieces: Iterable[bytes]) -> None:
-        """Write one small file whole and bring it, and its name, to the disk.
-
-        The one of a save that was cut short, perhaps within it, is replaced when the new one is whole.
-        """
-        directory = self._report.directory
-        replaced = self._options.resume and (directory / name).exists()
-        path = directory / (_free_name(directory, name, ".new") if replaced else name)
-        output = OutputFile(path)
+        """Write one small file whole and bring it to the disk; then it gets its name, and that is brought there."""
+        path = self._report.directory / name
+        unfinished = path.with_name(name + INCOMPLETE_SUFFIX)
+        if self._options.resume:
+            with contextlib.suppress(OSError):  # of the save that was cut short: what is in it is written anew
+                unfinished.unlink()
+        output = OutputFile(unfinished)
         position = 0
         buffer = bytearray()
         try:
@@ -189,22 +223,18 @@ class _Job:
                     buffer.clear()
             position += output.write([bytes(buffer)], position)
             output.sync()
-            if replaced:
-                _rename(path, directory / name)
-            self._report.files.append(SavedFile(name, output.size, output.digests()))
+            self._report.files.append(SavedFile(unfinished.name, output.size, output.digests()))
         except TargetError:
             output.discard_if_empty()
             raise
         finally:
             output.close()
-        sync_directory(directory)
-
-
-def _rename(path: Path, name: Path) -> None:
-    try:
-        path.replace(name)
-    except OSError as error:
-        raise target_error(name, f"renaming {path.name}", error) from None
+        try:
+            unfinished.rename(path)
+        except OSError as error:
+            raise target_error(path, f"renaming {unfinished.name}", error) from None
+        self._report.files[-1] = self._report.files[-1]._replace(name=name)
+        sync_directory(self._report.directory)
 
 
 def kernel_messages() -> list[bytes]:
@@ -247,7 +277,7 @@ def _unfinished_directory(vmcore: Vmcore, parent: Path, options: DumpOptions) ->
     name = _directory_name(vmcore)
     try:
         taken = [parent / _numbered(name, number) for number in _numbers(parent, name)]
-        there = [path for path in taken if not path.is_symlink() and (path / "vmcore.incomplete").exists()]
+        there = [path for path in taken if not path.is_symlink() and (path / f"vmcore{INCOMPLETE_SUFFIX}").exists()]
     except OSError:
         return None
     for directory in there:

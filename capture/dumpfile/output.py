@@ -24,6 +24,8 @@ MANIFEST = "manifest.json"
 """The file in which the digests of the others stand."""
 HASH_BLOCK = 64 << 20
 FILE_MODE = 0o600
+INCOMPLETE_SUFFIX = ".incomplete"
+"""Behind the name of a file until everything is in it."""
 _IOV_MAX = 1024
 _READ_BACK = 1 << 20
 

@@ -26,7 +26,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from capture import report
+from capture import dump, report
 from capture.boot import job
 from capture.console import Console
 from capture.dumpfile.reader import KdumpFile
@@ -221,15 +221,14 @@ def test_what_is_small_comes_first_and_each_file_is_on_the_disk_before_the_next_
     monkeypatch.undo()
 
     created = [name for what, name in events if what == "create"]
-    assert created == [name if name != "vmcore" else "vmcore.incomplete" for name in FILES]
+    assert created == [f"{name}.incomplete" for name in FILES]
     for name, following in zip(created, [*created[1:], None], strict=True):
         start = events.index(("create", name))
         end = events.index(("create", following)) if following else len(events)
         assert ("sync", name) in events[start:end], f"{name} itself"
-        assert ("sync", folder.name) in events[start:end], f"the name of {name}"
-    rename = events.index(("rename", "vmcore"))
-    assert ("sync", "vmcore.incomplete") in events[:rename]
-    assert events[rename + 1 :].index(("sync", folder.name)) < events[rename + 1 :].index(("create", "capture-log.txt"))
+        named = events.index(("rename", name.removesuffix(".incomplete")))
+        assert ("sync", name) in events[start:named], f"{name} before it has its name"
+        assert ("sync", folder.name) in events[named:end], f"the name of {name}"
     assert events[0] == ("sync", parent.name), "the directory's own name"
 
 
@@ -604,17 +603,48 @@ def test_a_save_that_was_killed_before_its_log_was_whole_goes_on(vmcore_file: Wr
     assert check_manifest(folder)["complete"] is True
 
 
-def test_small_files_that_were_cut_short_are_replaced_whole(vmcore_file: WriteFile, parent: Path) -> None:
+def test_a_log_that_found_no_room_has_no_name_and_is_written_anew(
+    vmcore_file: WriteFile, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has its name is whole: a save that goes on can tell by that."""
+    source = vmcore_file(crashed_core(pages=os.urandom(30 * PAGE)))
+    expected = (save(source, parent / "whole").directory / "vmcore-dmesg.txt").read_bytes()
+    real = os.pwritev
+
+    def full(fd: int, pieces: Any, offset: int) -> int:
+        name = Path(os.readlink(f"/proc/self/fd/{fd}")).name
+        if offset > {"vmcore-dmesg.txt.incomplete": 0, "vmcore.incomplete": 20 * PAGE}.get(name, 1 << 40):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, pieces, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", full)
+        patch.setattr(job, "_WRITE_SIZE", 64)
+        patch.setattr(image_module, "CHUNK_PAGES", 2)
+        folder = save(source, parent / "cut").directory
+    assert [failure.split(":")[0] for failure in manifest_of(folder)["failures"]] == ["vmcore-dmesg.txt", "vmcore"]
+    partly = (folder / "vmcore-dmesg.txt.incomplete").read_bytes()
+    assert expected.startswith(partly)
+    assert 0 < len(partly) < len(expected)
+    assert set(FILES) - listing(folder) == {"vmcore-dmesg.txt", "vmcore"}
+    assert save(source, parent / "cut").directory == folder
+    assert listing(folder) == {*FILES, "capture-log-2.txt"}
+    assert (folder / "vmcore-dmesg.txt").read_bytes() == expected
+
+
+def test_while_a_save_goes_on_there_is_no_manifest_of_the_one_before(
+    vmcore_file: WriteFile, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names a dump with a size and hashes that are not true any more."""
     source = vmcore_file(crashed_core(pages=os.urandom(30 * PAGE)))
     folder = cut_short(source, parent)
-    whole = {name: (folder / name).read_bytes() for name in ("vmcore-dmesg.txt", "registers.txt", "registers.json")}
-    for name, content in whole.items():
-        (folder / name).write_bytes(content[: len(content) // 2])
-    (folder / "manifest.json").write_text("{")
+    assert "manifest.json" in listing(folder)
+    seen: list[set[str]] = []
+    monkeypatch.setattr(dump, "write_dump", lambda *_arguments: seen.append(listing(folder)) or 1 / 0)
     save(source, parent)
-    assert {name: (folder / name).read_bytes() for name in whole} == whole
-    assert listing(folder) == {*FILES, "capture-log-2.txt"}
-    assert manifest_of(folder)["complete"] is True
+    assert ["manifest.json" in names for names in seen] == [False]
+    assert "vmcore.incomplete" in seen[0]
+    assert manifest_of(folder)["complete"] is False
 
 
 def test_another_crash_does_not_go_on_there(vmcore_file: WriteFile, parent: Path) -> None:
