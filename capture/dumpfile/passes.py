@@ -66,9 +66,12 @@ class Passes:
         done = self._bits(_DONE, first, -(-(int(pfns[-1]) + 1 - first) // 8) * 8)
         done[pfns - first] = True
         try:
-            os.pwrite(self._fd, np.packbits(done, bitorder="little").tobytes(), _DONE * self._bytes + first // 8)
+            bits = np.packbits(done, bitorder="little").tobytes()
+            written = os.pwrite(self._fd, bits, _DONE * self._bytes + first // 8)
         except OSError as error:
             raise TargetError(f"{self._directory}: what is saved already cannot be noted: {error.strerror}") from None
+        if written < len(bits):
+            raise TargetError(f"{self._directory}: what is saved already cannot be noted: no room")
         self._some_done = True
 
     def give_up(self, reason: str) -> None:

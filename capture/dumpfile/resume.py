@@ -33,10 +33,10 @@ class Found(NamedTuple):
 
 
 def can_resume(path: Path, plan: DumpPlan) -> bool:
-    """Whether ``path`` is an unfinished dump of this crash, as far as its headers say."""
+    """Whether ``path`` is a dump of this crash, as far as its headers say: unfinished, or it lacks its name only."""
     try:
         with KdumpFile(path) as dump:
-            return dump.incomplete and why_other(dump, plan) is None
+            return why_other(dump, plan) is None
     except SourceError:
         return False
 
@@ -60,13 +60,11 @@ def take_over(path: Path, writer: KdumpWriter, passes: Passes, plan: DumpPlan, *
     A page that cannot be read back loses its descriptor first: it counts as not written from then on.
 
     Raises:
-        TargetError: it is no unfinished dump of this crash, or its descriptors cannot be written.
+        TargetError: it is no dump of this crash, or its descriptors cannot be written.
     """
     try:
         with KdumpFile(path) as dump:
             reason = why_other(dump, plan)
-            if reason is None and not dump.incomplete:
-                reason = "it is finished"
             if reason is not None:
                 raise TargetError(f"{path}: cannot go on with it: {reason}; remove it, or use --force")
             pages = dump.page_count()

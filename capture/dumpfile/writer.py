@@ -224,7 +224,8 @@ class KdumpWriter:
         """Go on with a dump of ``pages`` pages that is in the file already, instead of ``start``.
 
         ``status`` is its header's: what it says of the pages that are there stays true. What is in it is told by
-        ``found`` afterwards; nothing is written over.
+        ``found`` afterwards; nothing is written over, but for the mark of one that does not have it any more, which it
+        gets again: it may be damaged.
         """
         self.pages = pages
         self._plan = self._plan._replace(
@@ -234,6 +235,9 @@ class KdumpWriter:
         )
         self.layout = self.layout._replace(descriptors=pages)
         self._zero_page = self._position = self._kept_to = self.layout.data
+        if not status & kdump.INCOMPLETE:
+            self._write_header(incomplete=True)
+            self._output.sync()
         if level & 1:
             self._position = self._kept_to = self._position + self._plan.page_size
             if any(self._output.read_back(self._zero_page, self._plan.page_size)):

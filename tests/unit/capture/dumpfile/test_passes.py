@@ -19,6 +19,7 @@ from capture.dumpfile import passes, writer
 from capture.dumpfile.output import OutputFile
 from capture.dumpfile.passes import Passes
 from capture.dumpfile.writer import KdumpWriter
+from capture.errors import TargetError
 from capture.memory.image import CHUNK_PAGES
 from tests.builders import PAGE, filled
 from tests.readers import by_hand
@@ -94,6 +95,14 @@ def test_without_room_there_is_one_pass(made: KdumpWriter, tmp_path: Path, monke
         assert order.failure is not None
         order.note(0, (bits(99), bits()))
         assert selected(order, made) == everything
+
+
+def test_what_is_saved_already_is_noted_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that is cut short says nothing; pages that are not noted would be saved, and counted, twice."""
+    with closing(Passes(tmp_path, MAX_PFN)) as order:
+        monkeypatch.setattr(os, "pwrite", lambda *_arguments: 1)
+        with pytest.raises(TargetError, match="cannot be noted: no room"):
+            order.note_done(np.arange(1, 90))
 
 
 def test_a_filter_that_failed_has_no_say(made: KdumpWriter, tmp_path: Path) -> None:

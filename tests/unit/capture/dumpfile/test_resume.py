@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -17,12 +18,14 @@ from capture.dumpfile import kdump
 from capture.dumpfile import output as output_module
 from capture.dumpfile import writer as writer_module
 from capture.dumpfile.passes import Passes
+from capture.dumpfile.writer import KdumpWriter
 from capture.errors import TargetError
 from capture.memory import image as image_module
 from capture.options import DumpOptions
 from capture.selftest import elf_core
 from capture.vmcore import open_vmcore
 from tests.builders import DIRECT_MAP, PAGE, READABLE_BY_DRGN, filled, prstatus_note, vmcoreinfo_note
+from tests.dumps import INCOMPLETE, STATUS
 from tests.faults import file_size_limit
 from tests.outcome import Run, sha256_blocks
 from tests.readers import HandRead, bitmaps, by_hand, model, read_by_drgn
@@ -176,13 +179,10 @@ def test_another_crash_is_not_gone_on_with(change: str, name: str, vmcore_file: 
     assert unfinished.read_bytes() == before
 
 
-@pytest.mark.parametrize("left", [b"", b"KDUMP", b"text" * 5000, "finished"], ids=["empty", "cut", "text", "finished"])
-def test_what_is_no_unfinished_dump_is_left_alone(left: bytes | str, name: str, tmp_path: Path, run: Run) -> None:
+@pytest.mark.parametrize("left", [b"", b"KDUMP", b"text" * 5000], ids=["empty", "cut", "text"])
+def test_what_is_no_unfinished_dump_is_left_alone(left: bytes, name: str, tmp_path: Path, run: Run) -> None:
     unfinished = tmp_path / "dump.incomplete"
-    if isinstance(left, str):
-        dumped(name, tmp_path / "whole").path.rename(unfinished)
-    else:
-        unfinished.write_bytes(left)
+    unfinished.write_bytes(left)
     before = unfinished.read_bytes()
     ran = run("dump", "--resume", name, tmp_path / "dump")
     assert ran.status == 5
@@ -191,6 +191,41 @@ def test_what_is_no_unfinished_dump_is_left_alone(left: bytes | str, name: str, 
     assert "use --force" in ran.err
     assert unfinished.read_bytes() == before
     assert not (tmp_path / "dump").exists()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_dump_that_lacks_its_name_only_gets_it(damaged: bool, name: str, tmp_path: Path) -> None:
+    """The power went between the last write and the name; what is damaged since then is saved again, behind a mark."""
+    whole = dumped(name, tmp_path / "whole")
+    expected = by_hand(whole.path)
+    unfinished = tmp_path / "dump.incomplete"
+    raw = bytearray(whole.path.read_bytes())
+    if damaged:
+        raw[-1] ^= 0xFF
+    unfinished.write_bytes(raw)
+    said: list[str] = []
+    report = dumped(name, tmp_path / "dump", said=said)
+    assert same(by_hand(report.path), expected)
+    assert (report.failure, report.path) == (None, tmp_path / "dump")
+    assert report.statistics.pages == damaged
+    assert ("1 are damaged" in said[0]) == damaged
+    assert not unfinished.exists()
+
+
+def test_a_finished_dump_is_marked_again_before_anything_of_it_is_forgotten(name: str, tmp_path: Path) -> None:
+    unfinished = tmp_path / "dump.incomplete"
+    raw = bytearray(dumped(name, tmp_path / "whole").path.read_bytes())
+    raw[-1] ^= 0xFF
+    unfinished.write_bytes(raw)
+    marked: list[bool] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KdumpWriter, "forget", lambda *_arguments: marked.append(by_hand_incomplete(unfinished)))
+        dumped(name, tmp_path / "dump")
+    assert marked == [True]
+
+
+def by_hand_incomplete(path: Path) -> bool:
+    return bool(struct.unpack_from("<I", path.read_bytes(), STATUS)[0] & INCOMPLETE)
 
 
 def test_a_finished_dump_is_not_written_over(name: str, tmp_path: Path, run: Run) -> None:
