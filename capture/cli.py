@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from capture import __version__
 from capture.console import PREFIX, Console, open_standard_streams, print_line, printable
-from capture.errors import CaptureError, UsageError
+from capture.errors import CaptureError, TargetError, UsageError
 from capture.levels import parse_levels
 
 # NumPy's BLAS starts a thread for each CPU as soon as it is loaded, which spin; nothing of ours calls it.
@@ -233,6 +233,8 @@ def _dump(args: argparse.Namespace) -> int:
         for line in vmcore.problems:
             console.say(line)
         report = write_dump(vmcore, args.out, options, console.say)
+    if report.failure is None and report.name_failure is not None:
+        raise TargetError(report.name_failure)
     shortfall = report.shortfall()
     summary = (
         f"{report.path}: level {report.level}, {report.pages_written} of {report.pages} pages, {report.size} bytes"

@@ -102,6 +102,8 @@ class DumpReport(NamedTuple):
     missing_bytes: int
     seconds: float
     failure: str | None
+    name_failure: str | None = None
+    """Why what is whole does not have its name, or may lose it."""
 
     @property
     def level(self) -> int:
@@ -148,6 +150,8 @@ def write_dump(
     on from there. ``say`` is told, line by line, what a person has
     to know before it is done. ``taken`` is brought up to date along the way.
 
+    Where a dump is whole and cannot be given its name, that is in the report.
+
     Raises:
         UsageError: level, compression or threads are wrong.
         TargetError: nothing readable could be written.
@@ -190,13 +194,23 @@ def write_dump(
             seconds=seconds,
             failure=failure,
         )
-    if failure is None:
+    return _named(report, unfinished, path)
+
+
+def _named(report: DumpReport, unfinished: Path, path: Path) -> DumpReport:
+    """Give a finished dump its name, and bring that to the disk; what is in it stays as good where that fails."""
+    trouble: TargetError | None = None
+    if report.failure is None:
         try:
             unfinished.rename(path)
         except OSError as error:
-            raise target_error(path, f"renaming {unfinished.name}", error) from None
-    sync_directory(path.parent)
-    return report
+            trouble = target_error(path, f"renaming {unfinished.name}", error)
+            report = report._replace(path=unfinished)
+    try:
+        sync_directory(path.parent)
+    except TargetError as error:
+        trouble = trouble or error
+    return report._replace(name_failure=None if trouble is None else str(trouble))
 
 
 def unfinished_dump(vmcore: Vmcore, path: Path, options: DumpOptions) -> bool:
@@ -237,11 +251,14 @@ def _begin(
         for line in filtered.lines():
             say(line)
         writer.start(filtered.level | vmcore.level & ~1)
-        sync_directory(unfinished.parent)  # from here on a power cut leaves a dump under its name
     except (TargetError, KeyboardInterrupt):
         with contextlib.suppress(OSError):  # not a page is in it, perhaps not even a header
             unfinished.unlink()
         raise
+    try:
+        sync_directory(unfinished.parent)  # from here on a power cut leaves a dump under its name
+    except TargetError as error:
+        say(f"{error}; a power cut may cost what is saved until the end")
     return filtered
 
 

@@ -86,8 +86,12 @@ def save(vmcore: Vmcore, parent: Path, options: DumpOptions, console: Console) -
         TargetError: the directory cannot be made. What goes wrong after that is in the report.
     """
     unfinished = _unfinished_directory(vmcore, parent, options)
-    directory = unfinished or _make_directory(vmcore, parent)
-    return _Job(vmcore, directory, options._replace(resume=unfinished is not None), console).run()
+    if unfinished is not None:
+        return _Job(vmcore, unfinished, options._replace(resume=True), console).run()
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    work = _Job(vmcore, _make_directory(vmcore, parent), options._replace(resume=False), console)
+    work.sync_names([parent, *(folder.parent for folder in missing)])
+    return work.run()
 
 
 class _Job:
@@ -98,6 +102,14 @@ class _Job:
         self._report = SaveReport(directory)
         self._taken = Footprint()
         self._crash_boot = vmcore.source.name == PROC_VMCORE or vmcore.source.name.startswith("/dev/")
+
+    def sync_names(self, folders: Iterable[Path]) -> None:
+        """Bring the names of new directories to the disk; what is saved in them is worth saving even where that fails."""
+        for folder in folders:
+            try:
+                sync_directory(folder)
+            except TargetError as error:
+                self._fail(folder.name, str(error))
 
     def run(self) -> SaveReport:
         going_on = ", where it was cut short before" if self._options.resume else ""
@@ -161,8 +173,12 @@ class _Job:
     def _save_log(self, name: str) -> None:
         log = report.open_log(self._vmcore)
         finder = PanicFinder()
-        self._write(name, report.log_lines(iter(finder.watch(log.records()))))
-        self._report.panic = finder.panic
+        try:
+            self._write(name, report.log_lines(iter(finder.watch(log.records()))))
+            self._report.panic = finder.panic
+        except TargetError:  # what could not be written can be read all the same
+            self._report.panic = report.find_panic(self._vmcore)
+            raise
         statistics = log.statistics
         self._console.say(
             f"{name}: {statistics.records} records" + (f", {finder.panic.line}" if finder.panic.line else "")
@@ -194,6 +210,8 @@ class _Job:
         )
         if result.failure is not None:
             self._report.failures.append(f"{name}: {result.failure}")
+        if result.name_failure is not None:
+            self._fail(name, result.name_failure)
 
     def _save_capture_log(self, name: str) -> None:
         lines = [line.encode() + b"\n" for line in self._console.lines]
@@ -326,8 +344,8 @@ def _make_directory(vmcore: Vmcore, parent: Path) -> Path:
             directory = parent / _numbered(name, number)
             with contextlib.suppress(FileExistsError):
                 directory.mkdir(mode=DIRECTORY_MODE)
-                directory.chmod(DIRECTORY_MODE)  # an umask can only take away, even what root needs
-                sync_directory(parent)
+                with contextlib.suppress(OSError):  # some file systems have modes of their own
+                    directory.chmod(DIRECTORY_MODE)  # an umask can only take away, even what root needs
                 return directory
     except (FileExistsError, NotADirectoryError):
         raise TargetError(f"{parent}: is not a directory; name another place") from None

@@ -61,9 +61,10 @@ class OutputFile:
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (0 if existing else os.O_CREAT | os.O_EXCL)
         try:
             self._fd = os.open(path, flags, FILE_MODE)
-            os.fchmod(self._fd, FILE_MODE)  # an umask can only take away, even what root needs
         except OSError as error:
             raise target_error(path, "opening" if existing else "creating", error) from None
+        with contextlib.suppress(OSError):  # some file systems have modes of their own
+            os.fchmod(self._fd, FILE_MODE)  # an umask can only take away, even what root needs
         self.size = os.fstat(self._fd).st_size
         self._hashes = _BlockHashes(self.size) if hashed else None
         self._lock = threading.Lock()

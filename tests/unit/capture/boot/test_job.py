@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from capture import dump, report
 from capture.boot import job
 from capture.console import Console
+from capture.dumpfile.output import sync_directory
 from capture.dumpfile.reader import KdumpFile
 from capture.errors import TargetError
 from capture.memory import image as image_module
@@ -550,6 +551,85 @@ def test_a_read_only_target_is_refused_in_one_line(
     assert "read-write" in ran.err
 
 
+def test_directories_that_cannot_be_synced_cost_nothing_but_are_named(
+    vmcore_file: WriteFile, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", raising(OSError(errno.EINVAL, os.strerror(errno.EINVAL))))
+    core = crashed_core()
+    saved = save(vmcore_file(core), parent)
+    assert job.exit_status(saved) == 3
+    assert listing(saved.directory) == set(FILES)
+    manifest = check_manifest(saved.directory)
+    assert manifest["dump"]["whole"] is True
+    assert read_dump(saved.directory / "vmcore") == (False, ElfPages(core).pages(), 0)
+    names = ["crash", "var", parent.parent.parent.name, *FILES[:-1]]
+    assert [failure.split(":")[0] for failure in manifest["failures"]] == names
+    assert all("syncing the directory failed" in failure for failure in manifest["failures"])
+
+
+def test_a_dump_that_cannot_be_named_is_listed_under_the_name_that_it_has(
+    vmcore_file: WriteFile, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = crashed_core()
+    real = os.rename
+
+    def rename(source: Any, target: Any) -> None:
+        if Path(target).name == "vmcore":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        saved = save(vmcore_file(core), parent)
+    assert job.exit_status(saved) == 3
+    manifest = check_manifest(saved.directory)
+    assert (manifest["dump"]["file"], manifest["dump"]["whole"]) == ("vmcore.incomplete", True)
+    assert [failure.split(":")[0] for failure in manifest["failures"]] == ["vmcore"]
+    assert read_dump(saved.directory / "vmcore.incomplete") == (False, ElfPages(core).pages(), 0)
+    assert save(vmcore_file(core), parent).directory == saved.directory, "and gets its name the next time"
+    assert "vmcore" in listing(saved.directory)
+
+
+def test_a_log_that_cannot_be_written_is_read_all_the_same_for_who_panicked(
+    vmcore_file: WriteFile, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def refused(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if Path(os.fsdecode(path)).name.startswith("vmcore-dmesg"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, flags, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refused)
+        saved = save(vmcore_file(crashed_core()), parent)
+    manifest = check_manifest(saved.directory)
+    assert (manifest["panicked_cpu"], manifest["kernel"]["panic"]) == (1, PANIC.decode())
+    assert "panicked" in (saved.directory / "registers.txt").read_text()
+
+
+def test_directories_that_had_to_be_made_are_on_the_disk_before_the_first_file(
+    vmcore_file: WriteFile, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+
+    def sync(path: Path) -> None:
+        synced.append(path)
+        sync_directory(path)
+
+    monkeypatch.setattr(job, "sync_directory", sync)
+    folder = save(vmcore_file(crashed_core()), parent).directory
+    assert synced[:4] == [parent, parent.parent, parent.parent.parent, folder]
+
+
+def test_a_file_system_with_modes_of_its_own_is_saved_to(
+    vmcore_file: WriteFile, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("chmod", "fchmod"):
+        monkeypatch.setattr(os, name, raising(OSError(errno.EPERM, os.strerror(errno.EPERM))))
+    assert job.exit_status(save(vmcore_file(crashed_core()), parent)) == 0
+
+
 # --- a save that was cut short, and is asked for again
 
 
@@ -612,7 +692,7 @@ def test_a_log_that_found_no_room_has_no_name_and_is_written_anew(
     real = os.pwritev
 
     def full(fd: int, pieces: Any, offset: int) -> int:
-        name = Path(os.readlink(f"/proc/self/fd/{fd}")).name
+        name = Path(f"/proc/self/fd/{fd}").readlink().name
         if offset > {"vmcore-dmesg.txt.incomplete": 0, "vmcore.incomplete": 20 * PAGE}.get(name, 1 << 40):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(fd, pieces, offset)
@@ -640,7 +720,12 @@ def test_while_a_save_goes_on_there_is_no_manifest_of_the_one_before(
     folder = cut_short(source, parent)
     assert "manifest.json" in listing(folder)
     seen: list[set[str]] = []
-    monkeypatch.setattr(dump, "write_dump", lambda *_arguments: seen.append(listing(folder)) or 1 / 0)
+
+    def look(*_arguments: object) -> None:
+        seen.append(listing(folder))
+        raise TargetError("seen")
+
+    monkeypatch.setattr(dump, "write_dump", look)
     save(source, parent)
     assert ["manifest.json" in names for names in seen] == [False]
     assert "vmcore.incomplete" in seen[0]
