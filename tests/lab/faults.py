@@ -62,7 +62,7 @@ FAULTS = {fault.name: fault for fault in (
     Fault("fdatasync-enospc", frozenset({"fdatasync"}), "ENOSPC", IN_PART),
     Fault("fdatasync-edquot", frozenset({"fdatasync"}), "EDQUOT", IN_PART),
     Fault("fdatasync-never", frozenset({"fdatasync"}), "EIO", IN_PART | REFUSED, lasting=True),
-    Fault("fsync-directory", frozenset({"fsync"}), "EIO", IN_PART),
+    Fault("fsync-directory", frozenset({"fsync"}), "EIO", ALL_SAVED | IN_PART),
     Fault("fsync-never", frozenset({"fsync"}), "EINVAL", IN_PART, lasting=True),
     Fault("rename", frozenset({"rename", "replace"}), "EIO", IN_PART),
     Fault("rename-never", frozenset({"rename", "replace"}), "EPERM", IN_PART, lasting=True),
@@ -72,7 +72,7 @@ FAULTS = {fault.name: fault for fault in (
     Fault("create-eacces", frozenset({"open"}), "EACCES", ALL_SAVED | IN_PART),
     Fault("fallocate", frozenset({"posix_fallocate"}), "EIO", IN_PART),
     Fault("fallocate-enospc", frozenset({"posix_fallocate"}), "ENOSPC", IN_PART),
-    Fault("fchmod", frozenset({"fchmod", "chmod"}), "EPERM", IN_PART | REFUSED),
+    Fault("fchmod", frozenset({"fchmod", "chmod"}), "EPERM", ALL_SAVED),
     Fault("ftruncate", frozenset({"ftruncate"}), "EIO", ALL_SAVED | IN_PART),
     Fault("unlink", frozenset({"unlink", "rmdir"}), "EIO", ALL_SAVED | IN_PART),
 )}

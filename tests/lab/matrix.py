@@ -21,7 +21,6 @@ from typing import NamedTuple
 from tests.builders import PAGE, crashed_core, filled, numbered
 from tests.lab.faults import FAULTS, KILLED, Fault
 from tests.lab.invariants import (
-    FILES,
     Reference,
     State,
     directories,
@@ -34,7 +33,7 @@ from tests.lab.invariants import (
 from tests.lab.powercut import disk_after, promised
 from tests.lab.run import Outcome, run
 from tests.lab.tap import Operation, boundary_within
-from tests.outcome import listing
+from tests.outcome import FILES, listing
 
 BELOW = Path("var/crash")
 """Where on the target crashes are saved; not there before the first one."""
@@ -97,7 +96,7 @@ class Laboratory:
         return root
 
     def save(self, root: Path, fault: Fault | None = None, at: int = 0, *, record: bool = False) -> Outcome:
-        arguments = ["save", "--no-progress", "--threads", "2", "--source", self.source, root / BELOW]
+        arguments: list[str | Path] = ["save", "--no-progress", "--threads", "2", "--source", self.source, root / BELOW]
         return run(arguments, root, fault, at, small=self._small, record=record)
 
     def begun(self) -> Path:

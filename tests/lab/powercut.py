@@ -125,6 +125,8 @@ def _surviving(past: Sequence[Event], folder: str, chance: random.Random) -> lis
                 begun[operation.number] = at
         elif event.ended and operation.kind in CHANGES and os.path.dirname(operation.path) == folder:  # noqa: PTH120
             name = Path(operation.path).name
+            if operation.file == "(unnamed)":
+                continue
             changes.append((at, _Change(operation.kind, name, Path(event.target).name, event.inode)))
     certain = [change for at, change in changes if at < sure]
     others = [change for at, change in changes if at >= sure]
