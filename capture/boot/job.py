@@ -104,7 +104,7 @@ class _Job:
         self._crash_boot = vmcore.source.name == PROC_VMCORE or vmcore.source.name.startswith("/dev/")
 
     def sync_names(self, folders: Iterable[Path]) -> None:
-        """Bring the names of new directories to the disk; what is saved in them is worth saving even where that fails."""
+        """Bring the names of new directories to the disk; what goes into them is worth saving even where that fails."""
         for folder in folders:
             try:
                 sync_directory(folder)
@@ -130,7 +130,7 @@ class _Job:
         return self._report
 
     def _forget_manifest(self) -> None:
-        """Remove the manifest of the save that was cut short: what it says of the dump is untrue as soon as we go on."""
+        """Remove the manifest of the save that was cut short: what it says of the dump will be untrue."""
         path = self._report.directory / MANIFEST
         try:
             path.unlink(missing_ok=True)

@@ -49,7 +49,7 @@ def reference_of(source: Path, folder: Path) -> Reference:
 
 
 class State(NamedTuple):
-    """What a directory has: the dump's file, None where there is none that opens, and its pages that read back right."""
+    """What a directory has: the dump, None where none opens; its pages that read back, and whether it is marked."""
 
     dump: Path | None
     pages: int
@@ -67,7 +67,7 @@ def directories(parent: Path) -> list[Path]:
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
-def state_of(folder: Path, reference: Reference) -> State:
+def state_of(folder: Path) -> State:
     for name in ("vmcore", "vmcore" + PARTLY):
         path = folder / name
         if path.exists() and has_header(path):
@@ -222,7 +222,7 @@ def _wrong_story(folder: Path, manifest: dict[str, Any], names: set[str], refere
     unlisted = names - set(manifest["files"]) - {"manifest.json"}
     if unlisted - {name + PARTLY for name in blamed if name != "vmcore"}:
         yield f"the manifest does not list {sorted(unlisted)}"
-    state = state_of(folder, reference)
+    state = state_of(folder)
     if dump is None:
         if state.dump is not None:
             yield f"the manifest knows of no dump, and there is {state.text(reference)}"
@@ -245,7 +245,7 @@ def wrong_after_again(parent: Path, reference: Reference, before: list[tuple[Pat
     unfinished = [folder for folder, state in before if state.dump is not None and state.dump.name != "vmcore"]
     if unfinished and last != unfinished[-1]:
         lines.append(f"the second save did not go on in {unfinished[-1].name}")
-    state = state_of(last, reference)
+    state = state_of(last)
     if state.pages != len(reference.pages) or state.dump is None or state.dump.name != "vmcore" or state.marked:
         lines.append(f"after the second save: {state.text(reference)}")
     missing = set(FILES) - listing(last)

@@ -1,6 +1,7 @@
 """The whole matrix: a save disturbed at every operation, and what was on the disk afterwards.
 
-``python -m tests.lab.matrix [VMCORE]`` prints a table of points and outcomes; the exit status is 1 where a promise was broken.
+``python -m tests.lab.matrix [VMCORE]`` prints a table of points and outcomes; the exit status is 1 where a promise was
+broken.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tests.lab.invariants import (
     wrong_after_again,
     wrong_in_the_end,
 )
-from tests.lab.powercut import disk_after, promised
+from tests.lab.powercut import before, disk_after, promised
 from tests.lab.run import Outcome, run
 from tests.lab.tap import Operation, boundary_within
 from tests.outcome import FILES, listing
@@ -99,6 +100,18 @@ class Laboratory:
         arguments: list[str | Path] = ["save", "--no-progress", "--threads", "2", "--source", self.source, root / BELOW]
         return run(arguments, root, fault, at, small=self._small, record=record)
 
+    def _target(self, *, going_on: bool) -> Path:
+        """A file system with nothing on it, or with a save that was cut short."""
+        root = self.new_target()
+        if going_on:
+            root.rmdir()
+            shutil.copytree(self.begun(), root)
+        return root
+
+    def operations_of(self, *, going_on: bool) -> list[Operation]:
+        """What an undisturbed save asks of the disk; or one that goes on where another was cut short."""
+        return self.save(self._target(going_on=True)).operations if going_on else self.operations
+
     def begun(self) -> Path:
         """A save that a full disk cut short in the midst of its dump, manifest and all: to be gone on with."""
         root = self._folder / "begun"
@@ -112,10 +125,7 @@ class Laboratory:
 
     def disturbed(self, fault: Fault, at: int, *, going_on: bool = False) -> Point:
         """Save with one fault, check; save again without it, check again."""
-        root = self.new_target()
-        if going_on:
-            root.rmdir()
-            shutil.copytree(self.begun(), root)
+        root = self._target(going_on=going_on)
         parent = root / BELOW
         outcome = self.save(root, fault, at)
         broken = wrong(parent, self.reference)
@@ -139,43 +149,37 @@ class Laboratory:
         if not folders:
             return "no directory"
         files = len([name for name in listing(folders[-1]) if name in FILES and name != "vmcore"])
-        return f"{files} files, {state_of(folders[-1], self.reference).text(self.reference)}"
+        return f"{files} files, {state_of(folders[-1]).text(self.reference)}"
 
     def _again(self, root: Path, broken: list[str]) -> str:
         """Save again, and add to ``broken`` what is not as promised then."""
         parent = root / BELOW
         before: list[tuple[Path, State]] = [
-            (folder, state_of(folder, self.reference)) for folder in directories(parent) if folder.is_dir()
+            (folder, state_of(folder)) for folder in directories(parent) if folder.is_dir()
         ]
         outcome = self.save(root)
         broken += wrong_after_again(parent, self.reference, before, outcome.status)
         return "went on, whole" if "cut short before" in outcome.said else "whole"
 
-    def power_cuts(self, times: int, *, going_on: bool = False) -> Iterator[Point]:
-        """Cut the power after every event of an undisturbed save, ``times`` each with other blocks on the disk."""
-        root = self.new_target()
-        if going_on:
-            raise NotImplementedError("a disk that has something already")
-        outcome = self.save(root, record=True)
-        events = outcome.events
-        for moment in range(len(events) + 1):
-            for seed in range(times):
-                left = self._folder / "after-power-cut"
-                shutil.rmtree(left, ignore_errors=True)
-                disk_after(events, moment, random.Random(moment * times + seed), root, left)
-                parent = left / BELOW
-                broken = wrong(parent, self.reference)
-                folders = directories(parent)
-                there = listing(folders[0]) if folders else set()
-                broken += [
-                    f"{name} is not on the disk" for name in promised(events, moment, FILES) if name not in there
-                ]
-                found = self._left(parent)
-                again = self._again(left, broken) if seed == 0 else "not tried"
-                last = events[moment - 1] if moment else None
-                what = f"{'after' if last.ended else 'in'} {last.operation.describe()}" if last else "at the start"
-                kind = last.operation.kind if last else "none"
-                yield Point("power-cut", moment, what, kind, None, found, again, broken)
+    def power_cuts(self, *, step: int = 1, seed: int = 0, going_on: bool = False) -> Iterator[Point]:
+        """Cut the power after every ``step``-th event of a save that nothing else disturbs."""
+        root = self._target(going_on=going_on)
+        had = before(root)
+        events = self.save(root, record=True).events
+        for moment in range(0, len(events) + 1, step):
+            left = self._folder / "after-power-cut"
+            shutil.rmtree(left, ignore_errors=True)
+            disk_after(events, moment, random.Random(moment << 8 | seed), root, had, left)
+            parent = left / BELOW
+            broken = wrong(parent, self.reference)
+            folders = directories(parent)
+            there = listing(folders[0]) if folders else set()
+            broken += [f"{name} is not on the disk" for name in promised(events, moment, FILES) if name not in there]
+            found = self._left(parent)
+            again = self._again(left, broken)
+            last = events[moment - 1] if moment else None
+            what = f"{'after' if last.ended else 'in'} {last.operation.describe()}" if last else "at the start"
+            yield Point("power-cut", moment, what, last.operation.kind if last else "none", None, found, again, broken)
 
 
 def matching(operations: Iterable[Operation], fault: Fault) -> list[Operation]:
@@ -185,8 +189,13 @@ def matching(operations: Iterable[Operation], fault: Fault) -> list[Operation]:
     ]
 
 
-def points(operations: Sequence[Operation], fault: Fault, most: int | None = None) -> list[int]:
-    """At which operations to disturb: all of them, or ``most`` with every kind of operation and file among them."""
+def points(
+    operations: Sequence[Operation], fault: Fault, most: int | None = None, *, every_kind: bool = True
+) -> list[int]:
+    """At which operations to disturb: all of them, or about ``most``.
+
+    With ``every_kind``, what is done to each file is among them, each kind of operation at least once.
+    """
     found = matching(operations, fault)
     numbers = list(range(1, len(found) + 1))
     if fault.action == "kill within":
@@ -194,7 +203,7 @@ def points(operations: Sequence[Operation], fault: Fault, most: int | None = Non
     if most is None or len(numbers) <= most:
         return numbers
     first: dict[tuple[str, str], int] = {}
-    for number in numbers:
+    for number in numbers if every_kind else ():
         first.setdefault((found[number - 1].kind, found[number - 1].file), number)
     step = len(numbers) / most
     return sorted({*first.values(), *(numbers[int(index * step)] for index in range(most)), numbers[-1]})
@@ -212,7 +221,8 @@ def kill_points(operations: Sequence[Operation], most: int | None = None) -> lis
 
 def fault_points(operations: Sequence[Operation], most: int) -> list[tuple[Fault, int]]:
     """Each fault that does not kill at some of its operations."""
-    return [(fault, at) for fault in FAULTS.values() if not fault.kills for at in points(operations, fault, most)]
+    faults = [fault for fault in FAULTS.values() if not fault.kills]
+    return [(fault, at) for fault in faults for at in points(operations, fault, most)]
 
 
 def summary(found: Sequence[Point]) -> str:
@@ -244,16 +254,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="lab-") as folder, disk() as targets:
         source = options.vmcore or small_vmcore(Path(folder) / "vmcore.elf")
         laboratory = Laboratory(targets, source, small=not options.real_steps)
-        plan = [
-            *kill_points(laboratory.operations, options.most),
-            *fault_points(laboratory.operations, options.most or 12),
-        ]
+        operations = laboratory.operations_of(going_on=options.resumed)
+        plan = [*kill_points(operations, options.most), *fault_points(operations, options.most or 12)]
         for fault, at in plan:
             if not options.only or fault.name in options.only:
                 found.append(laboratory.disturbed(fault, at, going_on=options.resumed))
                 print(_row(found[-1]), flush=True)
-        if not options.resumed and (not options.only or "power-cut" in options.only):
-            for point in laboratory.power_cuts(1):
+        if not options.only or "power-cut" in options.only:
+            for point in laboratory.power_cuts(going_on=options.resumed):
                 found.append(point)
                 print(_row(point), flush=True)
     print(f"\n{summary(found)}\n{time.monotonic() - started:.0f} s")

@@ -83,9 +83,9 @@ def run(
             finally:
                 os._exit(status)
         os.close(hits_to)
-        with open(hits_from, "rb") as hits:
-            hit = pickle.load(hits) if (first := hits.peek(1)) and first else None
-            hits.read()
+        with os.fdopen(hits_from, "rb") as hits:
+            found = hits.read()
+        hit = pickle.loads(found) if found else None  # the first one; of a lasting fault, more follow
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         said.seek(0)
         told.seek(0)

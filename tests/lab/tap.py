@@ -1,8 +1,8 @@
-"""Between the job and the kernel: every operation below one directory is counted, and the one that is meant is disturbed.
+"""Between the job and the kernel: operations below one directory are counted, and the one that is meant is disturbed.
 
-The functions of ``os`` that change a disk are wrapped in the job's own process. That needs no C, no root and no mount, and
-runs wherever the tests do; what the job asks of the kernel is asked of these functions alone. Threads are counted under
-one lock, which is let go while an operation runs: a sync and a write may overlap, as they do without us.
+The functions of ``os`` that change a disk are wrapped in the job's own process. That needs no C, no root and no mount,
+and runs wherever the tests do; what the job asks of the kernel is asked of these functions alone. Threads are counted
+under one lock, which is let go while an operation runs: a sync and a write may overlap, as they do without us.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from tests.lab.faults import Fault
 SECTOR = 512
 """A write that finds no more room ends at a sector; one that is killed, at a page of the page cache."""
 
+UNNAMED = "(unnamed)"
+NEVER_MADE = 1000
+"""A file's number is its inode's times this, and how many files have had that inode under our eyes."""
 BY_DESCRIPTOR = ("pwritev", "pwrite", "fdatasync", "fsync", "posix_fallocate", "ftruncate", "fchmod")
 BY_PATH = ("mkdir", "chmod", "rename", "replace", "unlink", "rmdir")
 
@@ -39,7 +42,7 @@ class Operation(NamedTuple):
     def file(self) -> str:
         """The name alone; of the file without a name, that."""
         name = Path(self.path).name
-        return "(unnamed)" if name.startswith("#") else name
+        return UNNAMED if name.startswith("#") else name
 
     def describe(self) -> str:
         where = f" {self.size} bytes at {self.offset}" if self.kind in ("pwritev", "pwrite", "posix_fallocate") else ""
@@ -108,7 +111,7 @@ class Tap:
     def _path(self, kind: str, arguments: tuple[Any, ...]) -> str | None:
         """The path of an operation that is ours to count, else None."""
         if kind in BY_DESCRIPTOR:
-            path = os.readlink(f"/proc/self/fd/{arguments[0]}")
+            path = str(Path(f"/proc/self/fd/{arguments[0]}").readlink())
         elif kind == "open" and arguments[1] & os.O_TMPFILE == os.O_TMPFILE:
             path = str(Path(os.fsdecode(arguments[0])).absolute() / "#new")
         elif kind == "open" and not arguments[1] & os.O_CREAT:
@@ -154,7 +157,7 @@ class Tap:
     def _inode(self, fd: int) -> int:
         """A number for a file, which no other has: those of files that are gone are given again."""
         number = os.fstat(fd).st_ino
-        return number * 1000 + self._made.get(number, 0)
+        return number * NEVER_MADE + self._made.get(number, 0)
 
     def _note(self, event: Event) -> None:
         if self._record:

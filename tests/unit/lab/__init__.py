@@ -1,0 +1,1 @@
+"""The fault laboratory at work."""
