@@ -30,8 +30,7 @@ _NAME = re.compile(
 )
 """Host, day, time and number, as ``capture.boot.job`` puts them together. A host name has no colon there."""
 _FILE = re.compile(
-    r"vmcore-dmesg\.txt|registers\.(txt|json)|vmcore(\.incomplete)?|capture-log(-[0-9]{1,2})?\.txt"
-    r"|manifest\.json((-[0-9]{1,2})?\.new)?",
+    r"(vmcore-dmesg\.txt|registers\.(txt|json)|vmcore|capture-log(-[0-9]{1,2})?\.txt|manifest\.json)(\.incomplete)?",
     re.ASCII,
 )
 _MANIFEST = "manifest.json"
