@@ -373,8 +373,8 @@ class KdumpWriter:
         self.checkpoint()
         self._output.sync()
         if complete:
-            self._write_header(incomplete=False)
             try:
+                self._write_header(incomplete=False)
                 self._output.sync()
             except TargetError:
                 with contextlib.suppress(TargetError):

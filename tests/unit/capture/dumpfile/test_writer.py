@@ -368,6 +368,30 @@ def test_the_mark_is_taken_off_last_when_all_is_on_the_disk(tmp_path: Path) -> N
     assert [step.what for step in steps[headers[-1] - 1 :]] == ["sync", "write", "sync"]
 
 
+def test_a_last_write_that_fails_in_its_midst_leaves_the_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, turns = os.pwritev, iter(range(1000))
+
+    def cut(fd: int, pieces: list[bytes], offset: int) -> int:
+        turn = next(turns) if offset <= 512 else 2
+        if turn == 0:
+            return real(fd, [b"".join(pieces)[:512]], offset)
+        if turn == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, pieces, offset)
+
+    with created(tmp_path / "dump") as file:
+        made = KdumpWriter(file, PLAN)
+        made.begin(runs_of(sorted(MANY)))
+        made.append(packed(MANY))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwritev", cut)
+            with pytest.raises(TargetError):
+                made.finish(complete=True)
+    dump = by_hand(tmp_path / "dump")
+    assert dump.incomplete
+    assert dump.pages == MANY
+
+
 def test_bitmaps_and_room_for_descriptors_are_on_the_disk_before_the_first_page(tmp_path: Path) -> None:
     with recorded(tmp_path / "dump") as file:
         made = KdumpWriter(file, PLAN)
