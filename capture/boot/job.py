@@ -199,7 +199,11 @@ class _Job:
         from capture.dump import write_dump  # a third of all imports: log and registers are on the disk before them
 
         path = self._report.directory / name
-        result = self._report.dump = write_dump(self._vmcore, path, self._options, self._console.say, self._taken)
+        try:
+            result = self._report.dump = write_dump(self._vmcore, path, self._options, self._console.say, self._taken)
+        except TargetError:
+            self._list_unfinished(path.with_name(name + INCOMPLETE_SUFFIX))
+            raise
         self._report.files.append(SavedFile(result.path.name, result.size, result.digests))
         shortfall = result.shortfall()
         rate = result.statistics.pages * self._vmcore.image.page_size / max(result.seconds, 1e-3) / (1 << 20)
@@ -212,6 +216,12 @@ class _Job:
             self._report.failures.append(f"{name}: {result.failure}")
         if result.name_failure is not None:
             self._fail(name, result.name_failure)
+
+    def _list_unfinished(self, path: Path) -> None:
+        """List a dump that could not be gone on with: it has what the save before this one saved."""
+        if path.exists():
+            with contextlib.closing(OutputFile(path, existing=True)) as there:
+                self._report.files.append(SavedFile(path.name, there.size, there.digests()))
 
     def _save_capture_log(self, name: str) -> None:
         lines = [line.encode() + b"\n" for line in self._console.lines]

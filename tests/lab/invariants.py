@@ -185,11 +185,18 @@ def _wrong_for_drgn(path: Path, right: dict[int, bytes], bad: Collection[int]) -
 # --- of a job that ended by itself
 
 
-def wrong_in_the_end(parent: Path, reference: Reference, status: int, said: str) -> list[str]:
-    """What exit status, console and manifest do not say as it is, of the only save that there was, a line each."""
+def wrong_in_the_end(
+    parent: Path, reference: Reference, status: int, said: str, *, going_on: bool = False
+) -> list[str]:
+    """What exit status, console and manifest do not say as it is, a line each.
+
+    A save that was ``going_on`` has another's capture log beside its own.
+    """
     lines = [f"it says {word!r}" for word in ("Traceback", "internal error", "escaped") if word in said]
     found = directories(parent)
     names = listing(found[0]) if found else set()
+    if going_on:
+        names = {name.replace("log-2", "log") for name in names}
     if status == 5:
         if names & {*FILES}:
             lines.append(f"status 5, and there is {sorted(names)}")
@@ -207,24 +214,28 @@ def wrong_in_the_end(parent: Path, reference: Reference, status: int, said: str)
         status == 3 and manifest["complete"] and "manifest.json: " not in said
     ):  # (its own name comes after it is written)
         lines.append("status 3, and the manifest says that all is there")
-    return [*lines, *_wrong_story(found[0], manifest, names, reference)]
+    return [*lines, *_wrong_story(found[0], manifest, names, reference, going_on=going_on)]
 
 
-def _wrong_story(folder: Path, manifest: dict[str, Any], names: set[str], reference: Reference) -> Iterator[str]:
+def _wrong_story(
+    folder: Path, manifest: dict[str, Any], names: set[str], reference: Reference, *, going_on: bool
+) -> Iterator[str]:
     failures, dump = manifest["failures"], manifest["dump"]
-    blamed = {failure.split(":")[0] for failure in failures}
+    blamed = {failure.split(":")[0].replace("log-2", "log") for failure in failures}
     for name in FILES[:-1]:
         if name not in names and name not in blamed:
             yield f"{name} is not there, and no failure names it"
     for name in blamed:
         if name not in FILES and name not in {above.name for above in folder.parents}:
             yield f"a failure of {name}, which is no step"
-    unlisted = names - set(manifest["files"]) - {"manifest.json"}
+    unlisted = names - {name.replace("log-2", "log") for name in manifest["files"]} - {"manifest.json"}
+    if going_on:
+        unlisted -= {"capture-log.txt"}
     if unlisted - {name + PARTLY for name in blamed if name != "vmcore"}:
         yield f"the manifest does not list {sorted(unlisted)}"
     state = state_of(folder)
     if dump is None:
-        if state.dump is not None:
+        if state.dump is not None and not (going_on and "vmcore" in blamed):  # (nothing was added to it)
             yield f"the manifest knows of no dump, and there is {state.text(reference)}"
         return
     if state.dump is None or dump["file"] != state.dump.name:

@@ -134,8 +134,8 @@ class Laboratory:
                 broken.append(f"nothing was disturbed, and the status is {outcome.status}")
         elif outcome.status not in fault.statuses:
             broken.append(f"status {outcome.status}: {outcome.said.splitlines()[-1:]}")
-        if outcome.status != KILLED and not going_on:
-            broken += wrong_in_the_end(parent, self.reference, outcome.status, outcome.said)
+        if outcome.status != KILLED:
+            broken += wrong_in_the_end(parent, self.reference, outcome.status, outcome.said, going_on=going_on)
         left = self._left(parent)
         again = self._again(root, broken) if outcome.status != 0 else "not needed"
         hit = outcome.hit

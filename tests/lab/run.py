@@ -7,6 +7,7 @@ milliseconds. Steps and chunks are made small in it, so that a small vmcore has 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import pickle
 import sys
@@ -64,6 +65,7 @@ def run(
         child = os.fork()
         if not child:
             status = 1
+            gc.disable()  # it would copy the pages of all that was imported
             try:
                 os.dup2(said.fileno(), 1)
                 os.dup2(said.fileno(), 2)

@@ -732,6 +732,22 @@ def test_while_a_save_goes_on_there_is_no_manifest_of_the_one_before(
     assert manifest_of(folder)["complete"] is False
 
 
+def test_a_dump_that_cannot_be_gone_on_with_is_listed_as_it_is(
+    vmcore_file: WriteFile, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = vmcore_file(crashed_core(pages=os.urandom(30 * PAGE)))
+    folder = cut_short(source, parent)
+    before = (folder / "vmcore.incomplete").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        saved = save(source, parent)
+    assert job.exit_status(saved) == 3
+    manifest = manifest_of(folder)
+    assert manifest["files"]["vmcore.incomplete"]["sha256"] == hashlib.sha256(before).hexdigest()
+    assert "cannot be noted" in manifest["failures"][0]
+    assert (folder / "vmcore.incomplete").read_bytes() == before
+
+
 def test_another_crash_does_not_go_on_there(vmcore_file: WriteFile, parent: Path) -> None:
     pages = os.urandom(30 * PAGE)
     folder = cut_short(vmcore_file(crashed_core(pages=pages)), parent)
