@@ -158,7 +158,7 @@ def other_size(folder: Path) -> None:
         (lambda folder: (folder / "registers.txt").unlink(), "names registers.txt, which is not there"),
         (lambda folder: (folder / "vmcore").rename(folder / "vmcore.incomplete"), "the dump is vmcore, which is not"),
         (lambda folder: os.truncate(folder / "capture-log.txt", 1), "size or SHA-256 of capture-log.txt differ"),
-        (flip_a_page, "1 differ"),
+        (flip_a_page, "1 cannot be read back"),
         (forget_a_page, "is not marked incomplete, and lacks 1 pages"),
         (mark, "has its name and is marked incomplete"),
         (behind_the_end, "cannot be read back"),
