@@ -14,7 +14,6 @@ from typing import NamedTuple
 from capture import footprint
 from capture.copier import Copier, CopyStatistics
 from capture.dumpfile import codec as codecs
-from capture.dumpfile import resume
 from capture.dumpfile.output import INCOMPLETE_SUFFIX, OutputFile, sync_directory, target_error
 from capture.dumpfile.passes import Passes
 from capture.dumpfile.writer import DumpPlan, KdumpWriter
@@ -215,6 +214,8 @@ def _named(report: DumpReport, unfinished: Path, path: Path) -> DumpReport:
 
 def unfinished_dump(vmcore: Vmcore, path: Path, options: DumpOptions) -> bool:
     """Whether a dump of this crash to ``path`` was cut short, and can be gone on with (``resume``)."""
+    from capture.dumpfile import resume  # with the reader, which a new dump does not need
+
     plan = _plan(vmcore, options, codecs.codec(options.compression))
     return resume.can_resume(path.with_name(path.name + INCOMPLETE_SUFFIX), plan)
 
@@ -272,6 +273,8 @@ def _take_over(
     say: Callable[[str], object],
 ) -> Filtered:
     """Go on with a dump that was cut short: its level and its pages stay as they are."""
+    from capture.dumpfile import resume
+
     found = resume.take_over(unfinished, writer, passes, plan, progress=options.progress)
     say(found.line(unfinished))
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -123,6 +122,8 @@ def _unnamed_file(directory: Path) -> int:
     try:
         return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError:  # not every file system knows that
+        import tempfile  # with all that stands behind it
+
         fd, name = tempfile.mkstemp(prefix=".order-", dir=directory)
         Path(name).unlink()
         return fd
