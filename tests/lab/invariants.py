@@ -149,7 +149,7 @@ def _wrong_with_dump(path: Path, reference: Reference) -> Iterator[str]:
     except CaptureError as error:
         yield str(error)
         return
-    if report.different or report.damaged or report.extra or report.absent or report.left_out:
+    if report.different or report.damaged or report.extra or report.absent:
         yield report.text().splitlines()[0]
     if finished and report.incomplete:
         yield "has its name and is marked incomplete"
