@@ -34,6 +34,7 @@ from capture.kernel.pages import (
     KERNEL,
     LAST,
     OTHER,
+    TABLES,
     TYPED,
     UNKNOWN,
     USER,
@@ -50,6 +51,11 @@ WINDOW_PAGES = 1 << 18
 
 ZERO_BIT = 1
 _STACK_POINTER = {"x86_64": "rsp", "aarch64": "sp"}
+
+_LOOKED_UP = 64
+"""Segments of the direct map that are looked up, a large machine has a few; and tables of the kernel's text area."""
+_TEXT_AREA = 1 << 31
+"""The last bytes of the address space, where the kernel's text, its modules and the fixmap are on x86_64."""
 
 _BITS = {FREE: FREE_BIT, CACHE: CACHE_BIT, CACHE_PRIVATE: CACHE_PRIVATE_BIT, USER: USER_BIT}
 _FREE_SLACK, _FREE_SHARE = 2048, 0.01
@@ -134,6 +140,8 @@ class PageFilter:
         self._rules: PageRules | None = None
         self._mem_map: MemMap | None = None
         self._protected: protect.ProtectedPages | None = None
+        self._tables = np.zeros(0, dtype=np.int64)
+        """PFNs of page tables that were walked."""
         try:
             self._rules = page_rules(vmcore.info)
             machine = vmcore.core.machine
@@ -141,11 +149,26 @@ class PageFilter:
         except (RulesMissing, NoMemMap) as reason:
             self.unusable = str(reason)
             return
+        self._walk_to_known_places(vmcore)
         cpus, _ = prstatus.parse(vmcore.notes.prstatus(), machine)
         pointers = [cpu.registers[_STACK_POINTER[machine]] for cpu in cpus]
         self._protected = protect.find_protected(
             vmcore.image, self._memory, vmcore.info, machine, self._mem_map, pointers
         )
+        if self._memory.tables is not None:
+            self._tables = np.array(sorted(self._memory.tables.walked), dtype=np.int64)
+
+    def _walk_to_known_places(self, vmcore: Vmcore) -> None:
+        """Walk the page tables of kernel text, fixmap and direct map, as a reader of the dump does to understand it."""
+        tables = self._memory.tables
+        if tables is None:
+            return
+        for linear in vmcore.image.linear_maps[:_LOOKED_UP]:
+            tables.lookup(linear.virtual)
+        if vmcore.core.machine == "x86_64":
+            top = 1 << 64
+            for _ in tables.mappings(top - _TEXT_AREA, top - 1, most_tables=_LOOKED_UP):
+                pass
 
     @property
     def mem_map(self) -> MemMap | None:
@@ -275,6 +298,10 @@ class PageFilter:
             census.protected[kind] += _count(part, there)
             part[:] = KERNEL
             part[believed] = HWPOISON
+        tables = self._tables[
+            slice(*np.searchsorted(self._tables, [window.first_pfn, window.first_pfn + len(window.kinds)]))
+        ]
+        window.turns[tables - window.first_pfn] = TABLES
 
 
 def _count(kinds: NDArray[np.uint8], there: NDArray[np.bool_]) -> NDArray[np.int64]:

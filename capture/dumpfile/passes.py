@@ -1,7 +1,7 @@
 """In which order pages are saved: what a crash is explained with first, what is large and seldom looked at last.
 
 Data may lie in any order in a dump, readers follow the descriptors. One that is cut short (a full disk, a power cut, a
-deadline) then lacks what hurts least. The passes are bitmaps, four of 32 KiB for a GiB of memory, in a file beside the
+deadline) then lacks what hurts least. The passes are bitmaps, five of 32 KiB for a GiB of memory, in a file beside the
 dump that has no name and is gone with the process. Where it cannot be made or written, there is one pass, in PFN order.
 """
 

@@ -23,10 +23,11 @@ from capture.kernel.pagerules import InSecondPage, PageRules, PageType
 KERNEL, FREE, CACHE, CACHE_PRIVATE, USER, HWPOISON, OFFLINE, UNKNOWN = range(8)
 """Classes. KERNEL is everything that no dump level leaves out; UNKNOWN has no struct page that can be read."""
 CLASS_NAMES = ("kernel", "free", "cache", "cache_private", "user", "hwpoison", "offline", "unknown")
-FIRST, TYPED, SLAB, OTHER, LAST = range(5)
-"""Turns in which pages are saved. FIRST is what no crash is understood without, and known from elsewhere; TYPED pages
-have a page type of their own: page tables of processes, and what else the kernel marks so; OTHER are the rest of class
-KERNEL, LAST all that is not."""
+TABLES, FIRST, TYPED, SLAB, OTHER, LAST = range(6)
+"""Turns in which pages are saved. TABLES are the kernel's own page tables: a reader needs them before it can tell
+anything of the rest. FIRST is what no crash is understood without, and known from elsewhere; TYPED pages have a page
+type of their own: page tables of processes, and what else the kernel marks so; OTHER are the rest of class KERNEL, LAST
+all that is not."""
 BLOCK_PAGES = 65536
 """Struct pages looked at together: 4 MiB of them; what is worked out of them fits in a second-level cache."""
 _NEAR_PAGES = 8192

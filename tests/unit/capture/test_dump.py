@@ -29,7 +29,7 @@ from capture.dumpfile import output as output_module
 from capture.dumpfile import writer as writer_module
 from capture.dumpfile.output import OutputFile
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile
-from capture.kernel.pages import FIRST, KERNEL, LAST, SLAB, TYPED
+from capture.kernel.pages import FIRST, KERNEL, LAST, SLAB, TABLES, TYPED
 from capture.memory import image as image_module
 from capture.options import DumpOptions
 from capture.pagefilter import PageFilter
@@ -580,7 +580,7 @@ def test_a_dump_that_is_cut_short_has_what_a_crash_is_explained_with(tmp_path: P
             for turn, pfns in enumerate(turns):
                 there = window.there & (window.kinds == KERNEL) & (window.turns == turn)
                 pfns |= set((window.first_pfn + np.flatnonzero(there)).tolist())
-        precious = turns[FIRST] | turns[TYPED] | turns[SLAB]
+        precious = turns[TABLES] | turns[FIRST] | turns[TYPED] | turns[SLAB]
         last = max(
             offset + size for pfn, (offset, size, *_) in by_hand(whole.path).descriptors.items() if pfn in precious
         )
@@ -588,10 +588,25 @@ def test_a_dump_that_is_cut_short_has_what_a_crash_is_explained_with(tmp_path: P
             part = write_dump(vmcore, tmp_path / "part", level31)
     assert part.failure is not None
     written = written_pages(part.path)
-    assert min(map(len, turns)) > 1000
+    assert min(map(len, turns[FIRST:])) > 1000
+    assert 10 < len(turns[TABLES]) < 1000
     assert precious <= set(written)
     assert len(written) < whole.pages
     assert len(precious) + 500 > len(written)
+
+
+@pytest.mark.parametrize("room", [1 << 18, 1 << 20, 4 << 20])
+def test_drgn_reads_a_dump_that_was_cut_short_early(room: int, tmp_path: Path, corpus_vmcore: Path) -> None:
+    """It looks for kernel text in the page tables before its first read: these are saved before all else."""
+    with open_vmcore(str(corpus_vmcore)) as vmcore:
+        level31 = DumpOptions(levels=(31,), progress=False)
+        start = by_hand(write_dump(vmcore, tmp_path / "whole", level31).path).data_start
+        with file_size_limit(start + room):
+            part = write_dump(vmcore, tmp_path / "part", level31)
+    pages = written_pages(part.path)
+    assert 50 < len(pages) < 2500
+    some = [min(pages), max(pages)]
+    assert read_by_drgn(part.path, some) == {pfn: pages[pfn] for pfn in some}
 
 
 @pytest.mark.usefixtures("small_steps")

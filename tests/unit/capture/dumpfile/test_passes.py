@@ -52,15 +52,15 @@ def selected(order: Passes, made: KdumpWriter) -> list[list[tuple[int, int]]]:
 def test_each_pass_has_its_pages_and_the_last_one_all_others(made: KdumpWriter, tmp_path: Path) -> None:
     with closing(Passes(tmp_path, MAX_PFN)) as order:
         order.note(0, (bits(2, 20, 60), bits(3, 99)))
-        assert selected(order, made) == [[(2, 1), (20, 1)], [(3, 1), (99, 1)], [], [], [(1, 1), (21, 1), (50, 1)]]
+        assert selected(order, made) == [[(2, 1), (20, 1)], [(3, 1), (99, 1)], [], [], [], [(1, 1), (21, 1), (50, 1)]]
         order.note(0, (bits(1), bits()))  # the filter was asked again
-        assert selected(order, made) == [[(1, 1)], [], [], [], [(2, 2), (20, 2), (50, 1), (99, 1)]]
+        assert selected(order, made) == [[(1, 1)], [], [], [], [], [(2, 2), (20, 2), (50, 1), (99, 1)]]
     assert [path.name for path in tmp_path.iterdir()] == ["dump"]
 
 
 def test_pages_that_nobody_noted_come_last(made: KdumpWriter, tmp_path: Path) -> None:
     with closing(Passes(tmp_path, MAX_PFN)) as order:
-        assert selected(order, made) == [[], [], [], [], [(1, 3), (20, 2), (50, 1), (99, 1)]]
+        assert selected(order, made) == [[], [], [], [], [], [(1, 3), (20, 2), (50, 1), (99, 1)]]
 
 
 def test_a_file_system_without_unnamed_files_does_as_well(
