@@ -435,6 +435,8 @@ def _finish(writer: KdumpWriter, copier: Copier, vmcore: Vmcore, failure: str | 
     """Write what is held back, and take the mark off when nothing is missing; return why the dump ended early."""
     try:
         writer.checkpoint()
+        if failure is None and writer.pages_written < writer.pages:  # whatever the reason, it must not look whole
+            failure = f"{writer.pages - writer.pages_written} pages that were selected were not saved"
         whole = failure is None and not copier.statistics.unreadable.count and not vmcore.core.missing_bytes
         writer.finish(complete=whole)
     except TargetError as error:

@@ -7,7 +7,6 @@ dump that has no name and is gone with the process. Where it cannot be made or w
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from capture.dumpfile.output import target_error
 from capture.dumpfile.writer import KdumpWriter
 from capture.errors import TargetError
 from capture.kernel.pages import LAST
@@ -61,6 +61,8 @@ class Passes:
         """
         if not len(pfns):
             return
+        if self._fd < 0:
+            raise TargetError(f"what is saved already cannot be noted: {self.failure}")
         first = int(pfns[0]) // 8 * 8
         done = self._bits(_DONE, first, -(-(int(pfns[-1]) + 1 - first) // 8) * 8)
         done[pfns - first] = True
@@ -78,7 +80,12 @@ class Passes:
         self.failure = reason
 
     def runs(self, writer: KdumpWriter) -> Iterator[Iterator[tuple[int, int]]]:
-        """Yield, pass by pass, the runs (first PFN, pages) of the pages that ``writer`` has selected."""
+        """Yield, pass by pass, the runs (first PFN, pages) of the pages that ``writer`` has selected.
+
+        Raises:
+            TargetError: from the runs: what was noted cannot be read back. To guess would lose pages: one that its own
+                pass does not see is not in the last one either.
+        """
         if self.failure is not None:
             yield writer.selected(self._open if self._some_done else None)
             return
@@ -104,11 +111,11 @@ class Passes:
     def _bits(self, number: int, first_pfn: int, pages: int) -> NDArray[np.bool_]:
         length = -(-pages // 8)
         room = max(0, min(length, self._bytes - first_pfn // 8))
-        # A read that fails loses the order, never a page: what the named passes lack, the last one has.
-        raw = b""
-        with contextlib.suppress(OSError):
+        try:
             raw = os.pread(self._fd, room, number * self._bytes + first_pfn // 8)
-        bits = np.frombuffer(raw.ljust(length, b"\0"), dtype=np.uint8)
+        except OSError as error:
+            raise target_error(self._directory, "reading the order of pages back", error) from None
+        bits = np.frombuffer(raw.ljust(length, b"\0"), dtype=np.uint8)  # (nothing was noted behind the file's end)
         return np.unpackbits(bits, bitorder="little", count=pages).view(np.bool_)
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import drgn
 import numpy as np
 import pytest
 import zstandard
+from numpy.typing import NDArray
 
 from capture import dump as module
 from capture.dump import DumpReport, write_dump
@@ -28,7 +30,9 @@ from capture.dumpfile import codec as codec_module
 from capture.dumpfile import output as output_module
 from capture.dumpfile import writer as writer_module
 from capture.dumpfile.output import OutputFile
+from capture.dumpfile.passes import Passes
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile
+from capture.dumpfile.writer import KdumpWriter
 from capture.kernel.pages import FIRST, KERNEL, LAST, SLAB, TABLES, TYPED
 from capture.memory import image as image_module
 from capture.options import DumpOptions
@@ -48,7 +52,7 @@ from tests.builders import (
     vmcoreinfo_note,
 )
 from tests.dumps import ZLIB, ZSTD, stored_checksum
-from tests.faults import PowerCut, failing, failing_codec, file_size_limit, interrupted_after, tmpfs, umask
+from tests.faults import PowerCut, failing, failing_codec, file_size_limit, interrupted_after, raising, tmpfs, umask
 from tests.kernels import MEM_MAP_PAGES, MEM_MAP_PFN, SmallKernel, busy_kernel
 from tests.kernels import PAGES as PAGES_OF_KERNEL
 from tests.outcome import Run, dump_options, read_back, sha256_blocks
@@ -466,6 +470,50 @@ def test_an_error_in_the_midst_leaves_every_page_written_so_far(
     assert dump.pages == {pfn: PAGES[pfn] for pfn in list(PAGES)[:4]}
     assert ran.status in statuses
     assert ran.err.count("\n") == 1
+
+
+# --- the order of pages
+
+
+def test_an_order_that_cannot_be_read_back_once_loses_no_page_unseen(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page that its own pass does not see is none of the last pass either."""
+    reads = 0
+    real = Passes._bits
+
+    def once(passes: Passes, number: int, first_pfn: int, pages: int) -> NDArray[np.bool_]:
+        nonlocal reads
+        reads += 1
+        with monkeypatch.context() as patch:
+            if reads == 1:
+                patch.setattr(os, "pread", raising(OSError(errno.EIO, os.strerror(errno.EIO))))
+            return real(passes, number, first_pfn, pages)
+
+    monkeypatch.setattr(Passes, "_bits", once)
+    report = dumped(source, tmp_path / "dump")
+    assert report.failure is not None
+    assert "reading the order of pages back failed: Input/output error" in report.failure
+    assert KdumpFile(tmp_path / "dump.incomplete").incomplete
+    assert dumped(source, tmp_path / "dump", resume=True).failure is None
+    assert by_hand(tmp_path / "dump").pages == PAGES
+
+
+def test_a_dump_that_lacks_a_page_for_whatever_reason_does_not_look_whole(
+    source: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Passes.runs
+
+    def all_but_the_first(passes: Passes, writer: KdumpWriter) -> Iterator[Iterator[tuple[int, int]]]:
+        runs = [list(some) for some in real(passes, writer)]
+        next(filter(None, runs)).pop(0)
+        yield from map(iter, runs)
+
+    monkeypatch.setattr(Passes, "runs", all_but_the_first)
+    ran = run("dump", source, tmp_path / "dump")
+    assert ran.status == 3
+    assert re.search(r"not whole: \d+ pages that were selected were not saved", ran.err)
+    assert KdumpFile(tmp_path / "dump.incomplete").incomplete
 
 
 # --- a deadline
