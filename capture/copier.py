@@ -124,27 +124,27 @@ class Copier:
         block = self._image.fetch(chunk)
         size = self._image.page_size
         zero = find_zero_pages(block, size) if self._share_zero_pages else np.zeros(len(block.pfns), dtype=np.bool_)
-        kept = block.offsets[~zero]
+        stored = np.flatnonzero(~zero)
+        kept = block.offsets[stored]
         sizes = np.zeros(len(block.pfns), dtype=np.int64)
         flags = np.zeros(len(block.pfns), dtype=np.uint32)
         checksums = np.zeros(len(block.pfns), dtype=np.uint64)
         if self._codec.pack is None or not len(kept):
             pieces: list[bytes | memoryview] = [block.buffer[start:end] for start, end in _stretches(kept, size)]
-            sizes[~zero] = size
-            checksums[~zero] = _checksums(block.buffer, kept, size)
+            sizes[stored] = size
+            checksums[stored] = _checksums(block.buffer, kept, size)
             raw_pages = len(kept)
         else:
             data, packed = self._codec.pack(block.buffer, kept, size)
             raw = packed >= size
             pieces = _replace_raw(data, packed, raw, block, kept, size) if raw.any() else [data]
             raw_pages = int(raw.sum())
-            sizes[~zero] = np.where(raw, size, packed)
-            flags[~zero] = np.where(raw, 0, self._codec.flag)
-            places = np.flatnonzero(~zero)
-            checksums[places[raw]] = _checksums(block.buffer, kept[raw], size)
+            sizes[stored] = np.where(raw, size, packed)
+            flags[stored] = np.where(raw, 0, self._codec.flag)
+            checksums[stored[raw]] = _checksums(block.buffer, kept[raw], size)
             if not self._codec.checked:
-                ends = np.cumsum(packed)[~raw]
-                checksums[places[~raw]] = _checksums(memoryview(data), ends - packed[~raw], packed[~raw])
+                starts = (np.cumsum(packed) - packed)[~raw]
+                checksums[stored[~raw]] = _checksums(memoryview(data), starts, packed[~raw])
         if block.unreadable:
             checksums[np.isin(block.pfns, block.unreadable)] = np.uint64(kdump.UNREADABLE << 32)
         counts = _Counts(len(sizes), int(zero.sum()), raw_pages, int(sizes.sum()), block.unreadable)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +51,7 @@ class Filtered:
 
     asked: int
     level: int
-    doubts: tuple[str, ...]
+    doubts: tuple[str, ...] = ()
     overridden: bool = False
     classes: dict[str, int] = field(default_factory=dict)
     rescued: dict[str, int] = field(default_factory=dict)
@@ -146,8 +146,8 @@ def write_dump(
 
     Until then the file is ``path`` + ".incomplete": readable, and marked incomplete. It stays when the dump is cut
     short (no room, an error, Ctrl-C), with every page written so far; with ``resume`` in the options the next call goes
-    on from there. ``say`` is told, line by line, what a person has
-    to know before it is done. ``taken`` is brought up to date along the way.
+    on from there. ``say`` is told, line by line, what a person has to know before it is done. ``taken`` is brought up
+    to date along the way.
 
     Where a dump is whole and cannot be given its name, that is in the report.
 
@@ -283,14 +283,18 @@ def _take_over(
             pass
     except Exception as error:  # (a bug in it must cost the order only)
         passes.give_up(f"internal error: {type(error).__name__}: {error}")
-        return Filtered(asked=found.level, level=found.level, doubts=())
+        return Filtered(asked=found.level, level=found.level)
+    return _filtered(page_filter, found.level, found.level)
+
+
+def _filtered(page_filter: PageFilter, asked: int, level: int) -> Filtered:
+    """Return what the scan that the filter has just made counted."""
     census = page_filter.census
     return Filtered(
-        asked=found.level,
-        level=found.level,
-        doubts=(),
+        asked=asked,
+        level=level,
         classes=census.by_name(),
-        rescued=census.rescued(found.level),
+        rescued=census.rescued(level),
         protects=page_filter.protects,
         free_found=census.free_found,
         free_counted=census.free_counted,
@@ -336,17 +340,10 @@ def _select(
     vmemmap_pages = 0
     if options.exclude_vmemmap and page_filter.mem_map is not None:
         vmemmap_pages = exclude_vmemmap(writer, page_filter.mem_map, vmcore.image.page_size)
-    census = page_filter.census
-    return Filtered(
-        asked=asked,
-        level=level,
+    return replace(
+        _filtered(page_filter, asked, level),
         doubts=verdict.reasons,
         overridden=options.trust_filter,
-        classes=census.by_name(),
-        rescued=census.rescued(level),
-        protects=page_filter.protects,
-        free_found=census.free_found,
-        free_counted=census.free_counted,
         vmemmap_pages=vmemmap_pages,
         predicted=predicted,
         room=room,

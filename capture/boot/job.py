@@ -24,6 +24,7 @@ from capture.dumpfile.output import (
     INCOMPLETE_SUFFIX,
     MANIFEST,
     OutputFile,
+    digests_of,
     sync_directory,
     target_error,
 )
@@ -122,7 +123,7 @@ class _Job:
         self._step("registers.txt", self._unless_there(self._save_registers_text))
         self._step("registers.json", self._unless_there(self._save_registers_json))
         self._step("vmcore", self._save_dump)
-        self._step(_free_name(self._report.directory, "capture-log", ".txt"), self._save_capture_log)
+        self._step(_log_name(self._report.directory), self._save_capture_log)
         self._step(MANIFEST, self._save_manifest)
         if not self._report.files:
             with contextlib.suppress(OSError):  # not empty: a part of the log is better than none
@@ -148,8 +149,7 @@ class _Job:
             if not (self._options.resume and path.exists()):
                 action(name)
                 return
-            with contextlib.closing(OutputFile(path, existing=True)) as there:
-                self._report.files.append(SavedFile(name, there.size, there.digests()))
+            self._list(path)
             if action == self._save_log:
                 self._report.panic = report.find_panic(self._vmcore)
 
@@ -202,7 +202,9 @@ class _Job:
         try:
             result = self._report.dump = write_dump(self._vmcore, path, self._options, self._console.say, self._taken)
         except TargetError:
-            self._list_unfinished(path.with_name(name + INCOMPLETE_SUFFIX))
+            unfinished = path.with_name(name + INCOMPLETE_SUFFIX)
+            if unfinished.exists():  # it could not be gone on with: it has what the save before this one saved
+                self._list(unfinished)
             raise
         self._report.files.append(SavedFile(result.path.name, result.size, result.digests))
         shortfall = result.shortfall()
@@ -217,11 +219,12 @@ class _Job:
         if result.name_failure is not None:
             self._fail(name, result.name_failure)
 
-    def _list_unfinished(self, path: Path) -> None:
-        """List a dump that could not be gone on with: it has what the save before this one saved."""
-        if path.exists():
-            with contextlib.closing(OutputFile(path, existing=True)) as there:
-                self._report.files.append(SavedFile(path.name, there.size, there.digests()))
+    def _list(self, path: Path) -> None:
+        """List a file that the save before this one made."""
+        try:
+            self._report.files.append(SavedFile(path.name, path.stat().st_size, digests_of(path)))
+        except OSError as error:
+            raise target_error(path, "reading it back", error) from None
 
     def _save_capture_log(self, name: str) -> None:
         lines = [line.encode() + b"\n" for line in self._console.lines]
@@ -316,11 +319,10 @@ def _unfinished_directory(vmcore: Vmcore, parent: Path, options: DumpOptions) ->
     return None
 
 
-def _free_name(directory: Path, stem: str, suffix: str) -> str:
-    """Return a name that nothing in the directory has."""
-    numbers = ("", *(f"-{number}" for number in range(2, _MAX_NAME_TRIES)))
-    names = (f"{stem}{number}{suffix}" for number in numbers)
-    return next((name for name in names if not (directory / name).exists()), f"{stem}{suffix}")
+def _log_name(directory: Path) -> str:
+    """Return a name for the capture log that nothing in the directory has: each save that goes on there adds one."""
+    names = ("capture-log.txt", *(f"capture-log-{number}.txt" for number in range(2, _MAX_NAME_TRIES)))
+    return next((name for name in names if not (directory / name).exists()), names[0])
 
 
 def _directory_name(vmcore: Vmcore) -> str:

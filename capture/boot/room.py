@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from capture.console import Console
+from capture.dumpfile.output import INCOMPLETE_SUFFIX, MANIFEST
 from capture.errors import UsageError
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -33,10 +34,10 @@ _FILE = re.compile(
     r"(vmcore-dmesg\.txt|registers\.(txt|json)|vmcore|capture-log(-[0-9]{1,2})?\.txt|manifest\.json)(\.incomplete)?",
     re.ASCII,
 )
-_MANIFEST = "manifest.json"
 _WRITTEN_BY = b'"written_by": "vmcapture '
 _MANIFEST_START = 512  # bytes; the second line of it says who wrote it
-_LAST = {"vmcore": -1, "vmcore.incomplete": 1, _MANIFEST: 2}
+_UNFINISHED = f"vmcore{INCOMPLETE_SUFFIX}"
+_LAST = {"vmcore": -1, _UNFINISHED: 1, MANIFEST: 2}
 """In which order files go: last what a directory is known by, so that the next save goes on with one that was begun."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _POLL = 0.1
@@ -148,9 +149,9 @@ class _Pruning:
                 return False  # another file system is mounted there
             with os.scandir(folder) as entries:
                 files = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
-            if "vmcore.incomplete" in files or ("vmcore" in files and files & {"registers.txt", "registers.json"}):
+            if _UNFINISHED in files or ("vmcore" in files and files & {"registers.txt", "registers.json"}):
                 return True
-            return _MANIFEST in files and _WRITTEN_BY in _start(folder, _MANIFEST)
+            return MANIFEST in files and _WRITTEN_BY in _start(folder, MANIFEST)
         except OSError as error:
             self._failed(name, error, "looking into it failed")
             return False
