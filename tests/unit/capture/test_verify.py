@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from capture import progress
 from capture.dump import write_dump
+from capture.dumpfile import kdump
 from capture.dumpfile.reader import KdumpFile
 from capture.memory import elfcore
 from capture.memory.image import MemoryImage
@@ -353,7 +354,7 @@ def test_a_longer_or_shorter_file_is_not_the_one_of_the_manifest(saved: Path, ru
 def test_without_a_manifest_every_page_still_has_its_checksum(saved: Path, run: Run) -> None:
     (saved.parent / "manifest.json").unlink()
     dump, raw = by_hand(saved), saved.read_bytes()
-    assert len({flags for _, _, flags, _ in dump.descriptors.values()}) >= 1
+    assert kdump.RAW in {flags for _, _, flags, _ in dump.descriptors.values()}  # noise does not shrink
     for pfn, (offset, size, _, _) in dump.descriptors.items():
         for at in (offset, offset + size // 2, offset + size - 1):
             saved.write_bytes(raw[:at] + bytes([raw[at] ^ 0x10]) + raw[at + 1 :])
