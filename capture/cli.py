@@ -315,18 +315,23 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _save(args: argparse.Namespace) -> int:
-    from capture.boot import config, job
-    from capture.boot.save import save_to_target
+    from capture.boot import config
+    from capture.boot.supervisor import save_to_targets
     from capture.memory.source import COMMAND_LINE
-    from capture.vmcore import open_vmcore
 
     console = Console(quiet=args.quiet)
     boot = config.parse(COMMAND_LINE.read_text(errors="replace"))
     options = _dump_options(args, boot.levels, boot.compression)
     if args.directory is None:
-        saved = save_to_target(boot, console, options, args.source)
-    else:
-        with open_vmcore(args.source or job.default_source()) as vmcore:
-            saved = job.save(vmcore, args.directory, options, console)
+        outcome = save_to_targets(boot, console, options, args.source)
+        if outcome.status:
+            return _failed(outcome.line, outcome.status)
+        console.say(outcome.line)
+        return 0
+    from capture.boot import job
+    from capture.vmcore import open_vmcore
+
+    with open_vmcore(args.source or job.default_source()) as vmcore:
+        saved = job.save(vmcore, args.directory, options, console)
     console.say(f"{saved.outcome}: {saved.directory}")
     return job.exit_status(saved)

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from capture import footprint
+from capture import footprint, pulse
 from capture.copier import Copier, CopyStatistics
 from capture.dumpfile import codec as codecs
 from capture.dumpfile.output import INCOMPLETE_SUFFIX, OutputFile, sync_directory, target_error
@@ -201,7 +201,8 @@ def _named(report: DumpReport, unfinished: Path, path: Path) -> DumpReport:
     trouble: TargetError | None = None
     if report.failure is None:
         try:
-            unfinished.rename(path)
+            with pulse.at_target():
+                unfinished.rename(path)
         except OSError as error:
             trouble = target_error(path, f"renaming {unfinished.name}", error)
             report = report._replace(path=unfinished)
@@ -213,11 +214,11 @@ def _named(report: DumpReport, unfinished: Path, path: Path) -> DumpReport:
 
 
 def unfinished_dump(vmcore: Vmcore, path: Path, options: DumpOptions) -> bool:
-    """Whether a dump of this crash to ``path`` was cut short, and can be gone on with (``resume``)."""
+    """Whether ``path`` is a dump of this crash, as far as it got, that can be gone on with (``resume``)."""
     from capture.dumpfile import resume  # with the reader, which a new dump does not need
 
     plan = _plan(vmcore, options, codecs.codec(options.compression))
-    return resume.can_resume(path.with_name(path.name + INCOMPLETE_SUFFIX), plan)
+    return resume.can_resume(path, plan)
 
 
 def _plan(vmcore: Vmcore, options: DumpOptions, codec: codecs.Codec) -> DumpPlan:

@@ -8,6 +8,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from capture import pulse
 from capture.console import print_line
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Progress:
 
     def advance(self, count: int) -> None:
         """Count ``count`` more bytes."""
+        pulse.beat()
         self._done += count
         if self._bar is not None:
             self._bar.update(count)

@@ -17,7 +17,7 @@ import numpy as np
 
 from capture.boot import job
 from capture.boot.config import BootConfig
-from capture.boot.save import save_to_target
+from capture.boot.supervisor import save_to_targets
 from capture.console import Console
 from capture.dump import write_dump
 from capture.dumpfile.reader import KdumpFile
@@ -89,11 +89,10 @@ def run() -> None:
                 result = verify(KdumpFile(saved.dump.path), vmcore.image, progress=False)
             if not result.good:
                 raise CaptureError(f"selftest: {compression}: {result.text()}")
-        try:
-            save_to_target(BootConfig(target=f"LABEL={'x' * 12}", wait=0), console, source=str(source))
-        except CaptureError:
-            return
-    raise CaptureError("selftest: a target that does not exist was found")
+        boot = BootConfig(targets=(f"LABEL={'x' * 12}",), wait=0)
+        outcome = save_to_targets(boot, console, source=str(source))
+        if outcome.what != "not saved" or "no such file system" not in outcome.line:
+            raise CaptureError(f"selftest: a target that does not exist: {outcome.line}")
 
 
 def _filter() -> None:

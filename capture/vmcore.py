@@ -47,8 +47,10 @@ class Vmcore(NamedTuple):
 
 
 @contextmanager
-def open_vmcore(name: str) -> Iterator[Vmcore]:
+def open_vmcore(name: str, *, can_map: bool = True) -> Iterator[Vmcore]:
     """Open SOURCE (a path to a vmcore or a kdump-compressed dump, or ``oldmem:``) for reading.
+
+    Without ``can_map`` it is read where it could be mapped (old memory through /dev/mem can only be mapped).
 
     Raises:
         SourceError: it is neither, or cannot be used.
@@ -61,7 +63,7 @@ def open_vmcore(name: str) -> Iterator[Vmcore]:
             notes, info = _notes(dump, core)
             yield Vmcore(dump, core, notes, info, DumpImage(dump, core.loads), level=dump.dump.level)
         return
-    with open_source(name) as source:
+    with open_source(name, can_map=can_map) as source:
         core = elfcore.parse(source)
         notes, info = _notes(source, core)
         yield Vmcore(source, core, notes, info, MemoryImage(source, core.loads, info.page_size))

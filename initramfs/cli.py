@@ -62,7 +62,7 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a kernel module that the target needs (repeatable); default: what the target uses now",
     )
-    add("--target", metavar="DEV|UUID=|LABEL=", help="the disk for the dump, default: the one that holds /var/crash")
+    _add_target(parser)
     add("--no-squashfs", action="store_true", help="a plain tree, for kernels without squashfs: needs more memory")
     add(
         "--bin",
@@ -72,6 +72,14 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a further program, with its shared objects (repeatable)",
     )
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target", action="append", default=[], metavar="DEV|UUID=|LABEL=",
+        help="the disk for the dump, default: the one that holds /var/crash; repeatable: the next ones are for when "
+        "those before fail",
+    )  # fmt: skip
 
 
 def _add_load(subparsers: Subparsers) -> None:
@@ -92,7 +100,7 @@ def _add_load(subparsers: Subparsers) -> None:
         metavar="IMG",
         help="the capture image, default: /var/lib/vmcapture/initramfs-RELEASE.img",
     )
-    add("--target", metavar="DEV|UUID=|LABEL=", help="the disk for the dump, default: the one that holds /var/crash")
+    _add_target(parser)
     add("--path", metavar="DIR", help="directory on the target, default: /var/crash")
     add("--final", choices=kexec.FINALS, default="reboot", help="what follows a save (default: %(default)s)")
     add("--failure", choices=kexec.FINALS, default="shell", help="what follows a failure (default: %(default)s)")
@@ -164,9 +172,9 @@ def default_image(release: str) -> Path:
 def _request(args: argparse.Namespace, output: Path | None) -> ImageRequest:
     """Return what the image is to hold: by default what this machine's target needs."""
     needed = Needed((), ())
-    if args.target:
-        needed = devices.modules_for_target(args.target)
-    elif not args.module:
+    for target in args.target:
+        needed += devices.modules_for_target(target)
+    if not args.target and not args.module:
         needed = devices.modules_for_mount(devices.mount_of(CRASH_DIRECTORY))
     release = _release(args)
     return ImageRequest(
@@ -215,10 +223,10 @@ def run_load(args: argparse.Namespace) -> int:
     kexec.ready(args.kernel_image, args.image)
     line = args.command_line
     if line is None:
-        target, path = _mounted_target() if args.target is None else _named_target(args.target, console)
+        mounted, path = _mounted_target() if not args.target else ("", str(CRASH_DIRECTORY))
         line = kexec.capture_command_line(
             kexec.RUNNING_COMMAND_LINE.read_text(encoding="utf-8"),
-            target,
+            [_named_target(target, console) for target in args.target] or [mounted],
             args.path or path,
             args.final,
             args.failure,
@@ -301,8 +309,8 @@ def _mounted_target() -> tuple[str, str]:
     return f"UUID={uuid}", devices.path_on_device(CRASH_DIRECTORY, mount)
 
 
-def _named_target(target: str, console: Console) -> tuple[str, str]:
-    """Return the target and the usual directory; a disk that is not there may be attached when it is needed."""
+def _named_target(target: str, console: Console) -> str:
+    """Return the target as the capture kernel finds it; a disk that is not there may be attached when it is needed."""
     device = devices.find_device(target)
     if device is None:
         console.say(devices.absent(target))
@@ -311,7 +319,7 @@ def _named_target(target: str, console: Console) -> tuple[str, str]:
         if target.startswith("/dev/"):  # links of udev are not there in the capture kernel, and disks may change names
             uuid = devices.uuid_of(str(device))
             target = f"UUID={uuid}" if uuid else str(device.resolve())
-    return target, str(CRASH_DIRECTORY)
+    return target
 
 
 def run_unload(args: argparse.Namespace) -> int:

@@ -180,7 +180,7 @@ class Status:
 
 def capture_command_line(
     base: str,
-    target: str,
+    targets: Sequence[str],
     path: str,
     final: str,
     failure: str,
@@ -193,6 +193,7 @@ def capture_command_line(
 ) -> str:
     """Return the capture kernel's command line, made from the running kernel's.
 
+    ``targets`` in the order in which they are to be tried.
     ``keep`` and ``free`` are ``vmcapture.keep=`` and ``vmcapture.free=`` (see ``capture.boot.config``).
     ``boot_cpu`` is the APIC id of the CPU that the firmware started: with more than one CPU the capture kernel must not
     wake it up, because an INIT would reset the machine (kernel-parameters.txt up to Linux 6.8, disable_cpu_apicid).
@@ -202,12 +203,12 @@ def capture_command_line(
     added = [*ADDED, f"nr_cpus={cpus}"]
     if cpus > 1 and boot_cpu is not None:
         added.append(f"disable_cpu_apicid={boot_cpu}")
-    ours = {"target": target, "path": path, "final": final, "failure": failure}
-    ours |= {"keep": str(keep or ""), "free": free or ""}
-    for key, value in ours.items():
+    ours = [*(("target", target) for target in targets), ("path", path), ("final", final), ("failure", failure)]
+    ours += [("keep", str(keep or "")), ("free", free or "")]
+    for key, value in ours:
         if re.search(r"[\s\"]", value):
             raise UsageError(f"vmcapture.{key}={value!r}: blanks and quotes do not survive a kernel command line")
-    added.extend(f"vmcapture.{key}={value}" for key, value in ours.items() if value)
+    added.extend(f"vmcapture.{key}={value}" for key, value in ours if value)
     line = " ".join((*kept, *added, *extra.split()))
     check_length(line)
     return line

@@ -336,9 +336,9 @@ class Laboratory:
 def capture_line(cpus: int) -> str:
     """Return the guest's capture kernel's command line: as ``vmcapture load`` makes it, and with no one to be asked."""
     path = BootConfig().path
-    target = f"LABEL={TARGET_LABEL}"
+    targets = (f"LABEL={TARGET_LABEL}",)
     return kexec.capture_command_line(
-        "console=ttyS0", target, path, "poweroff", "poweroff", "panic=-1", cpus=cpus, boot_cpu=0
+        "console=ttyS0", targets, path, "poweroff", "poweroff", "panic=-1", cpus=cpus, boot_cpu=0
     )
 
 

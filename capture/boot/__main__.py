@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 
 from capture.boot import actions, config
-from capture.boot.save import save_to_target
+from capture.boot.last_words import print_last_words
+from capture.boot.supervisor import save_to_targets
 from capture.console import Console, open_standard_streams
 from capture.errors import CaptureError
 from capture.memory.source import COMMAND_LINE, is_crash_boot
@@ -28,21 +29,21 @@ def main() -> int:
         console.say("this kernel was not booted by a crash (no elfcorehdr= on its command line): nothing to save")
         return SHELL
     try:
-        saved = save_to_target(boot, console)
-        if saved.complete:
-            outcome, action = f"saved in {boot.target}{saved.directory}", boot.final
-        else:
-            outcome, action = f"{saved.outcome}: {'; '.join(saved.failures)}", boot.failure
+        saved = save_to_targets(boot, console)
+        outcome, action = saved.line, boot.final if saved.complete else boot.failure
+        log_saved = saved.log_saved
     except CaptureError as error:
-        outcome, action = f"not saved: {error}", boot.failure
+        outcome, action, log_saved = f"not saved: {error}", boot.failure, False
     except Exception as error:  # (whatever it is, a person or the failure action must get the machine)
-        outcome, action = f"not saved: internal error: {type(error).__name__}: {error}", boot.failure
+        outcome, action, log_saved = f"not saved: internal error: {type(error).__name__}: {error}", boot.failure, False
+    if not log_saved:
+        print_last_words(console)
     again = "" if action == boot.final and outcome.startswith("saved in ") else "; to try again: vmcapture save"
     console.say(f"{outcome}{again}")
     if action != "shell":
         console.say(action)
     try:
-        actions.perform(action)
+        actions.perform(action, console)
     except CaptureError as error:
         console.say(str(error))
     return SHELL

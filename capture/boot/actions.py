@@ -5,13 +5,19 @@ from __future__ import annotations
 import ctypes
 import os
 
+from capture.boot.supervisor import Watch
+from capture.console import Console
 from capture.errors import CaptureError
 
 _COMMANDS = {"reboot": 0x0123_4567, "halt": 0xCDEF_0123, "poweroff": 0x4321_FEDC}
 """LINUX_REBOOT_CMD_*, include/uapi/linux/reboot.h."""
 
 
-def perform(action: str) -> None:
+SYNC_LIMIT = 30
+"""Seconds that the disks have to sync: what was saved is synced, and one that hangs must not keep the machine."""
+
+
+def perform(action: str, console: Console) -> None:
     """Sync all disks and leave this kernel. Returns only for ``shell``.
 
     Raises:
@@ -19,7 +25,10 @@ def perform(action: str) -> None:
     """
     if action == "shell":
         return
-    os.sync()
+    with Watch(SYNC_LIMIT, console) as watch:
+        _, end = watch.run(lambda _tell: os.sync())
+    if end.hung:
+        console.say(f"a disk did not sync in {SYNC_LIMIT} s: going on without it")
     libc = ctypes.CDLL(None, use_errno=True)
     libc.reboot(ctypes.c_int(_COMMANDS[action] - (1 << 32) * (_COMMANDS[action] >> 31)))
     raise CaptureError(f"{action} was refused: {os.strerror(ctypes.get_errno())}; use the power button")

@@ -2,11 +2,13 @@
 
 | word | meaning | default |
 | --- | --- | --- |
-| ``vmcapture.target=`` | where to save: ``LABEL=``, ``UUID=`` or a device | none |
+| ``vmcapture.target=`` | where to save: ``LABEL=``, ``UUID=`` or a device; may be repeated: the next ones are taken
+when nothing, or not all, could be saved on those before | none |
 | ``vmcapture.path=`` | directory on that file system | /var/crash |
 | ``vmcapture.final=`` | what to do once all is saved | reboot |
 | ``vmcapture.failure=`` | what to do when something failed | shell |
-| ``vmcapture.wait=`` | seconds to wait for the target to appear | 30 |
+| ``vmcapture.wait=`` | seconds from the job's start on to wait for a target to appear | 30 |
+| ``vmcapture.timeout=`` | seconds without a byte moved, after which a disk is given up. 0: never | 300 |
 | ``vmcapture.level=`` | dump level 0 to 31; or several, ``1,17,31``: the first that fits | 31 |
 | ``vmcapture.compress=`` | zstd:auto, zstd[:N], zlib[:N] or none | zstd:auto |
 | ``vmcapture.deadline=`` | seconds from the job's start on; then it ends with what it has. 0: no limit | 0 |
@@ -40,11 +42,12 @@ MAX_KEEP = 9999
 class BootConfig(NamedTuple):
     """``keep`` and ``free`` None: nothing is removed. ``problems`` are words that were not understood."""
 
-    target: str | None = None
+    targets: tuple[str, ...] = ()
     path: str = "/var/crash"
     final: str = "reboot"
     failure: str = "shell"
     wait: int = 30
+    timeout: int = 300
     levels: tuple[int, ...] = (31,)
     compression: str = SAVE_COMPRESSION
     deadline: int = 0
@@ -54,13 +57,16 @@ class BootConfig(NamedTuple):
 
 
 def parse(command_line: str) -> BootConfig:
-    """Parse a kernel command line. Never raises; the last of two equal words counts."""
+    """Parse a kernel command line. Never raises; the last of two equal words counts, but every target does."""
     words: dict[str, str] = {}
+    targets: list[str] = []
     problems: list[str] = []
     for word in command_line.split():
         key, separator, value = word.partition("=")
         if key.startswith(_PREFIX):
-            if separator:
+            if separator and key == f"{_PREFIX}target":
+                targets += [value] if value and value not in targets else []
+            elif separator:
                 words[key.removeprefix(_PREFIX)] = value
             else:
                 problems.append(f"{word}: has no value, ignored")
@@ -121,17 +127,17 @@ def parse(command_line: str) -> BootConfig:
             problems.append(f"vmcapture.free={error}; removing nothing for it")
             return default.free
 
-    target = words.pop("target", "")
     path = words.pop("path", default.path)
     if not path.startswith("/") or ".." in path.split("/"):
         problems.append(f"vmcapture.path={path}: not an absolute path; taking {default.path}")
         path = default.path
     config = BootConfig(
-        target=target or None,
+        targets=tuple(targets),
         path=path,
         final=action("final", default.final),
         failure=action("failure", default.failure),
         wait=number("wait", default.wait, range(MAX_WAIT + 1)),
+        timeout=number("timeout", default.timeout, range(MAX_WAIT + 1)),
         levels=levels(),
         compression=compression(),
         deadline=number("deadline", default.deadline, range(MAX_DEADLINE + 1)),

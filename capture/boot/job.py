@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from capture import __version__, report
+from capture import __version__, pulse, report
 from capture.console import Console
 from capture.dumpfile.output import (
     HASH_BLOCK,
@@ -40,6 +40,8 @@ from capture.vmcore import Vmcore
 if TYPE_CHECKING:
     from capture.dump import DumpReport, Filtered
 
+LOG = "vmcore-dmesg.txt"
+DUMP = "vmcore"
 DIRECTORY_MODE = 0o700
 MANIFEST_FORMAT = 1
 _WRITE_SIZE = 1 << 16
@@ -119,10 +121,10 @@ class _Job:
             self._console.say(line)
         if self._options.resume:
             self._forget_manifest()
-        self._step("vmcore-dmesg.txt", self._unless_there(self._save_log))
+        self._step(LOG, self._unless_there(self._save_log))
         self._step("registers.txt", self._unless_there(self._save_registers_text))
         self._step("registers.json", self._unless_there(self._save_registers_json))
-        self._step("vmcore", self._save_dump)
+        self._step(DUMP, self._save_dump)
         self._step(_log_name(self._report.directory), self._save_capture_log)
         self._step(MANIFEST, self._save_manifest)
         if not self._report.files:
@@ -151,6 +153,7 @@ class _Job:
                 return
             self._list(path)
             if action == self._save_log:
+                pulse.note_log()
                 self._report.panic = report.find_panic(self._vmcore)
 
         return keep
@@ -176,6 +179,7 @@ class _Job:
         try:
             self._write(name, report.log_lines(iter(finder.watch(log.records()))))
             self._report.panic = finder.panic
+            pulse.note_log()
         except TargetError:  # what could not be written can be read all the same
             self._report.panic = report.find_panic(self._vmcore)
             raise
@@ -261,7 +265,8 @@ class _Job:
         finally:
             output.close()
         try:
-            unfinished.rename(path)
+            with pulse.at_target():
+                unfinished.rename(path)
         except OSError as error:
             raise target_error(path, f"renaming {unfinished.name}", error) from None
         self._report.files[-1] = self._report.files[-1]._replace(name=name)
@@ -308,15 +313,39 @@ def _unfinished_directory(vmcore: Vmcore, parent: Path, options: DumpOptions) ->
     name = _directory_name(vmcore)
     try:
         taken = [parent / _numbered(name, number) for number in _numbers(parent, name)]
-        there = [path for path in taken if not path.is_symlink() and (path / f"vmcore{INCOMPLETE_SUFFIX}").exists()]
+        return next((path for path in taken if not path.is_symlink() and _can_go_on(vmcore, path, options)), None)
     except OSError:
         return None
-    for directory in there:
-        from capture.dump import unfinished_dump  # see _save_dump
 
-        if unfinished_dump(vmcore, directory / "vmcore", options):
-            return directory
-    return None
+
+def _can_go_on(vmcore: Vmcore, directory: Path, options: DumpOptions) -> bool:
+    """Whether a save of this crash was cut short in ``directory``: its notes tell, else its log.
+
+    A clock that stands may give two crashes the same name.
+    """
+    from capture.dump import unfinished_dump  # see _save_dump
+
+    dump, unfinished = directory / DUMP, directory / f"{DUMP}{INCOMPLETE_SUFFIX}"
+    if unfinished.exists():
+        return unfinished_dump(vmcore, unfinished, options)
+    if not dump.exists():
+        return _is_the_log(vmcore, directory / LOG) if (directory / LOG).exists() else not any(directory.iterdir())
+    if (directory / MANIFEST).exists() or dump.is_symlink() or not unfinished_dump(vmcore, dump, options):
+        return False
+    dump.rename(unfinished)  # it was killed before it could say what is in it: read back, it can be said
+    return True
+
+
+def _is_the_log(vmcore: Vmcore, path: Path) -> bool:
+    """Whether the file at ``path`` is the dead kernel's log."""
+    try:
+        with path.open("rb") as file:
+            for line in report.log_lines(report.open_log(vmcore).records()):
+                if file.read(len(line)) != line:
+                    return False
+            return not file.read(1)
+    except CaptureError:
+        return False
 
 
 def _log_name(directory: Path) -> str:

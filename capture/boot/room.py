@@ -11,6 +11,7 @@ Whatever fails here costs a line on the console and nothing else.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -19,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from capture import pulse
 from capture.console import Console
 from capture.dumpfile.output import INCOMPLETE_SUFFIX, MANIFEST
 from capture.errors import UsageError
@@ -186,7 +188,7 @@ class _Pruning:
             if free >= wanted or volume.f_bfree * volume.f_frsize >= self._expected or not self._polls:
                 return free
             self._polls -= 1
-            os.sync()
+            _sync_file_system(self._parent)
             time.sleep(_POLL)
 
     def _remove(self, name: str, why: str) -> None:
@@ -228,7 +230,8 @@ class _Pruning:
                         strangers.append(entry.name)
                         continue
                     there = entry.stat(follow_symlinks=False)
-                    os.unlink(entry.name, dir_fd=folder)
+                    with pulse.at_target():
+                        os.unlink(entry.name, dir_fd=folder)
                     if there.st_nlink == 1:
                         self._expected += there.st_blocks * 512
             return strangers
@@ -247,6 +250,12 @@ def _start(folder: int, name: str) -> bytes:
         return os.read(fd, _MANIFEST_START)
     finally:
         os.close(fd)
+
+
+def _sync_file_system(directory: int) -> None:
+    """Bring everything of this one file system to its disk; another disk may hang (syncfs(2))."""
+    with pulse.at_target():
+        ctypes.CDLL(None).syncfs(ctypes.c_int(directory))
 
 
 def _mib(size: int) -> str:

@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from capture import pulse
 from capture.console import Console
 from capture.errors import TargetError
 
 MOUNT_POINT = Path("/run/vmcapture/target")
+"""Where a target is mounted; at ``target-2`` and so on while something hangs there."""
+_MOST_MOUNT_POINTS = 9
 _POLL = 0.5
 
 
@@ -28,18 +31,48 @@ def mounted_target(target: str, wait: int, console: Console) -> Iterator[Path]:
         TargetError: it did not appear, or cannot be mounted read-write.
     """
     device = find_device(target, wait, console)
-    MOUNT_POINT.mkdir(parents=True, exist_ok=True)
-    if os.path.ismount(MOUNT_POINT):  # a save that was killed left it behind; one that runs keeps it busy
-        _run(["umount", str(MOUNT_POINT)], f"{MOUNT_POINT} is in use: is another save running?")
-    _run(["mount", "-o", "rw", device, str(MOUNT_POINT)], f"{target} ({device}) cannot be mounted")
+    point = _mount_point()
+    _run(["mount", "-o", "rw", device, str(point)], f"{target} ({device}) cannot be mounted")
     try:
-        yield MOUNT_POINT
+        yield point
     finally:
-        os.sync()
         try:
-            _run(["umount", str(MOUNT_POINT)], f"{target} cannot be unmounted")
+            _run(["umount", str(point)], f"{target} cannot be unmounted")
         except TargetError as error:  # everything is on the disk: this must not hide what was saved, or why it was not
             console.say(f"{error}; what was saved is synced")
+
+
+def _mount_point() -> Path:
+    """Return the first place with nothing mounted on it.
+
+    A save that was killed may have left its target mounted: it is unmounted. Where somebody works in it, or a disk
+    hangs (``give_up_mount_point``), that place stays as it is.
+
+    Raises:
+        TargetError: all places are in use.
+    """
+    for number in range(1, _MOST_MOUNT_POINTS + 1):
+        point = MOUNT_POINT.with_name(f"{MOUNT_POINT.name}-{number}") if number > 1 else MOUNT_POINT
+        if _given_up(point).exists():
+            continue
+        point.mkdir(parents=True, exist_ok=True)
+        try:
+            if os.path.ismount(point):
+                _run(["umount", str(point)], "in use")
+        except TargetError:
+            continue
+        return point
+    raise TargetError(f"{MOUNT_POINT} to {point.name} are all in use: unmount them")
+
+
+def give_up_mount_points() -> None:
+    """Touch no more what is mounted now: a disk hangs, and whoever touches it hangs too."""
+    for point in MOUNT_POINT.parent.glob(f"{MOUNT_POINT.name}*"):
+        _given_up(point).touch()
+
+
+def _given_up(point: Path) -> Path:
+    return point.with_name(f"hangs-{point.name}")
 
 
 def find_device(target: str, wait: int, console: Console) -> str:
@@ -56,12 +89,13 @@ def find_device(target: str, wait: int, console: Console) -> str:
             return device
         if time.monotonic() >= deadline:
             raise TargetError(
-                f"target {target}: no such file system after {wait} s; attach it and save again, "
+                f"target {target}: no such file system{f' after {wait} s' if wait else ''}; attach it and save again, "
                 "or mount any other and name it: vmcapture save DIR"
             )
         if not announced:
             console.say(f"waiting up to {wait} s for {target}")
             announced = True
+        pulse.beat()  # to wait is what was asked for
         time.sleep(_POLL)
 
 
@@ -69,7 +103,8 @@ def _look_up(target: str) -> str | None:
     if "=" not in target:
         return target if Path(target).is_block_device() else None
     try:
-        answer = subprocess.run(["findfs", target], capture_output=True, text=True, check=False)
+        with pulse.at_target():
+            answer = subprocess.run(["findfs", target], capture_output=True, text=True, check=False)
     except OSError as error:
         raise TargetError(f"findfs cannot be run ({error.strerror}): name the target by its device, /dev/...") from None
     return answer.stdout.strip() or None if answer.returncode == 0 else None
@@ -77,7 +112,8 @@ def _look_up(target: str) -> str | None:
 
 def _run(command: list[str], failure: str) -> None:
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        with pulse.at_target():
+            answer = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         raise TargetError(f"{failure}: {command[0]} cannot be run: {error.strerror}") from None
     if answer.returncode:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from capture import pulse
 from capture.errors import TargetError
 
 MANIFEST = "manifest.json"
@@ -60,7 +61,8 @@ class OutputFile:
         self.path = path
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (0 if existing else os.O_CREAT | os.O_EXCL)
         try:
-            self._fd = os.open(path, flags, FILE_MODE)
+            with pulse.at_target():
+                self._fd = os.open(path, flags, FILE_MODE)
         except OSError as error:
             raise target_error(path, "opening" if existing else "creating", error) from None
         with contextlib.suppress(OSError):  # some file systems have modes of their own
@@ -82,7 +84,8 @@ class OutputFile:
         first = 0
         try:
             while first < len(queue):
-                written = os.pwritev(self._fd, queue[first : first + _IOV_MAX], position)
+                with pulse.at_target():
+                    written = os.pwritev(self._fd, queue[first : first + _IOV_MAX], position)
                 position += written
                 while first < len(queue) and written >= len(queue[first]):
                     written -= len(queue[first])
@@ -105,7 +108,8 @@ class OutputFile:
     def read_back(self, offset: int, length: int) -> bytes:
         """Return bytes written before; what was never written reads as zeros."""
         try:
-            return os.pread(self._fd, length, offset).ljust(length, b"\0")
+            with pulse.at_target():
+                return os.pread(self._fd, length, offset).ljust(length, b"\0")
         except OSError as error:
             raise target_error(self.path, f"reading back at {offset}", error) from None
 
@@ -114,7 +118,8 @@ class OutputFile:
         if not length:
             return
         try:
-            os.posix_fallocate(self._fd, offset, length)
+            with pulse.at_target():
+                os.posix_fallocate(self._fd, offset, length)
         except OSError as error:
             raise target_error(self.path, f"reserving {length} bytes", error) from None
         self.size = max(self.size, offset + length)
@@ -136,7 +141,8 @@ class OutputFile:
     def sync(self) -> None:
         """Bring everything written so far to the disk (fdatasync)."""
         try:
-            os.fdatasync(self._fd)
+            with pulse.at_target():
+                os.fdatasync(self._fd)
         except OSError as error:
             raise target_error(self.path, "syncing", error) from None
 
@@ -238,7 +244,8 @@ class _BlockHashes:
 def _hash_block(fd: int, offset: int, length: int) -> str:
     state = hashlib.sha256()
     while length > 0:
-        data = os.pread(fd, min(_READ_BACK, length), offset)
+        with pulse.at_target():
+            data = os.pread(fd, min(_READ_BACK, length), offset)
         if not data:
             break
         state.update(data)
@@ -252,7 +259,8 @@ def sync_directory(path: Path) -> None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
+            with pulse.at_target():
+                os.fsync(fd)
         finally:
             os.close(fd)
     except OSError as error:

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+from capture import pulse
 from capture.errors import SourceError
 
 OLDMEM = "oldmem:"
@@ -104,6 +105,7 @@ class Source:
         pieces: list[bytes] = []
         while length > 0:
             piece = os.pread(self._fd, length, offset)
+            pulse.beat()
             if not piece:
                 break
             pieces.append(piece)
@@ -139,6 +141,7 @@ class Source:
             raise
         if not self._prefilled:
             window.madvise(MADV_POPULATE_READ)
+        pulse.beat()
         return memoryview(window)[offset - start :]
 
     def close(self) -> None:
@@ -155,13 +158,15 @@ class Source:
         self.close()
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, *, can_map: bool = True) -> Source:
     """Open SOURCE as the command line names it: a path, or ``oldmem:`` for the raw hand-over.
+
+    Without ``can_map`` a path is read where it could be mapped.
 
     Raises:
         SourceError: it does not exist or cannot be opened.
     """
-    return open_old_memory() if name == OLDMEM else Source(name)
+    return open_old_memory() if name == OLDMEM else Source(name, can_map=can_map)
 
 
 def is_crash_boot() -> bool:

@@ -111,7 +111,14 @@ def saver(option: str) -> Saver:
         # The last word is makedumpfile's option; the kernel hands what it does not know itself to /init.
         words = f"{capture_words(case, append)} peer_option={option}"
         line = capture_command_line(
-            healthy_command_line(case), target, TARGET_FOLDER, final, "shell", words, cpus=case.capture_cpus, boot_cpu=0
+            healthy_command_line(case),
+            (target,),
+            TARGET_FOLDER,
+            final,
+            "shell",
+            words,
+            cpus=case.capture_cpus,
+            boot_cpu=0,
         )
         return (
             f"kexec -p {case.kexec_option} /run/healthy/vmlinuz --initrd=/run/healthy/{IMAGE}"

@@ -329,6 +329,30 @@ def test_a_target_that_is_not_there_yet_is_a_warning(
     assert " vmcapture.target=LABEL=later vmcapture.path=/var/crash " in (machine / "calls").read_text()
 
 
+def test_several_targets_are_handed_over_in_their_order(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "find_device", lambda _: None)
+
+    assert load(machine, "--target", "LABEL=b", "--target", "UUID=a") == 0
+
+    assert " vmcapture.target=LABEL=b vmcapture.target=UUID=a vmcapture.path=" in (machine / "calls").read_text()
+
+
+def test_the_image_has_the_modules_of_every_target(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = {"LABEL=a": Needed(("nvme",), ()), "LABEL=b": Needed(("sd_mod",), ("ext4",))}
+    monkeypatch.setattr(devices, "modules_for_target", needed.__getitem__)
+    asked: list[ImageRequest] = []
+
+    def build(request: ImageRequest) -> ImageReport:
+        asked.append(request)
+        raise ImageError("enough")
+
+    monkeypatch.setattr(cli, "build_image", build)
+    assert main(["initramfs", "-o", str(machine / "img"), "--target", "LABEL=a", "--target", "LABEL=b"]) == 1
+    (request,) = asked
+    assert set(request.modules) == {"nvme", "sd_mod"}
+    assert request.optional_modules == ("ext4",)
+
+
 def test_a_target_that_cannot_be_assembled_is_refused(
     machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

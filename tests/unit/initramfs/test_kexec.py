@@ -17,7 +17,7 @@ from initramfs.kexec import CrashKernel, Loaded, Status, capture_command_line
 
 def line(base: str, extra: str = "", *, cpus: int = 1, boot_cpu: int | None = None) -> list[str]:
     return capture_command_line(
-        base, "UUID=0123", "/var/crash", "reboot", "shell", extra, cpus=cpus, boot_cpu=boot_cpu
+        base, ("UUID=0123",), "/var/crash", "reboot", "shell", extra, cpus=cpus, boot_cpu=boot_cpu
     ).split()
 
 
@@ -47,7 +47,7 @@ def line(base: str, extra: str = "", *, cpus: int = 1, boot_cpu: int | None = No
     ],
 )
 def test_what_describes_the_hardware_is_kept(word: str) -> None:
-    command_line = capture_command_line(f"ro {word} quiet", "/dev/vda", "/", "reboot", "shell")
+    command_line = capture_command_line(f"ro {word} quiet", ("/dev/vda",), "/", "reboot", "shell")
 
     assert command_line.startswith(word + " ")
 
@@ -117,7 +117,7 @@ def test_what_describes_the_hardware_is_kept(word: str) -> None:
     ],
 )
 def test_what_belongs_to_the_crashed_system_is_dropped(word: str) -> None:
-    command_line = capture_command_line(f"{word} console=ttyS0", "UUID=0123", "/var/crash", "reboot", "shell")
+    command_line = capture_command_line(f"{word} console=ttyS0", ("UUID=0123",), "/var/crash", "reboot", "shell")
     assert command_line.startswith("console=ttyS0 ")
     assert word not in command_line.split()
     assert word.partition("=")[0] + "=x" not in line(word.partition("=")[0] + "=x")
@@ -175,11 +175,11 @@ def test_a_line_that_the_kernel_would_cut_off_is_refused() -> None:
 
 def test_a_blank_in_a_path_is_refused() -> None:
     with pytest.raises(UsageError, match=r"vmcapture\.path"):
-        capture_command_line("", "/dev/vda", "/my crash", "reboot", "shell")
+        capture_command_line("", ("/dev/vda",), "/my crash", "reboot", "shell")
 
 
 def test_what_is_to_be_kept_stands_there_when_somebody_said_so() -> None:
-    asked = capture_command_line("", "/dev/vda", "/", "reboot", "shell", "debug", keep=3, free="10%")
+    asked = capture_command_line("", ("/dev/vda",), "/", "reboot", "shell", "debug", keep=3, free="10%")
     assert asked.endswith(" vmcapture.failure=shell vmcapture.keep=3 vmcapture.free=10% debug")
     assert not [word for word in line("") if word.startswith(("vmcapture.keep", "vmcapture.free"))]
 
@@ -309,3 +309,8 @@ def test_a_plain_tree_that_half_of_the_memory_cannot_hold_is_refused(
     assert reserved is not None
     (machine / "crash_size").write_text(f"{int(reserved[1]) << 20}\n")
     assert kexec.load(crash_kernel(machine)).syscall == "load"
+
+
+def test_every_target_is_handed_over_in_its_order() -> None:
+    words = capture_command_line("", ("UUID=1", "LABEL=b"), "/var/crash", "reboot", "shell").split()
+    assert [word for word in words if "target" in word] == ["vmcapture.target=UUID=1", "vmcapture.target=LABEL=b"]

@@ -52,3 +52,14 @@ def loop_disk(tmp_path: Path) -> Iterator[tuple[str, str]]:
         pytest.skip(f"no loop devices or no mkfs.ext4 here: {error}")
     yield device, label
     subprocess.run(["losetup", "-d", device], check=True)
+
+
+@pytest.fixture
+def disk(tools: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """``disk(umount="exit 0")``: a target whose mount and umount are shell scripts; returns the folder it shows."""
+
+    def make(*, umount: str = "exit 0") -> Path:
+        tools(findfs="echo /dev/vdb1", mount="exit 0", umount=umount)
+        return tmp_path / "mnt"
+
+    return make

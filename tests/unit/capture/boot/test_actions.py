@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from capture.boot import actions
 from capture.boot.config import ACTIONS
+from capture.console import Console
 from capture.errors import CaptureError
 
 KERNEL_HEADER = Path("/usr/include/linux/reboot.h")
@@ -62,6 +64,9 @@ class _Libc:
     def __init__(self, *_arguments: Any, **_options: Any) -> None:
         pass
 
+    def prctl(self, *_arguments: int) -> int:
+        return 0
+
     def reboot(self, command: Any) -> int:
         self.asked.append(command)
         ctypes.set_errno(1)
@@ -69,21 +74,36 @@ class _Libc:
 
 
 @pytest.fixture
-def harmless(monkeypatch: pytest.MonkeyPatch) -> type[_Libc]:
-    """Neither the C library nor sync(2) is reached."""
+def harmless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[_Libc]:
+    """Neither the C library nor sync(2) is reached; what is synced is noted in ``synced``, by whatever process."""
     _Libc.asked = []
+    note = os.open(tmp_path / "synced", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     monkeypatch.setattr(ctypes, "CDLL", _Libc)
-    monkeypatch.setattr(os, "sync", lambda: _Libc.asked.append("sync"))
+    monkeypatch.setattr(os, "sync", lambda: os.write(note, b"sync"))
     return _Libc
 
 
-def test_a_shell_is_simply_going_on(harmless: type[_Libc]) -> None:
-    actions.perform("shell")
+def test_a_shell_is_simply_going_on(harmless: type[_Libc], tmp_path: Path, console: Console) -> None:
+    actions.perform("shell", console)
     assert harmless.asked == []
+    assert (tmp_path / "synced").read_bytes() == b""
+
+
+def test_a_disk_that_hangs_does_not_keep_the_machine(
+    harmless: type[_Libc], monkeypatch: pytest.MonkeyPatch, console: Console
+) -> None:
+    monkeypatch.setattr(actions, "SYNC_LIMIT", 1)
+    monkeypatch.setattr(os, "sync", lambda: time.sleep(600))
+    monkeypatch.setattr(harmless, "syscall", lambda *_: -1, raising=False)
+    with pytest.raises(CaptureError, match="reboot was refused"):
+        actions.perform("reboot", console)
+    assert "did not sync in 1 s" in console.lines[-1]
 
 
 @pytest.mark.parametrize("action", NAMES)
-def test_disks_are_synced_then_the_kernel_is_asked_with_a_c_int(action: str, harmless: type[_Libc]) -> None:
+def test_disks_are_synced_then_the_kernel_is_asked_with_a_c_int(
+    action: str, harmless: type[_Libc], tmp_path: Path, console: Console
+) -> None:
     """``int reboot(int)``: the number above 2^31 goes over as the same 32 bits. Run without the right to reboot."""
     child = os.fork()
     if not child:
@@ -96,12 +116,13 @@ def test_disks_are_synced_then_the_kernel_is_asked_with_a_c_int(action: str, har
             )
             if effective == 0:  # never without this
                 try:
-                    actions.perform(action)
+                    actions.perform(action, console)
                 except CaptureError as error:
-                    first, command = harmless.asked
-                    good = first == "sync" and isinstance(command, ctypes.c_int)
+                    (command,) = harmless.asked
+                    good = isinstance(command, ctypes.c_int)
                     good &= command.value % (1 << 32) == NAMES[action][2]
                     status = 0 if good and str(error).startswith(f"{action} was refused: ") else 2
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (tmp_path / "synced").read_bytes() == b"sync"

@@ -17,11 +17,12 @@ from capture.dumpfile.codec import codec
 REPOSITORY = Path(__file__).resolve().parents[4]
 
 DEFAULTS = BootConfig(
-    target=None,
+    targets=(),
     path="/var/crash",
     final="reboot",
     failure="shell",
     wait=30,
+    timeout=300,
     levels=(31,),
     compression="zstd:auto",
     keep=None,
@@ -43,6 +44,7 @@ def test_nothing_said_means_the_defaults_of_the_readme() -> None:
         "final": DEFAULTS.final,
         "failure": DEFAULTS.failure,
         "wait": str(DEFAULTS.wait),
+        "timeout": str(DEFAULTS.timeout),
         "level": ",".join(map(str, DEFAULTS.levels)),
         "compress": DEFAULTS.compression,
         "deadline": str(DEFAULTS.deadline),
@@ -54,9 +56,9 @@ def test_nothing_said_means_the_defaults_of_the_readme() -> None:
 @pytest.mark.parametrize(
     ("word", "changed"),
     [
-        ("vmcapture.target=LABEL=crash", {"target": "LABEL=crash"}),
-        ("vmcapture.target=UUID=0a1b-2c3d", {"target": "UUID=0a1b-2c3d"}),
-        ("vmcapture.target=/dev/vda1", {"target": "/dev/vda1"}),
+        ("vmcapture.target=LABEL=crash", {"targets": ("LABEL=crash",)}),
+        ("vmcapture.target=UUID=0a1b-2c3d", {"targets": ("UUID=0a1b-2c3d",)}),
+        ("vmcapture.target=/dev/vda1", {"targets": ("/dev/vda1",)}),
         ("vmcapture.path=/", {"path": "/"}),
         ("vmcapture.path=/srv/a=b", {"path": "/srv/a=b"}),
         ("vmcapture.path=/srv/crash..old", {"path": "/srv/crash..old"}),
@@ -91,13 +93,18 @@ def test_each_word_changes_one_thing(word: str, changed: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("first", "last"),
     [
-        ("target=LABEL=a", "target=LABEL=b"), ("path=/a", "path=/b"), ("final=halt", "final=shell"),
+        ("timeout=1", "timeout=2"), ("path=/a", "path=/b"), ("final=halt", "final=shell"),
         ("failure=halt", "failure=reboot"), ("wait=1", "wait=2"), ("level=1", "level=0"),
         ("compress=zlib", "compress=none"), ("keep=1", "keep=2"), ("free=1G", "free=5%"),
     ],
 )  # fmt: skip
 def test_the_last_of_two_equal_words_counts(first: str, last: str) -> None:
     assert parse(f"vmcapture.{first} ro vmcapture.{last}") == parse(f"vmcapture.{last}")
+
+
+def test_every_target_counts_in_its_order_and_once() -> None:
+    found = parse("vmcapture.target=LABEL=b ro vmcapture.target=/dev/vda1 vmcapture.target= vmcapture.target=LABEL=b")
+    assert found == DEFAULTS._replace(targets=("LABEL=b", "/dev/vda1"))
 
 
 def test_nonsense_before_a_good_word_does_no_harm() -> None:
@@ -186,7 +193,7 @@ def test_words_of_others_are_none_of_our_business() -> None:
     )
 
 
-KEYS = ("target", "path", "final", "failure", "wait", "level", "compress", "keep", "free")
+KEYS = ("target", "path", "final", "failure", "wait", "timeout", "level", "compress", "keep", "free")
 VALUES = st.one_of(
     st.text(st.characters(exclude_categories=("Z", "Cc")), max_size=30),
     st.from_regex(r"-?[0-9]{1,40}", fullmatch=True),
@@ -207,6 +214,7 @@ def test_no_command_line_is_too_strange(line: str) -> None:
     assert found.final in actions
     assert found.failure in actions
     assert 0 <= found.wait <= 3600
+    assert 0 <= found.timeout <= 3600
     assert found.levels
     assert all(0 <= level <= 31 for level in found.levels)
     assert found.path.startswith("/")
@@ -219,4 +227,4 @@ def test_no_command_line_is_too_strange(line: str) -> None:
 
 @given(st.text(st.characters(exclude_categories=("Z", "Cc")), min_size=1, max_size=40))
 def test_any_target_is_passed_on_untouched(target: str) -> None:
-    assert parse(f"vmcapture.target={target}").target == target
+    assert parse(f"vmcapture.target={target}").targets == (target,)

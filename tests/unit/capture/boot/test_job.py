@@ -258,6 +258,54 @@ def test_the_same_crash_saved_again_gets_a_directory_of_its_own(vmcore_file: Wri
         assert check_manifest(saved.directory)["complete"]
 
 
+# Killed at every step: tests/lab. What is left then, and whose it is:
+
+
+def test_a_save_that_was_killed_before_it_said_what_it_has_goes_on_there(vmcore_file: WriteFile, parent: Path) -> None:
+    """The dump is whole and has its name; capture log and manifest are not there."""
+    source = vmcore_file(crashed_core())
+    first = save(source, parent).directory
+    pages = read_dump(first / "vmcore")
+    for name in ("capture-log.txt", "manifest.json"):
+        (first / name).unlink()
+    second = save(source, parent)
+    assert second.directory == first
+    assert read_dump(first / "vmcore") == pages
+    assert check_manifest(first)["complete"]
+    assert listing(first) == set(FILES)
+
+
+@pytest.mark.parametrize("done", [(), ("vmcore-dmesg.txt",), ("vmcore-dmesg.txt", "registers.txt")])
+def test_a_save_that_was_killed_before_its_dump_goes_on_there(
+    done: tuple[str, ...], vmcore_file: WriteFile, parent: Path
+) -> None:
+    source = vmcore_file(crashed_core())
+    first = save(source, parent).directory
+    for path in first.iterdir():
+        if path.name not in done:
+            path.unlink()
+    kept = {name: (first / name).stat().st_ino for name in done}
+    assert save(source, parent).directory == first
+    assert check_manifest(first)["complete"]
+    assert listing(first) == set(FILES)
+    assert {name: (first / name).stat().st_ino for name in done} == kept
+
+
+@pytest.mark.parametrize("left", [("vmcore-dmesg.txt",), ("vmcore-dmesg.txt", "vmcore")])
+def test_what_another_crash_of_the_same_name_left_is_not_gone_on_with(
+    left: tuple[str, ...], vmcore_file: WriteFile, parent: Path
+) -> None:
+    """A clock that stands: host and second are the same."""
+    other = PrintkRing().add(b"Linux version 6.1.0-test").add(PANIC).add(b"and more")
+    first = save(vmcore_file(crashed_core(log=other, keys={"NUMBER(other)": 1})), parent).directory
+    for path in first.iterdir():
+        if path.name not in left:
+            path.unlink()
+    before = {path: path.read_bytes() for path in first.iterdir()}
+    assert save(vmcore_file(crashed_core()), parent).directory != first
+    assert {path: path.read_bytes() for path in first.iterdir()} == before
+
+
 def test_a_file_or_dangling_link_of_that_name_is_left_alone(
     vmcore_file: WriteFile, parent: Path, tmp_path: Path
 ) -> None:

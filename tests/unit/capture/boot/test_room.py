@@ -71,7 +71,7 @@ def run(source: str, words: str, console: Console, **options: Any) -> job.SaveRe
     """Save to the disk, as the words on the kernel's command line ask for."""
     boot = parse(f"vmcapture.target=LABEL=x vmcapture.path=/crash {words}")
     assert boot.problems == ()
-    return save.save_to_target(boot, console, dump_options(**options), source)
+    return save.save_to_target(boot, "LABEL=x", console, dump_options(**options), source)
 
 
 def pruned(parent: Path, words: str, console: Console, *, saved: Path | None = None) -> list[str]:
@@ -636,11 +636,11 @@ def test_on_a_real_disk_room_is_there_after_it_is_mounted_again(
 ) -> None:
     """16 MiB of ext4, six dumps of 3 MiB."""
     monkeypatch.setattr(targets, "MOUNT_POINT", tmp_path / "mnt")
-    boot = BootConfig(target=f"LABEL={loop_disk[1]}", wait=5, path="/", free=parse_floor("5M"))
+    boot = BootConfig(wait=5, path="/", free=parse_floor("5M"))
     console = Console(file=io.StringIO())
     for number in range(6):
         source = vmcore_file(crash_at(number, os.urandom(3 * MIB)))
-        saved = save.save_to_target(boot, console, dump_options(level=0), source)
+        saved = save.save_to_target(boot, f"LABEL={loop_disk[1]}", console, dump_options(level=0), source)
         assert job.exit_status(saved) == 0
         with targets.mounted_target(f"LABEL={loop_disk[1]}", 5, console) as root:
             volume = os.statvfs(root)

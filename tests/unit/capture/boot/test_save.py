@@ -1,4 +1,4 @@
-"""``vmcapture save`` without a directory: the target on the kernel's command line."""
+"""``vmcapture save`` without a directory, at one target."""
 
 from __future__ import annotations
 
@@ -13,30 +13,13 @@ from capture.boot import job, targets
 from capture.boot.config import BootConfig
 from capture.boot.save import save_to_target
 from capture.console import Console
-from capture.errors import CaptureError, SourceError, TargetError, UsageError
+from capture.errors import CaptureError, SourceError, TargetError
 from tests.builders import crashed_core
-from tests.outcome import FILES, WHEN, Run, dump_options, listing, manifest_of
+from tests.outcome import FILES, WHEN, Run, dump_options, listing, read_back
 
 WriteFile = Callable[[bytes], str]
 
 QUIET = dump_options()
-
-
-@pytest.fixture
-def disk(tools: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """``disk(umount="exit 0")``: a target whose mount and umount are shell scripts; returns the folder it shows."""
-
-    def make(*, umount: str = "exit 0") -> Path:
-        tools(findfs="echo /dev/vdb1", mount="exit 0", umount=umount)
-        return tmp_path / "mnt"
-
-    return make
-
-
-def test_without_a_target_the_way_out_is_named(vmcore_file: WriteFile, console: Console) -> None:
-    with pytest.raises(UsageError, match="vmcapture save DIR") as refused:
-        save_to_target(BootConfig(), console, QUIET, vmcore_file(crashed_core()))
-    assert refused.value.exit_status == 2
 
 
 def test_on_the_command_line_that_is_one_line_and_status_2(vmcore_file: WriteFile, run: Run) -> None:
@@ -49,15 +32,14 @@ def test_on_the_command_line_that_is_one_line_and_status_2(vmcore_file: WriteFil
 
 
 def test_a_target_that_is_not_there_is_a_failure_of_the_target(vmcore_file: WriteFile, console: Console) -> None:
-    boot = BootConfig(target="LABEL=vmcapture-none", wait=0)
     with pytest.raises(TargetError, match="LABEL=vmcapture-none"):
-        save_to_target(boot, console, QUIET, vmcore_file(crashed_core()))
+        save_to_target(BootConfig(wait=0), "LABEL=vmcapture-none", console, QUIET, vmcore_file(crashed_core()))
 
 
 def test_without_a_vmcore_nothing_is_mounted(disk: Callable[..., Path], tmp_path: Path, console: Console) -> None:
     disk()
     with pytest.raises(SourceError):
-        save_to_target(BootConfig(target="LABEL=x", wait=0), console, QUIET, str(tmp_path / "none"))
+        save_to_target(BootConfig(wait=0), "LABEL=x", console, QUIET, str(tmp_path / "none"))
     assert not (tmp_path / "calls").exists()
 
 
@@ -66,7 +48,7 @@ def test_the_crash_lies_below_the_path_and_is_named_as_on_the_target_itself(
     path: str, vmcore_file: WriteFile, disk: Callable[..., Path], tmp_path: Path, console: Console
 ) -> None:
     root = disk()
-    saved = save_to_target(BootConfig(target="LABEL=x", path=path), console, QUIET, vmcore_file(crashed_core()))
+    saved = save_to_target(BootConfig(path=path), "LABEL=x", console, QUIET, vmcore_file(crashed_core()))
     assert saved.directory == Path(path) / f"db7-{WHEN}"
     assert listing(root / path.lstrip("/") / f"db7-{WHEN}") == set(FILES)
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -81,23 +63,35 @@ def test_a_link_on_the_target_that_leads_out_of_it_is_refused(
     (root / "var").mkdir(parents=True)
     (root / "var/crash").symlink_to(tmp_path)
     with pytest.raises(TargetError, match="symbolic link"):
-        save_to_target(BootConfig(target="LABEL=x"), console, QUIET, vmcore_file(crashed_core()))
+        save_to_target(BootConfig(), "LABEL=x", console, QUIET, vmcore_file(crashed_core()))
     (root / "var/crash").unlink()
     (root / "srv").mkdir()
     (root / "var/crash").symlink_to("../srv")
-    saved = save_to_target(BootConfig(target="LABEL=x"), console, QUIET, vmcore_file(crashed_core()))
+    saved = save_to_target(BootConfig(), "LABEL=x", console, QUIET, vmcore_file(crashed_core()))
     assert listing(root / "srv" / saved.directory.name) == set(FILES)
 
 
-def test_level_and_compression_come_from_the_command_line_of_the_kernel(
-    vmcore_file: WriteFile, disk: Callable[..., Path], console: Console
+def test_what_was_saved_is_told_before_the_disk_is_unmounted(
+    vmcore_file: WriteFile, disk: Callable[..., Path], tmp_path: Path, console: Console
 ) -> None:
+    """It may hang there."""
+    disk()
+    told: list[str] = []
+
+    def tell(saved: job.SaveReport) -> None:
+        assert "umount" not in (tmp_path / "calls").read_text()
+        told.append(str(saved.directory))
+
+    save_to_target(BootConfig(), "LABEL=x", console, QUIET, vmcore_file(crashed_core()), tell=tell)
+    assert told == [f"/var/crash/db7-{WHEN}"]
+
+
+def test_a_source_need_not_be_mapped(vmcore_file: WriteFile, disk: Callable[..., Path], console: Console) -> None:
     root = disk()
-    boot = BootConfig(target="LABEL=x", path="/", levels=(0,), compression="zlib:3")
-    save_to_target(boot, console, source=vmcore_file(crashed_core()))
-    dump = manifest_of(root / f"db7-{WHEN}")["dump"]
-    assert (dump["level"], dump["compression"]) == (0, "zlib:3")
-    assert dump["zero_pages"] == 0
+    mapped = save_to_target(BootConfig(), "LABEL=x", console, QUIET, vmcore_file(crashed_core()))
+    read = save_to_target(BootConfig(), "LABEL=x", console, QUIET, vmcore_file(crashed_core()), can_map=False)
+    pages = [read_back(root / str(saved.directory)[1:] / "vmcore") for saved in (mapped, read)]
+    assert pages[0] == pages[1]
 
 
 def test_what_was_saved_is_not_called_lost_because_the_disk_cannot_be_unmounted(
@@ -106,7 +100,7 @@ def test_what_was_saved_is_not_called_lost_because_the_disk_cannot_be_unmounted(
     """Everything is on the disk and synced; a person at 3 a.m. must be told where, and that unmounting failed."""
     disk(umount="echo target is busy >&2; exit 32")
     try:
-        saved = save_to_target(BootConfig(target="LABEL=x"), console, QUIET, vmcore_file(crashed_core()))
+        saved = save_to_target(BootConfig(), "LABEL=x", console, QUIET, vmcore_file(crashed_core()))
     except CaptureError as error:
         assert f"db7-{WHEN}" in str(error)  # noqa: PT017  (either way of telling is fine)
         assert "busy" in str(error)  # noqa: PT017
@@ -124,8 +118,7 @@ def test_a_crash_saved_to_a_real_disk_is_there_after_it_is_mounted_again(
 ) -> None:
     monkeypatch.setattr(targets, "MOUNT_POINT", tmp_path / "mnt")
     _, label = loop_disk
-    boot = BootConfig(target=f"LABEL={label}", wait=5)
-    saved = save_to_target(boot, console, QUIET, vmcore_file(crashed_core()))
+    saved = save_to_target(BootConfig(wait=5), f"LABEL={label}", console, QUIET, vmcore_file(crashed_core()))
     assert job.exit_status(saved) == 0
     assert not os.path.ismount(tmp_path / "mnt")
     with targets.mounted_target(f"LABEL={label}", 5, console) as root:

@@ -171,17 +171,30 @@ def mounted_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
             subprocess.run([mount, "-t", "tmpfs", "tmpfs", tmp_path / "mnt"], check=True)
 
 
-def test_a_second_save_at_the_same_time_is_refused(
-    mounted_already: Path, block_device: Callable[[], Path], console: Console
+def test_where_somebody_works_in_what_is_mounted_another_place_is_taken(
+    mounted_already: Path, block_device: Callable[[], Path], tools: Tools, console: Console
 ) -> None:
-    with (
-        (mounted_already / "vmcore.incomplete").open("w"),
-        pytest.raises(TargetError) as refused,
-        mounted_target(str(block_device()), 0, console),
-    ):
-        pytest.fail("mounted over")
-    assert "is another save running?" in refusal(refused)
+    umount = shutil.which("umount")
+    tools(mount="exit 0", umount=f'[ "$1" = {mounted_already} ] || exit 0; exec {umount} "$@"')
+    with (mounted_already / "file").open("w"), mounted_target(str(block_device()), 0, console) as root:
+        assert root == mounted_already.with_name("mnt-2")
     assert os.path.ismount(mounted_already)
+    assert console.lines == []
+
+
+def test_a_place_that_was_given_up_is_never_touched_again(
+    tools: Tools, block_device: Callable[[], Path], console: Console
+) -> None:
+    calls = tools(mount="exit 0", umount="exit 0")
+    disk = str(block_device())
+    for number in range(1, targets._MOST_MOUNT_POINTS + 1):
+        with mounted_target(disk, 0, console) as root:
+            assert root.name == (f"mnt-{number}" if number > 1 else "mnt")
+        targets.give_up_mount_points()
+    calls.unlink()
+    with pytest.raises(TargetError, match="all in use"), mounted_target(disk, 0, console):
+        pytest.fail("mounted")
+    assert not calls.exists()
 
 
 def test_a_mount_that_a_killed_save_left_behind_is_taken_away(
