@@ -99,6 +99,8 @@ class DumpReport(NamedTuple):
     """Pages that were in it before: it was cut short, and gone on with. ``statistics`` are of the others."""
     pages_written: int
     missing_bytes: int
+    pages_not_tried: int
+    """Of those that are unreadable: reading about there took too long to fail (capture.memory.patience)."""
     seconds: float
     failure: str | None
     name_failure: str | None = None
@@ -119,7 +121,8 @@ class DumpReport(NamedTuple):
         reasons = [self.failure] if self.failure else []
         if self.statistics.unreadable.count:
             unreadable = self.statistics.unreadable
-            reasons.append(f"{unreadable.count} pages unreadable, zeros in the dump ({unreadable.text()})")
+            untried = f", {self.pages_not_tried} of them not tried: it took too long" if self.pages_not_tried else ""
+            reasons.append(f"{unreadable.count} pages unreadable, zeros in the dump ({unreadable.text()}){untried}")
         if self.missing_bytes:
             reasons.append(f"{self.missing_bytes} bytes missing in the source")
         return "; ".join(reasons) or None
@@ -190,6 +193,7 @@ def write_dump(
             pages_found=found,
             pages_written=writer.pages_written,
             missing_bytes=vmcore.core.missing_bytes,
+            pages_not_tried=image.pages_not_tried,
             seconds=seconds,
             failure=failure,
         )

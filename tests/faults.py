@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -235,27 +236,32 @@ def _blocks(steps: Sequence[Step]) -> Iterator[Step]:
 
 
 class _Poisoned(Source):
-    """A source that gives EIO for one range of bytes, as poisoned memory does."""
+    """A source that gives EIO for one range of bytes, as poisoned memory does, after ``delay`` seconds."""
 
     bad = range(0)
+    delay = 0.0
 
     def map(self, offset: int, length: int) -> memoryview | None:
-        if self._hit(offset, length):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._fail_within(offset, length)
         return super().map(offset, length)
 
     def read(self, offset: int, length: int) -> bytes:
-        if self._hit(offset, length):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._fail_within(offset, length)
         return super().read(offset, length)
 
-    def _hit(self, offset: int, length: int) -> bool:
-        return offset < self.bad.stop and self.bad.start < offset + length
+    def _fail_within(self, offset: int, length: int) -> None:
+        if offset < self.bad.stop and self.bad.start < offset + length:
+            time.sleep(self.delay)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def open_poisoned(name: str, bad: range) -> Vmcore:
-    """Open a vmcore of which the bytes ``bad`` cannot be read, other than its headers and notes."""
+def open_poisoned(name: str, bad: range, delay: float = 0.0) -> Vmcore:
+    """Open a vmcore of which the bytes ``bad`` cannot be read, other than its headers and notes.
+
+    That they cannot shows after ``delay`` seconds each time.
+    """
     source = _Poisoned(name)
+    source.delay = delay
     core = elfcore.parse(source)
     notes = read_notes(source, core.notes)
     note = notes.vmcoreinfo()

@@ -441,6 +441,7 @@ def _dump_values(dump: DumpReport) -> dict[str, Any]:
         "data_bytes": statistics.data_bytes,
         "source_bytes_missing": dump.missing_bytes,
         "unreadable_pages": statistics.unreadable.count,
+        "unreadable_pages_not_tried": dump.pages_not_tried,
         "unreadable_pages_listed": statistics.unreadable.listed,
         "unreadable_pfn_ranges": statistics.unreadable.ranges,
         "seconds": round(dump.seconds, 3),

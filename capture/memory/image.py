@@ -9,7 +9,6 @@ Memory: a few arrays of the size of the program header table, and one chunk at a
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from capture.memory.patience import Patience
 from capture.memory.source import ByteSource
 
 EXTENT = np.dtype([("pfn", "<i8"), ("pages", "<i8"), ("offset", "<u8")])
@@ -134,6 +134,7 @@ class MemoryImage:
     def __init__(self, source: ByteSource, loads: NDArray[np.void], page_size: int) -> None:
         self.source = source
         self.page_size = page_size
+        self._patience = Patience()
         self.linear_maps = tuple(
             LinearMap(int(load["p_vaddr"]), int(load["p_paddr"]), int(load["p_filesz"]))
             for load in loads
@@ -145,6 +146,11 @@ class MemoryImage:
         ends = [int((self.extents["pfn"] + self.extents["pages"]).max())] if len(self.extents) else []
         ends += [max(self._partial) + 1] if self._partial else []
         self.max_pfn = max(ends, default=0)
+
+    @property
+    def pages_not_tried(self) -> int:
+        """Pages that count as unreadable because reads about there took too long to fail."""
+        return self._patience.not_tried
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """Yield (first PFN, pages) for every run of pages that exist, in PFN order, partial pages included."""
@@ -195,7 +201,7 @@ class MemoryImage:
             return self._assemble(int(chunk.pfns[0]))
         windows = [(0, len(chunk.pfns))] if chunk.adjacent else _windows(chunk.offsets, self.page_size)
         if len(windows) == 1:
-            view = self._map(chunk.offsets, self.page_size)
+            view = self._map_pages(chunk.offsets)
             if view is not None:
                 return PageBlock(chunk.pfns, view, chunk.offsets - chunk.offsets[0], adjacent=chunk.adjacent)
         return self._gather(chunk, windows)
@@ -234,10 +240,9 @@ class MemoryImage:
         """
         there = self._find(address)
         if there is not None and length <= there[1]:
-            with contextlib.suppress(OSError):
-                view = self.source.map(there[0], length)
-                if view is not None:
-                    return view
+            view = self._map(there[0], length)
+            if view is not None:
+                return view
         return memoryview(self.read(address, length))
 
     def holds(self, first_pfn: int, pages: int) -> NDArray[np.bool_]:
@@ -313,17 +318,26 @@ class MemoryImage:
         offsets = np.repeat(table["offset"], counts) + within.astype(np.uint64) * np.uint64(self.page_size)
         return Chunk(pfns, offsets)
 
-    def _map(self, offsets: NDArray[np.uint64], size: int) -> memoryview | None:
+    def _map_pages(self, offsets: NDArray[np.uint64]) -> memoryview | None:
         """Return a view from the first of ascending ``offsets`` to the end of the last page, None where that fails."""
         first = int(offsets[0])
+        return self._map(first, int(offsets[-1]) + self.page_size - first)
+
+    def _map(self, offset: int, length: int) -> memoryview | None:
+        if self._patience.given_up(offset):
+            return None
         try:
-            return self.source.map(first, int(offsets[-1]) + size - first)
+            with self._patience.reading(offset):
+                return self.source.map(offset, length)
         except OSError:
             return None
 
     def _read_exactly(self, offset: int, length: int) -> bytes | None:
+        if self._patience.given_up(offset):
+            return None
         try:
-            data = self.source.read(offset, length)
+            with self._patience.reading(offset):
+                data = self.source.read(offset, length)
         except OSError:
             return None
         return data if len(data) == length else None
@@ -336,7 +350,7 @@ class MemoryImage:
         unreadable: list[int] = []
         for low, high in windows:
             offsets = chunk.offsets[low:high]
-            view = self._map(offsets, size) if len(windows) > 1 else None  # a single window was tried already
+            view = self._map_pages(offsets) if len(windows) > 1 else None  # a single window was tried already
             base = int(offsets[0])
             for first, end in contiguous(offsets, size):
                 start, length = int(offsets[first]), (end - first) * size
@@ -358,6 +372,7 @@ class MemoryImage:
         for number, pfn in enumerate(pfns.tolist()):
             page = self._read_exactly(offset + number * size, size)
             if page is None:
+                self._patience.count(offset + number * size)
                 yield pfn
             else:
                 buffer[into + number * size : into + (number + 1) * size] = page
