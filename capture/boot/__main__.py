@@ -9,7 +9,9 @@ from __future__ import annotations
 import sys
 
 from capture.boot import actions, config
+from capture.boot.feeder import fed_while_it_moves
 from capture.boot.save import save_to_target
+from capture.boot.watchdog import Watchdog, open_watchdogs
 from capture.console import Console, open_standard_streams
 from capture.errors import CaptureError
 from capture.memory.source import COMMAND_LINE, is_crash_boot
@@ -27,8 +29,14 @@ def main() -> int:
     if not is_crash_boot():
         console.say("this kernel was not booted by a crash (no elfcorehdr= on its command line): nothing to save")
         return SHELL
+    with open_watchdogs(boot.watchdog, console) as dog:
+        return _save_and_act(boot, console, dog)
+
+
+def _save_and_act(boot: config.BootConfig, console: Console, dog: Watchdog) -> int:
     try:
-        saved = save_to_target(boot, console)
+        with fed_while_it_moves(dog):
+            saved = save_to_target(boot, console)
         if saved.complete:
             outcome, action = f"saved in {boot.target}{saved.directory}", boot.final
         else:
@@ -41,6 +49,7 @@ def main() -> int:
     console.say(f"{outcome}{again}")
     if action != "shell":
         console.say(action)
+    dog.settle(action)
     try:
         actions.perform(action)
     except CaptureError as error:
