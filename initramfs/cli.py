@@ -11,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import capture.cli
-from capture.boot.config import MAX_KEEP
+from capture.boot.config import MAX_KEEP, MAX_WATCHDOG, MIN_WATCHDOG
 from capture.boot.room import parse_floor
 from capture.cli import Subparsers, command, positive
 from capture.console import Console, printable
 from capture.errors import CaptureError, UsageError
-from initramfs import devices, estimate, kexec, measure, modules
+from initramfs import devices, estimate, kexec, measure, modules, watchdogs
 from initramfs.devices import Needed
 from initramfs.errors import ImageError, KexecError, MeasureError
 from initramfs.estimate import Estimate
@@ -112,6 +112,11 @@ def _add_load(subparsers: Subparsers) -> None:
         "--free", type=_floor, metavar="SIZE",
         help="room to be left after a whole save, 10G or 10%%: older crashes of this host go until it is",
     )  # fmt: skip
+    add(
+        "--watchdog", type=_watchdog, metavar="SECONDS",
+        help="without progress in the capture kernel, after which a watchdog resets the machine; 0: never "
+        f"(default: {watchdogs.DEFAULT_SECONDS} where a watchdog runs now, else 0)",
+    )  # fmt: skip
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--syscall", choices=kexec.SYSCALLS, default="auto", help="auto: the first one that works")
     way.add_argument("-s", dest="syscall", action="store_const", const="file", help="kexec_file_load")
@@ -131,6 +136,13 @@ def _floor(text: str) -> str:
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def _watchdog(text: str) -> int:
+    seconds = int(text) if text.isascii() and text.isdigit() else -1
+    if seconds and not MIN_WATCHDOG <= seconds <= MAX_WATCHDOG:
+        raise argparse.ArgumentTypeError(f"{text}: 0, or seconds from {MIN_WATCHDOG} to {MAX_WATCHDOG}")
+    return seconds
 
 
 def _add_estimate(subparsers: Subparsers) -> None:
@@ -177,14 +189,17 @@ def _request(args: argparse.Namespace, output: Path | None) -> ImageRequest:
     if not args.target and not args.module:
         needed = devices.modules_for_mount(devices.mount_of(CRASH_DIRECTORY))
     release = _release(args)
+    # With --module the image may be for another machine.
+    watchdog = Needed((), ()) if args.module else watchdogs.modules()
+    software = () if args.module or watchdog != Needed((), ()) else (watchdogs.SOFTWARE,)
     return ImageRequest(
         output=output or default_image(release),
         kernel_release=release,
         modules_dir=_modules_dir(args),
         modules=(*needed.loaded, *args.module),
         optional_modules=needed.built_in,
-        # With --module the image may be for another machine.
-        welcome_modules=() if args.module else devices.keyboard_modules(),
+        welcome_modules=(*(() if args.module else devices.keyboard_modules()), *software),
+        watchdog_modules=(*watchdog.loaded, *watchdog.built_in),
         module_options=modules.host_options(),
         binaries=tuple(args.bin),
         squashfs=False if args.no_squashfs else None,
@@ -212,7 +227,7 @@ def run_initramfs(args: argparse.Namespace) -> int:
     if report.missing_modules:
         console.say(
             f"{report.kernel_release} has no {' and no '.join(report.missing_modules)}, which the running kernel has "
-            "built in for this target: test a crash before you rely on it"
+            "for this target or its watchdog: test a crash before you rely on it"
         )
     return 0
 
@@ -235,14 +250,23 @@ def run_load(args: argparse.Namespace) -> int:
             boot_cpu=kexec.boot_cpu_apic_id(),
             keep=args.keep,
             free=args.free,
+            watchdog=_watchdog_seconds(args),
         )
     loaded = kexec.load(CrashKernel(args.kernel_image, args.image, line, args.syscall))
     console.say(
         f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}"
     )
-    if (doubt := kexec.small_reservation(args.image)) is not None:
-        console.say(doubt)
+    for doubt in (kexec.small_reservation(args.image), watchdogs.lacking_driver(args.image)):
+        if doubt is not None:
+            console.say(doubt)
     return 0
+
+
+def _watchdog_seconds(args: argparse.Namespace) -> int:
+    """Return what the capture kernel is told: nobody asks for resets where no watchdog runs."""
+    if args.watchdog is not None:
+        return int(args.watchdog)
+    return watchdogs.DEFAULT_SECONDS if watchdogs.running() else 0
 
 
 def _cpus(image: Path) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -132,7 +132,12 @@ def _tags(device: str) -> dict[str, str]:
 
 def modules_for_device(device: Path | int, sys: Path = SYS) -> Needed:
     """Return the modules that the running kernel drives a block device with: its path, or its device number."""
-    names = tuple(dict.fromkeys(_disk_modules(plain_disk(device, sys), sys)))
+    return needed(_disk_modules(plain_disk(device, sys), sys), sys)
+
+
+def needed(names: Iterable[str], sys: Path = SYS) -> Needed:
+    """Tell the loaded modules of these from those that are built in, in their order."""
+    names = tuple(dict.fromkeys(names))
     loaded = tuple(name for name in names if is_loaded(name, sys))
     return Needed(loaded, tuple(name for name in names if name not in loaded))
 
@@ -168,7 +173,7 @@ def keyboard_modules(sys: Path = SYS) -> tuple[str, ...]:
     names: dict[str, None] = {}
     for link in sorted((sys / "class/input").glob("event*/device")):
         if _is_keyboard(link):
-            names.update(dict.fromkeys(reversed(list(_driver_modules(link.resolve(), sys)))))
+            names.update(dict.fromkeys(driver_modules(link.resolve(), sys)))
     return tuple(names)
 
 
@@ -232,10 +237,15 @@ def _disk_modules(disk: Path, sys: Path) -> Iterator[str]:
     # A disk with several paths (NVMe) hangs below no bus: its subsystem lists the controllers.
     controllers = [link.resolve() for link in sorted(disk.parent.glob("nvme*")) if link.is_symlink()]
     for device in (*controllers, (disk / "device").resolve()):
-        yield from reversed(list(_driver_modules(device, sys)))
+        yield from driver_modules(device, sys)
 
 
-def _driver_modules(device: Path, sys: Path) -> Iterator[str]:
+def driver_modules(device: Path, sys: Path = SYS) -> tuple[str, ...]:
+    """Return the modules that drive a device of sysfs and all that it hangs on, from the bus down to it."""
+    return tuple(reversed(list(_up_to_the_bus(device, sys))))
+
+
+def _up_to_the_bus(device: Path, sys: Path) -> Iterator[str]:
     for place in (device, *device.parents):
         if place == (sys / "devices").resolve():
             return

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gzip
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from initramfs import cpio, runtime, tools
 from initramfs.errors import ImageError, ToolError
-from initramfs.modules import LoadPlan, ModuleTree, firmware, modinfo, read_module, read_tree
+from initramfs.estimate import unpacked_size
+from initramfs.modules import LoadPlan, ModuleTree, firmware, modinfo, module_name, read_module, read_tree
 from initramfs.tree import Device, Directory, File, Symlink, Tree, host_file, host_program
 
 SQUASHFS_MODULES = ("loop", "squashfs")
@@ -41,6 +44,7 @@ class ImageRequest:
     modules: tuple[str, ...]  # wanted besides squashfs and loop
     optional_modules: tuple[str, ...] = ()  # taken where this kernel has them, reported where not
     welcome_modules: tuple[str, ...] = ()  # taken where this kernel has them, loaded last
+    watchdog_modules: tuple[str, ...] = ()  # as optional ones, loaded first: a watchdog that runs has to be fed soon
     module_options: tuple[tuple[str, str], ...] = ()  # (module, "key=value …"), several for a module add up
     firmware_dir: Path = FIRMWARE  # where the host keeps what the modules ask for
     python_roots: tuple[str, ...] = ("capture",)
@@ -68,7 +72,7 @@ def build_image(request: ImageRequest) -> ImageReport:
     kernel = read_tree(request.modules_dir)
     squashfs = _wants_squashfs(request.squashfs, kernel)
     wanted = (*(SQUASHFS_MODULES if squashfs else ()), *request.modules)
-    plan = kernel.plan(wanted, request.optional_modules, request.welcome_modules)
+    plan = kernel.plan(wanted, request.optional_modules, request.welcome_modules, first=request.watchdog_modules)
     busybox = static_busybox()
     try:
         with tempfile.TemporaryDirectory(prefix="vmcapture-") as name:
@@ -94,6 +98,27 @@ def build_image(request: ImageRequest) -> ImageReport:
             )
     except OSError as error:
         raise ImageError(f"{error.filename or request.output}: {error.strerror}") from error
+
+
+def load_order(image: Path) -> str:
+    """Return what an image says of its modules: a line each, first to last, its file and its options.
+
+    Raises:
+        ImageError: it is none of ours.
+    """
+    try:
+        with image.open("rb") if unpacked_size(image) is None else gzip.open(image, "rb") as archive:
+            order = cpio.content(cast("BinaryIO", archive), LOAD_ORDER)
+    except (ImageError, OSError, EOFError, zlib.error) as error:
+        raise ImageError(f"{image}: not an image of vmcapture initramfs: {error}") from error
+    if order is None:
+        raise ImageError(f"{image}: not an image of vmcapture initramfs: no {LOAD_ORDER} in it")
+    return order.decode(errors="replace")
+
+
+def ordered_names(order: str) -> list[str]:
+    """Return the names of the modules in a load order."""
+    return [module_name(line.split()[0]) for line in order.splitlines() if line.split()]
 
 
 def _wants_squashfs(choice: bool | None, kernel: ModuleTree) -> bool:

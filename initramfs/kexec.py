@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from capture.errors import UsageError
-from initramfs import tools
+from initramfs import tools, watchdogs
 from initramfs.errors import KexecError, ToolError
 from initramfs.estimate import estimate, memory_of, unpacked_size
 
@@ -176,6 +176,7 @@ class Status:
     armed: bool
     reservation: int
     loaded: Loaded | None  # what we loaded last, if anything; another tool may have loaded something since
+    watchdog: str | None = None  # a line, where one runs that the capture kernel will not feed
 
 
 def capture_command_line(
@@ -190,11 +191,12 @@ def capture_command_line(
     boot_cpu: int | None = None,
     keep: int | None = None,
     free: str | None = None,
+    watchdog: int = 0,
 ) -> str:
     """Return the capture kernel's command line, made from the running kernel's.
 
     ``targets`` in the order in which they are to be tried.
-    ``keep`` and ``free`` are ``vmcapture.keep=`` and ``vmcapture.free=`` (see ``capture.boot.config``).
+    ``keep``, ``free`` and ``watchdog`` are ``vmcapture.keep=`` and so on (see ``capture.boot.config``).
     ``boot_cpu`` is the APIC id of the CPU that the firmware started: with more than one CPU the capture kernel must not
     wake it up, because an INIT would reset the machine (kernel-parameters.txt up to Linux 6.8, disable_cpu_apicid).
     Since about 6.9 the kernel finds that CPU itself and does not know the word, which does no harm.
@@ -204,7 +206,7 @@ def capture_command_line(
     if cpus > 1 and boot_cpu is not None:
         added.append(f"disable_cpu_apicid={boot_cpu}")
     ours = [*(("target", target) for target in targets), ("path", path), ("final", final), ("failure", failure)]
-    ours += [("keep", str(keep or "")), ("free", free or "")]
+    ours += [("keep", str(keep or "")), ("free", free or ""), ("watchdog", str(watchdog or ""))]
     for key, value in ours:
         if re.search(r"[\s\"]", value):
             raise UsageError(f"vmcapture.{key}={value!r}: blanks and quotes do not survive a kernel command line")
@@ -288,7 +290,9 @@ def unload() -> None:
 def status() -> Status:
     """Return whether the machine is armed, and with what."""
     armed = _read_number(CRASH_LOADED) == 1
-    return Status(armed=armed, reservation=reservation(), loaded=_read_record() if armed else None)
+    loaded = _read_record() if armed else None
+    watchdog = watchdogs.doubt(loaded.command_line, Path(loaded.image)) if loaded is not None else None
+    return Status(armed=armed, reservation=reservation(), loaded=loaded, watchdog=watchdog)
 
 
 def describe(state: Status) -> Sequence[str]:
@@ -307,6 +311,7 @@ def describe(state: Status) -> Sequence[str]:
         f"image         {loaded.image}",
         f"command line  {loaded.command_line}",
         f"system call   kexec_{_syscall_name(loaded.syscall)}",
+        *([f"watchdog      {state.watchdog}"] if state.watchdog else []),
     )
 
 

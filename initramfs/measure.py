@@ -10,23 +10,21 @@ in the image, but they find nothing to drive. ``DRIVER`` is set aside for each o
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from capture.boot.config import BootConfig
 from capture.dumpfile.output import MANIFEST
 from capture.errors import CaptureError
 from initramfs import cpio, kexec, modules, qemu, runtime, tools
-from initramfs.errors import ImageError, MeasureError, NotSavedError
-from initramfs.estimate import MIB, STEP, unpacked_size
-from initramfs.image import CONSOLE, LOAD_ORDER, MODULES, NULL, static_busybox
+from initramfs.errors import MeasureError, NotSavedError
+from initramfs.estimate import MIB, STEP
+from initramfs.image import CONSOLE, LOAD_ORDER, MODULES, NULL, load_order, ordered_names, static_busybox
 from initramfs.modules import KernelModule, ModuleTree
 from initramfs.qemu import Deadline, Guest
 from initramfs.tree import Directory, File, Symlink, Tree
@@ -367,15 +365,8 @@ def add_modules(image: Path, output: Path, wanted: Sequence[KernelModule]) -> tu
     Raises:
         ImageError: it is none of ours.
     """
-    try:
-        with _archive(image) as archive:
-            order = cpio.content(archive, LOAD_ORDER)
-    except (ImageError, OSError, EOFError, zlib.error) as error:
-        raise ImageError(f"{image}: not an image of vmcapture initramfs: {error}") from error
-    if order is None:
-        raise ImageError(f"{image}: not an image of vmcapture initramfs: no {LOAD_ORDER} in it")
-    text = order.decode(errors="replace")
-    names = [modules.module_name(line.split()[0]) for line in text.splitlines() if line.split()]
+    text = load_order(image)
+    names = ordered_names(text)
     lacking = [module for module in wanted if module.name not in names]
     _copy(image, output)
     if lacking:
@@ -393,7 +384,8 @@ def without_device(tree: ModuleTree, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(
         name
         for name in there
-        if any(key == "alias" and value.startswith(CONTROLLERS) for key, value in modules.modinfo(tree.files[name]))
+        if "watchdog" not in tree.files[name].relative_to(tree.directory).parts  # a timer in a few registers
+        and any(key == "alias" and value.startswith(CONTROLLERS) for key, value in modules.modinfo(tree.files[name]))
     )
 
 
@@ -413,11 +405,6 @@ def _add_modules(tree: Tree, added: Sequence[KernelModule], order: str) -> None:
         tree.add(f"{MODULES}/{module.name}.ko", File(modules.read_module(module.path)))
         order += f"{module.name}.ko\n"
     tree.add(LOAD_ORDER, File(order.encode()))
-
-
-def _archive(image: Path) -> BinaryIO:
-    """Open an image as the cpio archive that it is, packed or not."""
-    return cast("BinaryIO", image.open("rb") if unpacked_size(image) is None else gzip.open(image, "rb"))
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -75,13 +75,21 @@ class ModuleTree:
             return wanted
         return self.aliases.get(wanted)
 
-    def plan(self, wanted: Sequence[str], optional: Sequence[str] = (), welcome: Sequence[str] = ()) -> LoadPlan:
+    def plan(
+        self,
+        wanted: Sequence[str],
+        optional: Sequence[str] = (),
+        welcome: Sequence[str] = (),
+        first: Sequence[str] = (),
+    ) -> LoadPlan:
         """Return everything that the names need, each module after what it depends on; built-in ones are left out.
 
-        Optional names are reported when they are missing, welcome ones are not.
+        ``first`` ones come before all others, then those that are wanted. ``first`` and optional names are reported
+        when they are missing, welcome ones are not.
         """
         order: dict[str, KernelModule] = {}
         missing: list[str] = []
+        self._add(first, order, missing)
         for name in wanted:
             found = self.lookup(name)
             if found is None:
@@ -89,16 +97,18 @@ class ModuleTree:
                     f"{self.directory}: no module {name}, and it is not built in; is this the right kernel release?"
                 )
             self._visit(found, order, missing, ())
-        for name in optional:
+        self._add(optional, order, missing)
+        self._add(welcome, order, [])
+        return LoadPlan(tuple(order.values()), tuple(dict.fromkeys(missing)))
+
+    def _add(self, names: Sequence[str], order: dict[str, KernelModule], missing: list[str]) -> None:
+        """Add what there is of the names."""
+        for name in names:
             found = self.lookup(name)
             if found is None:
                 missing.append(normal(name))
             else:
                 self._visit(found, order, missing, ())
-        for name in welcome:
-            if (found := self.lookup(name)) is not None:
-                self._visit(found, order, [], ())
-        return LoadPlan(tuple(order.values()), tuple(dict.fromkeys(missing)))
 
     def _visit(self, name: str, order: dict[str, KernelModule], missing: list[str], above: tuple[str, ...]) -> None:
         if name in order or name in above or name in self.built_in:

@@ -11,6 +11,7 @@ import sys
 from capture.boot import actions, config
 from capture.boot.last_words import print_last_words
 from capture.boot.supervisor import save_to_targets
+from capture.boot.watchdog import Watchdog, open_watchdogs
 from capture.console import Console, open_standard_streams
 from capture.errors import CaptureError
 from capture.memory.source import COMMAND_LINE, is_crash_boot
@@ -28,8 +29,13 @@ def main() -> int:
     if not is_crash_boot():
         console.say("this kernel was not booted by a crash (no elfcorehdr= on its command line): nothing to save")
         return SHELL
+    with open_watchdogs(boot.watchdog, console) as dog:
+        return _save_and_act(boot, console, dog)
+
+
+def _save_and_act(boot: config.BootConfig, console: Console, dog: Watchdog) -> int:
     try:
-        saved = save_to_targets(boot, console)
+        saved = save_to_targets(boot, console, dog=dog)
         outcome, action = saved.line, boot.final if saved.complete else boot.failure
         log_saved = saved.log_saved
     except CaptureError as error:
@@ -37,13 +43,14 @@ def main() -> int:
     except Exception as error:  # (whatever it is, a person or the failure action must get the machine)
         outcome, action, log_saved = f"not saved: internal error: {type(error).__name__}: {error}", boot.failure, False
     if not log_saved:
-        print_last_words(console)
+        print_last_words(console, dog)
     again = "" if action == boot.final and outcome.startswith("saved in ") else "; to try again: vmcapture save"
     console.say(f"{outcome}{again}")
     if action != "shell":
         console.say(action)
+    dog.settle(action)
     try:
-        actions.perform(action, console)
+        actions.perform(action, console, dog)
     except CaptureError as error:
         console.say(str(error))
     return SHELL

@@ -6,6 +6,7 @@ import ctypes
 import os
 
 from capture.boot.supervisor import Watch
+from capture.boot.watchdog import Watchdog
 from capture.console import Console
 from capture.errors import CaptureError
 
@@ -17,7 +18,7 @@ SYNC_LIMIT = 30
 """Seconds that the disks have to sync: what was saved is synced, and one that hangs must not keep the machine."""
 
 
-def perform(action: str, console: Console) -> None:
+def perform(action: str, console: Console, dog: Watchdog | None = None) -> None:
     """Sync all disks and leave this kernel. Returns only for ``shell``.
 
     Raises:
@@ -25,7 +26,7 @@ def perform(action: str, console: Console) -> None:
     """
     if action == "shell":
         return
-    with Watch(SYNC_LIMIT, console) as watch:
+    with Watch(SYNC_LIMIT, console, dog) as watch:
         _, end = watch.run(lambda _tell: os.sync())
     if end.hung:
         console.say(f"a disk did not sync in {SYNC_LIMIT} s: going on without it")

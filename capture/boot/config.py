@@ -12,6 +12,7 @@ when nothing, or not all, could be saved on those before | none |
 | ``vmcapture.level=`` | dump level 0 to 31; or several, ``1,17,31``: the first that fits | 31 |
 | ``vmcapture.compress=`` | zstd:auto, zstd[:N], zlib[:N] or none | zstd:auto |
 | ``vmcapture.deadline=`` | seconds from the job's start on; then it ends with what it has. 0: no limit | 0 |
+| ``vmcapture.watchdog=`` | seconds until a watchdog resets the machine when it hangs, 10 to 3600. 0: never | 0 |
 | ``vmcapture.keep=`` | crashes of this host that stay, the new one included | all |
 | ``vmcapture.free=`` | room to be left, 10G or 10%: older crashes of this host go until it is | 0 |
 
@@ -23,6 +24,7 @@ A word that makes no sense is said on the console and replaced by its default: a
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from typing import TYPE_CHECKING, NamedTuple
 
 from capture.errors import UsageError
@@ -37,6 +39,7 @@ _PREFIX = "vmcapture."
 MAX_WAIT = 3600
 MAX_DEADLINE = 7 * 24 * 3600
 MAX_KEEP = 9999
+MIN_WATCHDOG, MAX_WATCHDOG = 10, 3600  # less than a disk's slow moment; more than what a person would wait
 
 
 class BootConfig(NamedTuple):
@@ -51,6 +54,7 @@ class BootConfig(NamedTuple):
     levels: tuple[int, ...] = (31,)
     compression: str = SAVE_COMPRESSION
     deadline: int = 0
+    watchdog: int = 0
     keep: int | None = None
     free: Floor | None = None
     problems: tuple[str, ...] = ()
@@ -79,7 +83,7 @@ def parse(command_line: str) -> BootConfig:
         problems.append(f"vmcapture.{key}={value}: not one of {', '.join(ACTIONS)}; taking {fallback}")
         return fallback
 
-    def number(key: str, fallback: int, allowed: range) -> int:
+    def number(key: str, fallback: int, allowed: Container[int]) -> int:
         value = words.pop(key, str(fallback))
         if re.fullmatch("[0-9]{1,9}", value) and int(value) in allowed:
             return int(value)
@@ -141,6 +145,7 @@ def parse(command_line: str) -> BootConfig:
         levels=levels(),
         compression=compression(),
         deadline=number("deadline", default.deadline, range(MAX_DEADLINE + 1)),
+        watchdog=number("watchdog", default.watchdog, (0, *range(MIN_WATCHDOG, MAX_WATCHDOG + 1))),
         keep=keep(),
         free=free(),
     )

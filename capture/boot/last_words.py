@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 
 from capture.boot.supervisor import Watch
+from capture.boot.watchdog import Watchdog
 from capture.console import Console, print_line, printable
 from capture.errors import CaptureError
 
@@ -19,9 +20,9 @@ LIMIT = 60
 """Seconds without a sign of life, after which even that is given up."""
 
 
-def print_last_words(console: Console) -> None:
+def print_last_words(console: Console, dog: Watchdog | None = None) -> None:
     """Print the end of the dead kernel's log and every CPU's registers; says why where that cannot be had."""
-    with Watch(LIMIT, console) as watch:
+    with Watch(LIMIT, console, dog) as watch:
         _, end = watch.run(lambda _tell: _print(console))
     if end.hung or end.signal is not None:
         console.say(f"last words: {end.line}")

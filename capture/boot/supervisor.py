@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 from capture import pulse
 from capture.boot import targets
 from capture.boot.config import BootConfig
+from capture.boot.watchdog import Watchdog
 from capture.console import Console
 from capture.errors import CaptureError, IncompleteError, TargetError, UsageError
 from capture.options import DumpOptions
@@ -42,8 +43,6 @@ _DEATH = 5.0
 _SYS_PIDFD_OPEN, _SYS_PROCESS_MRELEASE = 434, 448
 """The same number on every architecture (include/uapi/asm-generic/unistd.h, since 5.3 and 5.15)."""
 _PR_SET_PDEATHSIG = 1
-
-Feed = Callable[[], None]
 
 
 class Outcome(NamedTuple):
@@ -83,11 +82,9 @@ def save_to_targets(
     console: Console,
     options: DumpOptions | None = None,
     source: str | None = None,
-    feed: Feed = lambda: None,
+    dog: Watchdog | None = None,
 ) -> Outcome:
-    """Save the dead kernel to the first of ``boot.targets`` that takes it.
-
-    ``feed`` is called about once a second while the job lives and a byte has moved not too long ago.
+    """Save the dead kernel to the first of ``boot.targets`` that takes it; ``dog`` is fed meanwhile.
 
     Raises:
         UsageError: the command line names no target.
@@ -102,7 +99,7 @@ def save_to_targets(
         options = DumpOptions(levels=boot.levels, compression=boot.compression, deadline=deadline)
     started = time.monotonic()
     outcomes: list[Outcome] = []
-    with _only_one(), Watch(boot.timeout, console, feed) as watch:
+    with _only_one(), Watch(boot.timeout, console, dog) as watch:
         for number, target in enumerate(boot.targets, 1):
             left = max(0, boot.wait - int(time.monotonic() - started))
             outcome = _save(boot._replace(wait=left), target, console, options, source, watch)
@@ -206,17 +203,18 @@ class _End(NamedTuple):
 class Watch:
     """Runs jobs, one after another, each in a process of its own.
 
-    ``limit`` is how many seconds no byte may move, 0: for ever. SIGINT and SIGTERM are the job's, which ends in an
+    ``limit`` is how many seconds no byte may move, 0: for ever. ``dog`` is fed while bytes move, and until that limit:
+    a disk that is given up costs a disk, a reset costs the dump. SIGINT and SIGTERM are the job's, which ends in an
     orderly way; on the second one it is killed.
     """
 
-    def __init__(self, limit: int, console: Console, feed: Feed = lambda: None) -> None:
+    def __init__(self, limit: int, console: Console, dog: Watchdog | None = None) -> None:
         self.pulse = Pulse()
         self.interrupted = 0
         """How many times somebody asked for an end."""
         self._limit = limit
         self._console = console
-        self._feed = feed
+        self._dog = dog or Watchdog([], console)
         self._child = 0
         self._handlers: dict[int, Any] = {}
 
@@ -238,6 +236,7 @@ class Watch:
         self._child = os.fork()
         if self._child == 0:
             os.close(reading)
+            self._dog.let_go()
             _be_the_job(job, writing, self._console)
         os.close(writing)
         try:
@@ -265,11 +264,13 @@ class Watch:
                     return told, False
                 told += piece
             now = time.monotonic()
-            if self.pulse.beats != beats:
+            moved = self.pulse.beats != beats
+            if moved:
                 beats, since = self.pulse.beats, now
             if (self._limit and now - since >= self._limit) or self.interrupted > 1:
                 return told, True
-            self._feed()
+            if moved or self._limit:
+                self._dog.feed()
 
     def _ended(self, hung: bool) -> _End:
         """Wait for the job's end and say how it was."""

@@ -24,7 +24,8 @@ from tests.guest.host import HostError
 from tests.guest.qemu import BOOT_TIMEOUT, Disk, GuestError, Hardware, Machine
 
 MODULES = ("virtio_pci", "virtio_blk", "ext4")  # a dump disk in QEMU; what is built in needs no module
-HEALTHY_MODULES = ("virtio_balloon",)  # more for the healthy system, where its kernel has them
+WATCHDOG_MODULES = ("i6300esb",)  # where the kernel has it
+HEALTHY_MODULES = ("virtio_balloon", *WATCHDOG_MODULES)  # more for the healthy system, where its kernel has them
 WORKLOAD_PROGRAM = Path(__file__).with_name("workload.py")
 
 TARGET_LABEL = "crash"
@@ -183,6 +184,8 @@ class ImageStore:
             kernel_release=kernel.release,
             modules_dir=kernel.modules_dir,
             modules=MODULES,
+            welcome_modules=("softdog",),
+            watchdog_modules=WATCHDOG_MODULES,
             squashfs=self.squashfs,
         )
         build_image(capture)

@@ -123,6 +123,7 @@ class Machine:
         self._reader = threading.Thread(target=self._read_console, name=f"console of {log.name}", daemon=True)
         self._reader.start()
         self._qmp_ready = False
+        self._events: list[str] = []
 
     def __enter__(self) -> Self:
         return self
@@ -234,7 +235,13 @@ class Machine:
                 raise GuestError(f"QMP {command}: {answer['error']['desc']}")
             if "return" in answer:
                 return answer["return"]
+            self._events.append(answer["event"])
         raise GuestError(self._story(f"the machine ended before it answered QMP {command}"))
+
+    def events(self) -> list[str]:
+        """The names of QMP's events (``WATCHDOG``, ``SHUTDOWN`` …) from its first command to the machine's end."""
+        self._events += [answer["event"] for answer in map(json.loads, self._qmp_lines) if "event" in answer]
+        return self._events
 
     def attach(self, disk: Disk) -> str:
         """Plug a disk in while the machine runs; returns the device's name for ``detach``."""

@@ -11,7 +11,7 @@ from typing import NoReturn
 import pytest
 
 from capture.boot.config import parse
-from initramfs import cli, devices, measure
+from initramfs import cli, devices, measure, watchdogs
 from initramfs.cli import main
 from initramfs.devices import Mount, Needed
 from initramfs.errors import ImageError, MeasureError, ToolError
@@ -34,7 +34,7 @@ def test_status_of_a_machine_without_a_reservation_is_not_armed(capsys: pytest.C
         pytest.skip("this machine may have a reservation")
 
     assert main(["status", "--json"]) == 1
-    assert json.loads(capsys.readouterr().out) == {"armed": False, "reservation": 0, "loaded": None}
+    assert json.loads(capsys.readouterr().out) == {"armed": False, "reservation": 0, "loaded": None, "watchdog": None}
 
 
 def test_an_image_for_a_foreign_kernel_tree(
@@ -119,6 +119,7 @@ class Requests:
         monkeypatch.setattr(devices, "modules_for_mount", lambda _: Needed(("virtio_blk",), ("ext4",)))
         monkeypatch.setattr(devices, "modules_for_target", lambda _: Needed(("nvme",), ()))
         monkeypatch.setattr(devices, "keyboard_modules", lambda: ("usbhid",))
+        monkeypatch.setattr(watchdogs, "modules", lambda: Needed(("iTCO_wdt",), ("hpwdt",)))
         monkeypatch.setattr("initramfs.modules.host_options", lambda: (("nvme", "poll_queues=1"),))
 
     def build(self, request: ImageRequest) -> ImageReport:
@@ -145,7 +146,19 @@ def test_the_keyboard_comes_along_when_the_image_is_for_this_machine(
     assert requests.last is not None
     assert requests.last.modules == modules
     assert requests.last.welcome_modules == welcome
+    assert requests.last.watchdog_modules == (("iTCO_wdt", "hpwdt") if welcome else ())
     assert requests.last.module_options == (("nvme", "poll_queues=1"),)
+
+
+def test_a_machine_without_a_watchdog_gets_softwares(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = Requests(monkeypatch)
+    monkeypatch.setattr(watchdogs, "modules", lambda: Needed((), ()))
+
+    assert main(["initramfs"]) == 0
+
+    assert requests.last is not None
+    assert requests.last.welcome_modules == ("usbhid", "softdog")
+    assert requests.last.watchdog_modules == ()
 
 
 def load(machine: Path, *arguments: str) -> int:
@@ -184,8 +197,29 @@ def test_load_tells_the_capture_kernel_how_much_room_to_leave(
 
 
 @pytest.mark.parametrize(
+    ("runs", "arguments", "words"),
+    [
+        ((), (), []),
+        (("watchdog0",), (), ["vmcapture.watchdog=180"]),
+        (("watchdog0",), ("--watchdog", "0"), []),
+        ((), ("--watchdog", "60"), ["vmcapture.watchdog=60"]),
+    ],
+)
+def test_a_watchdog_that_runs_is_used_unless_somebody_says_otherwise(
+    runs: tuple[str, ...], arguments: tuple[str, ...], words: list[str], machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "find_device", lambda _: None)
+    monkeypatch.setattr(watchdogs, "running", lambda *_: runs)
+    assert load(machine, "--target", "LABEL=later", *arguments) == 0
+    line = (machine / "calls").read_text().splitlines()[-1]
+    assert [word for word in line.split() if word.startswith("vmcapture.watchdog")] == words
+    assert parse(line).problems == ()
+
+
+@pytest.mark.parametrize(
     "arguments",
-    [("--keep", "0"), ("--keep", "-1"), ("--keep", "10000"), ("--keep", "all"), ("--free", "100%"), ("--free", ""),
+    [("--watchdog", "9"), ("--watchdog", "3601"), ("--watchdog", "on"),
+     ("--keep", "0"), ("--keep", "-1"), ("--keep", "10000"), ("--keep", "all"), ("--free", "100%"), ("--free", ""),
      ("--free", "10GB"), ("--free=-1",), ("--free", "1G 2G")],
     ids=" ".join,
 )  # fmt: skip

@@ -246,6 +246,51 @@ def test_stage_one_gives_modules_their_options_and_then_the_command_lines(
     assert (tmp_path / "said").read_text() == ""
 
 
+@pytest.fixture
+def calm_watchdogs(tmp_path: Path) -> Callable[[str], str]:
+    """Run stage one's way with watchdogs before a shell, on files; returns what it said and called."""
+    need_image_tools()
+    busybox = tools.require("busybox", "busybox-static")
+    stub = tmp_path / "stub"
+    stub.write_text(f'#!{busybox} sh\n[ $1 = watchdog ] && echo "fed: $*" || exec {busybox} "$@"\n')
+    stub.chmod(0o755)
+    (tmp_path / "dev").mkdir()
+
+    def run(state: str) -> str:
+        (tmp_path / "sys/watchdog0").mkdir(parents=True)
+        (tmp_path / "sys/watchdog0/state").write_text(f"{state}\n")
+        (tmp_path / "dev/watchdog0").touch()
+        script = Path(image.__file__).with_name("init").read_text()
+        functions = script[: script.index("$busybox mount -t proc")]
+        for word, here in (
+            ("/bin/busybox", stub), ("/sys/class/watchdog", tmp_path / "sys"), ("/dev/", f"{tmp_path}/dev/"),
+            (f"{tmp_path}/dev/null", "/dev/null"),
+        ):  # fmt: skip
+            functions = functions.replace(word, str(here))
+        return subprocess.run(
+            [busybox, "sh", "-c", f"{functions}\ncalm_watchdogs"], capture_output=True, text=True, check=True
+        ).stdout
+
+    return run
+
+
+def test_stage_one_disarms_what_a_killed_job_has_left_and_feeds_what_stays_armed(
+    calm_watchdogs: Callable[[str], str], tmp_path: Path
+) -> None:
+    said = calm_watchdogs("active")  # (a file does not change: nowayout)
+
+    assert (tmp_path / "dev/watchdog0").read_text() == "V"
+    assert said == (
+        "vmcapture: watchdog0 cannot be disarmed (nowayout): it is fed as long as this kernel runs\n"
+        f"fed: watchdog -T 60 -t 5 {tmp_path}/dev/watchdog0\n"
+    )
+
+
+def test_stage_one_leaves_alone_what_is_not_armed(calm_watchdogs: Callable[[str], str], tmp_path: Path) -> None:
+    assert calm_watchdogs("inactive") == ""
+    assert (tmp_path / "dev/watchdog0").read_text() == ""
+
+
 def test_a_value_with_blanks_does_not_spill_into_stage_ones_options(
     insmod_calls: Callable[[str, str], list[list[str]]],
 ) -> None:

@@ -188,6 +188,23 @@ def crash_kernel(machine: Path, syscall: str = "auto") -> CrashKernel:
     return CrashKernel(machine / "kernel", machine / "image", "console=ttyS0", syscall)
 
 
+def test_a_watchdog_is_to_be_used_when_somebody_said_so() -> None:
+    asked = capture_command_line("", "/dev/vda", "/", "reboot", "shell", "debug", watchdog=60)
+    assert asked.endswith(" vmcapture.failure=shell vmcapture.watchdog=60 debug")
+    assert not [word for word in line("") if word.startswith("vmcapture.watchdog")]
+
+
+def test_status_says_when_a_watchdog_would_not_be_fed(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kexec.load(crash_kernel(machine))
+    (machine / "crash_loaded").write_text("1\n")
+    assert not [said for said in kexec.describe(kexec.status()) if said.startswith("watchdog")]
+
+    monkeypatch.setattr("initramfs.watchdogs.running", lambda *_: ("watchdog0",))
+
+    last = kexec.describe(kexec.status())[-1]
+    assert last.startswith("watchdog      watchdog0 runs now, and is not used in the capture kernel")
+
+
 def test_auto_takes_the_second_system_call_when_the_first_is_refused(machine: Path) -> None:
     assert kexec.load(crash_kernel(machine)).syscall == "load"
 

@@ -301,12 +301,15 @@ def test_a_kernel_without_a_virtual_disk_is_a_line(host: Host) -> None:
 
 def test_the_spare_grows_with_drivers_that_have_nothing_to_drive(host: Host) -> None:
     directory = host.request.modules_dir
-    for name, alias in (("raid", "pci:v00001000d*"), ("raid_lib", "of:x"), ("part", "pcibus")):
-        (directory / f"{name}.ko").write_bytes(elf_module(f"name={name}", f"alias={alias}"))
+    for name, alias in (
+        ("raid", "pci:v00001000d*"), ("raid_lib", "of:x"), ("part", "pcibus"), ("watchdog/timer", "pci:v00008086d*"),
+    ):  # fmt: skip
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / f"{name}.ko").write_bytes(elf_module(f"alias={alias}"))
         with (directory / "modules.dep").open("a") as dep:
             dep.write(f"{name}.ko:\n")
     tree = Tree()
-    tree.add(LOAD_ORDER, File(b"raid.ko x=1\nraid_lib.ko\npart.ko\nunknown.ko\nvirtio_blk.ko\n"))
+    tree.add(LOAD_ORDER, File(b"raid.ko x=1\nraid_lib.ko\npart.ko\ntimer.ko\nunknown.ko\nvirtio_blk.ko\n"))
     with host.image.open("wb") as file:
         cpio.write(tree, file)
 

@@ -99,6 +99,13 @@ def test_a_welcome_module_comes_last_and_is_not_missed(module_tree: Path) -> Non
     assert plan.missing == ()
 
 
+def test_a_watchdogs_driver_comes_first_with_what_it_needs(module_tree: Path) -> None:
+    plan = read_tree(module_tree).plan(("loop",), first=("virtio_blk", "iTCO_wdt", "ext4"))
+
+    assert names(plan) == ["virtio_ring", "virtio", "virtio_blk", "loop"]
+    assert plan.missing == ("iTCO_wdt",)
+
+
 def test_a_dependency_without_a_file_is_an_error(module_tree: Path) -> None:
     with (module_tree / "modules.dep").open("a") as dep:
         dep.write("kernel/fs/odd.ko: kernel/fs/gone.ko\n")

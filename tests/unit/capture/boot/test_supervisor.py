@@ -18,6 +18,7 @@ from capture import pulse
 from capture.boot import supervisor, targets
 from capture.boot.config import BootConfig
 from capture.boot.supervisor import Outcome, Watch, save_to_targets
+from capture.boot.watchdog import Watchdog
 from capture.console import Console
 from capture.errors import TargetError, UsageError
 from tests.builders import crashed_core
@@ -290,14 +291,41 @@ def test_an_error_of_ours_is_one_line(
     assert found.line == "not saved: internal error: ZeroDivisionError: of ours"
 
 
-def test_the_watchdog_is_fed_while_the_job_lives_and_not_when_it_hangs(
+class Dog(Watchdog):
+    """Counts what it gets."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__([], console)
+        self.fed: list[float] = []
+
+    def feed(self) -> None:
+        self.fed.append(time.monotonic())
+
+
+def test_the_watchdog_is_fed_until_a_disk_is_given_up(monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
+    """Else it would reset the machine before the next disk is tried."""
+    dog = Dog(console)
+    jobs(monkeypatch, lambda *_arguments, **_options: time.sleep(600))
+    save_to_targets(boot("one", timeout=1), console, QUIET, dog=dog)
+    assert 0.5 < dog.fed[-1] - dog.fed[0] <= 1.1
+
+
+def test_where_no_disk_is_ever_given_up_the_watchdog_is_fed_while_bytes_move_only(
     monkeypatch: pytest.MonkeyPatch, console: Console
 ) -> None:
-    fed: list[float] = []
-    jobs(monkeypatch, lambda *_arguments, **_options: time.sleep(600))
-    save_to_targets(boot("one", timeout=1), console, QUIET, feed=lambda: fed.append(time.monotonic()))
-    assert fed
-    assert fed[-1] - fed[0] <= 1.1
+    def job(*_arguments: Any, **_options: Any) -> None:
+        for _ in range(10):
+            time.sleep(0.1)
+            pulse.beat()
+        time.sleep(2)
+
+    dog = Dog(console)
+    jobs(monkeypatch, job)
+    started = time.monotonic()
+    save_to_targets(boot("one", timeout=0), console, QUIET, dog=dog)
+    assert len(dog.fed) >= 5
+    assert dog.fed[-1] - started < 2
+    assert time.monotonic() - started >= 3
 
 
 # --- whoever wants it to end ----------------------------------------------------------------------------------------
