@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help venv guest-host readers-host demo test test-unit test-guest test-debuginfo bench bench-filter bench-memory bench-reservation fuzz check format clean
+.PHONY: help venv guest-host readers-host demo test test-unit test-guest test-debuginfo bench bench-filter bench-memory bench-reservation fuzz fuzz-coverage check format clean
 
 help:
 	@echo 'make demo            crash a real kernel in QEMU, save it, show what was saved'
@@ -21,6 +21,7 @@ help:
 	@echo 'make bench-memory    peak memory on sparse vmcores from 1 GiB to 1 TiB'
 	@echo 'make bench-reservation  the smallest crashkernel= at which a save succeeds, by trying (BENCH=--peer: makedumpfile too)'
 	@echo 'make fuzz            fuzz the parsers for FUZZ_SECONDS (default 60)'
+	@echo 'make fuzz-coverage   what of each parser the seeds and the kept corpus reach: lines, branches'
 	@echo 'make clean           remove what the above made here (the cache of downloads stays)'
 
 venv: $(VENV)/.installed
@@ -72,6 +73,9 @@ bench-reservation: guest-host venv
 FUZZ_SECONDS ?= 60
 fuzz: venv
 	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS)
+
+fuzz-coverage: venv
+	$(BIN)/python -m tests.fuzz.run --coverage
 
 check: venv
 	$(BIN)/ruff check .

@@ -16,6 +16,9 @@ from capture.notes import vmcoreinfo
 from capture.notes.elfnote import Notes, read_notes
 from capture.notes.vmcoreinfo import VmcoreInfo
 
+_PHYSICAL_BITS = range(46, 52)
+"""MAX_PHYSMEM_BITS of x86_64 (46 with 4 levels of page tables) and aarch64 (48); 52 is what both can have at most."""
+
 
 class Vmcore(NamedTuple):
     """What the capture side knows of a dead kernel before it looks into its memory."""
@@ -66,6 +69,9 @@ def open_vmcore(name: str, *, can_map: bool = True) -> Iterator[Vmcore]:
     with open_source(name, can_map=can_map) as source:
         core = elfcore.parse(source)
         notes, info = _notes(source, core)
+        bits = info.number("MAX_PHYSMEM_BITS")
+        if bits is not None and bits in _PHYSICAL_BITS:
+            core = elfcore.narrowed(source, core, bits)
         yield Vmcore(source, core, notes, info, MemoryImage(source, core.loads, info.page_size))
 
 

@@ -190,6 +190,7 @@ class _BlockHashes:
         self._open: dict[int, tuple[Any, int]] = {}  # block → (hash so far, bytes fed)
         self._done: dict[int, str] = {}
         self._dirty = set(range(-(-size // HASH_BLOCK)))
+        self._hole: str | None = None
 
     def feed(self, pieces: Sequence[bytes | memoryview], offset: int) -> None:
         for piece in pieces:
@@ -236,6 +237,9 @@ class _BlockHashes:
                 digests.append(self._done[block])
             elif state is not None and fed == expected:
                 digests.append(state.hexdigest())
+            elif state is None and block not in self._dirty and expected == HASH_BLOCK:  # a hole: zeros
+                self._hole = self._hole or _hash_block(fd, block * HASH_BLOCK, expected)
+                digests.append(self._hole)
             else:
                 digests.append(_hash_block(fd, block * HASH_BLOCK, expected))
         return digests

@@ -190,8 +190,9 @@ class KdumpFile:
     def _read(self, offset: int, length: int, what: str) -> bytes:
         try:
             data = os.pread(self._fd, length, offset)
-        except OSError as error:
-            raise SourceError(f"{self.path}: the {what} at {offset:#x} cannot be read: {error.strerror}") from None
+        except (OSError, OverflowError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "offset out of range"
+            raise SourceError(f"{self.path}: the {what} at {offset:#x} cannot be read: {reason}") from None
         if len(data) < length:
             raise SourceError(f"{self.path}: truncated: the {what} at {offset:#x} is cut short")
         return data

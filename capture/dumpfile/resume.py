@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from capture.dumpfile import kdump
 from capture.dumpfile.passes import Passes
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile
 from capture.dumpfile.writer import DumpPlan, KdumpWriter
@@ -51,6 +52,9 @@ def why_other(dump: KdumpFile, plan: DumpPlan) -> str | None:
         return "it is of another crash: its notes differ"
     if dump.page_size != plan.page_size or dump.max_mapnr != plan.max_mapnr:
         return "it is of other memory"
+    layout = kdump.Layout(plan.page_size, len(plan.notes.blob), plan.max_mapnr, 0)
+    if (dump.bitmap1, dump.bitmap2, dump.descriptor_table) != (layout.bitmap1, layout.bitmap2, layout.descriptor_table):
+        return "its header is damaged"  # (what is appended would not be where a reader looks)
     return None
 
 
@@ -72,13 +76,14 @@ def take_over(path: Path, writer: KdumpWriter, passes: Passes, plan: DumpPlan, *
             right = damaged = number = 0
             with Progress("reading back", pages * dump.page_size, enabled=progress) as meter:
                 for batch in dump.pages():
-                    good = np.ones(len(batch.pfns), dtype=np.bool_)
-                    good[list(batch.bad)] = False
-                    good &= ~batch.unreadable  # perhaps they can be read now; else they are named again
+                    there = np.ones(len(batch.pfns), dtype=np.bool_)
+                    there[list(batch.bad)] = False
+                    there &= ~batch.unreadable  # perhaps they can be read now; else they are named again
+                    good = writer.found(number, there)
                     lost = [index for index, why in batch.bad.items() if why != NOT_WRITTEN]
+                    lost += np.flatnonzero(there & ~good).tolist()
                     if lost:
                         writer.forget(number + np.array(lost, dtype=np.int64))
-                    writer.found(number, good)
                     passes.note_done(batch.pfns[good])
                     right += int(np.count_nonzero(good))
                     damaged += len(lost)

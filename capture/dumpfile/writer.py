@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
@@ -130,7 +131,9 @@ class KdumpWriter:
         self._zero_page = self._position = 0
         self._zero_checksum = np.uint64(kdump.checksum(bytes(plan.page_size)))
         self._pending: list[_Described] = []
-        self._numbers = _Numbers(self.selection)
+        self._windows: Sequence[int] = range(-(-plan.max_mapnr // _RUNS_WINDOW))
+        """Windows of _RUNS_WINDOW pages in which bitmaps may have ones, ascending."""
+        self._numbers = _Numbers(self.selection, lambda: self._windows)
         self._pending_pages = 0
         self._unsynced = 0
         self.pages_written = 0
@@ -154,7 +157,9 @@ class KdumpWriter:
 
     def map_memory(self, runs: Iterable[tuple[int, int]]) -> None:
         """Write bitmap 1: the pages that there are, (first PFN, pages), ascending."""
-        self._write_bitmap(self.layout.bitmap1, _windows_of(runs))
+        windows = array("q")
+        self._write_bitmap(self.layout.bitmap1, _windows_of(_watched(runs, windows)))
+        self._windows = windows  # one damaged segment may lie 2^40 pages above all others
 
     def select(self, windows: Iterable[BitmapWindow]) -> int:
         """Write bitmap 2, the pages of the dump, in place of what was selected before; return how many they are.
@@ -244,15 +249,21 @@ class KdumpWriter:
                 self._output.write([bytes(self._plan.page_size)], self._zero_page)
         self._last_step = time.monotonic()
 
-    def found(self, number: int, written: NDArray[np.bool_]) -> None:
-        """Count the pages from descriptor ``number`` on that are there and right; data goes on behind theirs."""
+    def found(self, number: int, written: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Count the pages from descriptor ``number`` on that are there and right; data goes on behind theirs.
+
+        Return which they are: what lies where descriptors do will be written over (bitmap 2 has bits that it had not).
+        """
         width = kdump.PAGE_DESCRIPTOR.itemsize
         raw = self._output.read_back(self.layout.descriptor_table + number * width, len(written) * width)
-        table = np.frombuffer(raw, kdump.PAGE_DESCRIPTOR)[written]
+        table = np.frombuffer(raw, kdump.PAGE_DESCRIPTOR)
+        written = written & (table["offset"] >= self.layout.data)
+        table = table[written]
         self.pages_written += len(table)
         if len(table):
             end = int((table["offset"] + table["size"].astype(np.int64)).max())
             self._position = self._kept_to = max(self._position, end)
+        return written
 
     def forget(self, numbers: NDArray[np.int64]) -> None:
         """Take descriptors back: their pages are damaged."""
@@ -446,7 +457,8 @@ class KdumpWriter:
     ) -> Iterator[tuple[int, int]]:
         """Yield (first PFN, pages) of every run of ones of a bitmap in the file, of those that are ``within``."""
         first, end = 0, 0
-        for first_pfn in range(0, self._plan.max_mapnr, _RUNS_WINDOW):
+        for window in self._windows:
+            first_pfn = window * _RUNS_WINDOW
             length = min(_RUNS_WINDOW // 8, self.layout.bitmap_bytes - first_pfn // 8)
             data = self._output.read_back(start + first_pfn // 8, length)
             if data.count(0) == length:
@@ -469,13 +481,16 @@ class KdumpWriter:
 class _Numbers:
     """The numbers of descriptors: how many selected pages come before a page.
 
-    Memory: 8 bytes for each window of pages, a quarter of a MiB for a TiB of memory.
+    Memory: 8 bytes for each window of pages in which there are any, a quarter of a MiB for a TiB of memory.
     """
 
-    def __init__(self, selection: Callable[[int, int], NDArray[np.bool_]]) -> None:
+    def __init__(
+        self, selection: Callable[[int, int], NDArray[np.bool_]], inhabited: Callable[[], Sequence[int]]
+    ) -> None:
         self._selection = selection
+        self._inhabited = inhabited
         self._before = array("q", [0])
-        """Selected pages below each window, as far as it was asked for."""
+        """Selected pages below each window of those that are inhabited, as far as it was asked for."""
         self._window = -1
         self._within = np.zeros(1, dtype=np.int64)
         """Of the window, selected pages below each of its pages; at last, all of them."""
@@ -486,18 +501,23 @@ class _Numbers:
         windows = pfns // _NUMBER_WINDOW
         for start, end in pairwise([0, *(np.flatnonzero(np.diff(windows)) + 1).tolist(), len(pfns)]):
             window = int(windows[start])
-            self._look_at(window)
-            numbers[start:end] = self._before[window] + self._within[pfns[start:end] - window * _NUMBER_WINDOW]
+            before = self._before[self._look_at(window)]
+            numbers[start:end] = before + self._within[pfns[start:end] - window * _NUMBER_WINDOW]
         return numbers
 
-    def _look_at(self, window: int) -> None:
-        for below in range(len(self._before) - 1, window):
-            self._before.append(self._before[below] + int(np.count_nonzero(self._chosen(below))))
+    def _look_at(self, window: int) -> int:
+        """Count up to a window; return which of those that are inhabited it is."""
+        inhabited, each = self._inhabited(), _RUNS_WINDOW // _NUMBER_WINDOW
+        place = bisect_left(inhabited, window // each) * each + window % each
+        for below in range(len(self._before) - 1, place):
+            chosen = self._chosen(inhabited[below // each] * each + below % each)
+            self._before.append(self._before[below] + int(np.count_nonzero(chosen)))
         if window != self._window:
             chosen = self._chosen(window)
             self._within = np.zeros(len(chosen) + 1, dtype=np.int64)
             np.cumsum(chosen, out=self._within[1:])
             self._window = window
+        return place
 
     def _chosen(self, window: int) -> NDArray[np.bool_]:
         return self._selection(window * _NUMBER_WINDOW, _NUMBER_WINDOW)
@@ -506,6 +526,14 @@ class _Numbers:
 def _step_bytes(available: int | None) -> int:
     """Return the bytes of a step, with so many bytes of memory available, None where that is not known."""
     return SYNC_BYTES if available is None else min(SYNC_BYTES, max(LEAST_SYNC_BYTES, available // _SYNC_SHARE))
+
+
+def _watched(runs: Iterable[tuple[int, int]], windows: array[int]) -> Iterator[tuple[int, int]]:
+    """Pass runs (ascending) on, and note in which windows of _RUNS_WINDOW pages they are."""
+    for first, pages in runs:
+        low = max(first // _RUNS_WINDOW, windows[-1] + 1 if windows else 0)
+        windows.extend(range(low, (first + pages - 1) // _RUNS_WINDOW + 1))
+        yield first, pages
 
 
 def _windows_of(runs: Iterable[tuple[int, int]]) -> Iterator[BitmapWindow]:

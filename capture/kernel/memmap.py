@@ -29,6 +29,8 @@ _PIECE_PAGES = 8192
 """Struct pages put together where mappings meet; a compound page's first two are never apart."""
 _GAP = 4096
 """Step in bytes over addresses that are not mapped."""
+_MAX_GAPS = 1 << 14
+"""Such steps in one walk; then all that follows counts as not mapped. Damaged tables could take days."""
 _MAX_ROOTS = 1 << 22
 _POINTER = 8
 _ROOTS_AT_ONCE = 512
@@ -74,6 +76,7 @@ class MemMap:
         self._info = info
         self.kind = ""
         """How the struct pages were found, for people."""
+        self._gaps = 0
         self._open()
 
     def spans(self) -> Iterator[Span]:
@@ -94,6 +97,7 @@ class MemMap:
     def blocks(self) -> Iterator[StructPages]:
         """Yield all struct pages, ascending, in blocks that end at multiples of _PIECE_PAGES, most at BLOCK_PAGES."""
         size = self.struct_size
+        self._gaps = 0
         for span in self.spans():
             pfn, end = span.pfn, span.pfn + span.pages
             while pfn < end:
@@ -114,6 +118,7 @@ class MemMap:
 
     def physical_ranges(self) -> Iterator[tuple[int, int]]:
         """Yield (physical address, bytes) of where the struct pages themselves lie."""
+        self._gaps = 0
         for span in self.spans():
             for _, physical, length in self._pieces(span.virtual, span.pages * self.struct_size):
                 if physical is not None:
@@ -124,6 +129,7 @@ class MemMap:
 
         What the vmemmap exclusion needs; a struct page that crosses the end of a mapping ends a range early.
         """
+        self._gaps = 0
         for span in self.spans():
             for virtual, physical, length in self._pieces(span.virtual, span.pages * self.struct_size):
                 if physical is not None and (virtual - span.virtual) % self.struct_size == 0:
@@ -168,7 +174,8 @@ class MemMap:
         while start < end:
             mapping = self._memory.mapping(start)
             if mapping is None:
-                count = min(end, start - start % _GAP + _GAP) - start
+                self._gaps += 1
+                count = end - start if self._gaps > _MAX_GAPS else min(end, start - start % _GAP + _GAP) - start
                 yield start, None, count
             else:
                 count = min(end, mapping.virtual + mapping.size) - start
@@ -221,9 +228,8 @@ class MemMap:
         elif self._array:
             yield from self._array_sections(-(-self._image.max_pfn // self._section_pages))
         else:
-            for pfn in range(0, self._image.max_pfn, self._section_pages):
-                if self._image.holds(pfn, self._section_pages).any():
-                    yield pfn, self._virtual + pfn * self.struct_size
+            for pfn in self._image.inhabited(self._section_pages):
+                yield pfn, self._virtual + pfn * self.struct_size
 
     def _root_sections(self) -> Iterator[tuple[int, int]]:
         sections = -(-self._image.max_pfn // self._section_pages)

@@ -31,6 +31,9 @@ _MAX_TABLES = 1 << 14
 _STACK_BYTES = 16 << 10
 """THREAD_SIZE of x86_64 and aarch64 without sanitizers; stacks are aligned to it."""
 _MAX_RING = 1 << 31
+_MAX_GAPS, _MAX_PIECES = 1 << 14, 1 << 17
+"""Pages that are not mapped, and mappings, that are gone through for ranges of virtual addresses before it ends: a
+damaged table of per-CPU areas names terabytes. The largest machines have 8192 CPUs with stacks of four pages."""
 
 _SECTIONS = (
     (("_stext", "_text"), ("_etext",)),
@@ -118,6 +121,7 @@ class _Finder:
         self._page_size = image.page_size
         self._ranges = [array("q") for _ in KINDS]
         self._cut_short: set[int] = set()
+        self._gaps = self._pieces = 0
 
     def physical(self, kind: int, ranges: Iterable[tuple[int, int]]) -> None:
         """Add (physical address, bytes)."""
@@ -134,7 +138,7 @@ class _Finder:
 
     def virtual(self, kind: int, start: int, end: int) -> None:
         """Add what a range of virtual addresses is mapped to."""
-        self.physical(kind, self._translated(start, end))
+        self.physical(kind, self._translated(kind, start, end))
 
     def mapped(self, kind: int, first: int, last: int) -> None:
         """Add everything that page tables map between two virtual addresses."""
@@ -142,15 +146,21 @@ class _Finder:
             leaves = self._memory.tables.mappings(first, last, most_tables=_MAX_TABLES)
             self.physical(kind, ((leaf.physical, leaf.size) for leaf in leaves))
 
-    def _translated(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+    def _translated(self, kind: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         image = self._memory.image_physical(start, end) if start < end else None
         if image is not None:
             yield image, end - start
             return
         while start < end:
+            if self._gaps > _MAX_GAPS or self._pieces > _MAX_PIECES:
+                self._cut_short.add(kind)
+                return
             mapping = self._memory.mapping(start)
             step = self._page_size - start % self._page_size
-            if mapping is not None:
+            if mapping is None:
+                self._gaps += 1
+            else:
+                self._pieces += 1
                 step = mapping.virtual + mapping.size - start
                 yield mapping.physical + start - mapping.virtual, min(step, end - start)
             start += step

@@ -99,7 +99,7 @@ def parse(source: ByteSource) -> ElfCore:
     table = _program_headers(source, int(header["e_phoff"]), count)
     loads = table[table["p_type"] == PT_LOAD].copy()
     loads = loads[(loads["p_filesz"] > 0) & (loads["p_paddr"] != NO_PHYSICAL)]
-    loads, problem = _possible(source, loads)
+    loads, problem = _possible(source, loads, MAX_PHYSICAL_BITS)
     missing = _cut_to_source(source, loads)
     loads = loads[loads["p_filesz"] > 0]
     if not len(loads):
@@ -109,6 +109,18 @@ def parse(source: ByteSource) -> ElfCore:
         raise SourceError(f"{source.name}: {what}; copy it again")
     problems = (f"{source.name}: {problem}: left out",) if problem else ()
     return ElfCore(machine, loads, table[table["p_type"] == PT_NOTE].copy(), missing, problems)
+
+
+def narrowed(source: ByteSource, core: ElfCore, bits: int) -> ElfCore:
+    """Return ``core`` without the segments beyond ``bits`` address bits, what the dead kernel says it can have.
+
+    One stray segment makes bitmaps of many GiB, which crash and others do not read. Where most of memory lies there,
+    the number is wrong: nothing is left out.
+    """
+    loads, problem = _possible(source, core.loads, bits)
+    if problem is None or 2 * sum(map(int, loads["p_filesz"])) < sum(map(int, core.loads["p_filesz"])):
+        return core
+    return core._replace(loads=loads, problems=(*core.problems, f"{source.name}: {problem}: left out"))
 
 
 def _read(source: ByteSource, offset: int, length: int, what: str) -> bytes:
@@ -176,12 +188,12 @@ def _program_headers(source: ByteSource, offset: int, count: int) -> NDArray[np.
     return np.frombuffer(raw, dtype=PROGRAM_HEADER)
 
 
-def _possible(source: ByteSource, loads: NDArray[np.void]) -> tuple[NDArray[np.void], str | None]:
+def _possible(source: ByteSource, loads: NDArray[np.void], bits: int) -> tuple[NDArray[np.void], str | None]:
     """Return the segments that lie where memory can be, and a line about those that do not.
 
     One damaged row must not cost the good ones: what is left of a machine is worth saving without it.
     """
-    limit = np.uint64(1 << MAX_PHYSICAL_BITS)
+    limit = np.uint64(1 << bits)
     start, size, offset = loads["p_paddr"], loads["p_filesz"], loads["p_offset"]
     bad = (start >= limit) | (size > limit) | (start + size > limit)
     # Physical memory has no size to hold an offset against; nothing that exists lies beyond the address width.
@@ -193,7 +205,7 @@ def _possible(source: ByteSource, loads: NDArray[np.void]) -> tuple[NDArray[np.v
     more = f" (and {int(bad.sum()) - 1} more)" if bad.sum() > 1 else ""
     return loads[~bad], (
         f"PT_LOAD at physical {int(first['p_paddr']):#x}, {int(first['p_filesz']):#x} bytes{more} lies beyond "
-        f"{MAX_PHYSICAL_BITS} address bits, its header is damaged"
+        f"{bits} address bits, its header is damaged"
     )
 
 

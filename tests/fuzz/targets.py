@@ -1,427 +1,70 @@
-"""What is fuzzed, with which seeds, how they are mutated, and what must hold for every input.
+"""What is fuzzed: every parser that reads dead memory, a dump, or a command line, and what each must keep to.
 
-A dead kernel may hand us anything. Whatever it is, a parser succeeds or raises a CaptureError; what it says is one
-line without control characters; memory and time are bounded; no file stays open.
+What holds for every input is in tests/fuzz/bounds.py. A target adds what only it can know: that nothing was lost, that
+two ways to the same answer agree, that what was written can be read back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import os
-import random
-import re
+import itertools
+import json
 import signal
-import struct
 import tempfile
-import time
-import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-
-import zstandard
 
 from capture import cli, report
+from capture.boot import config, job
+from capture.console import Console, printable
 from capture.dump import write_dump
+from capture.dumpfile.codec import codec
+from capture.dumpfile.output import INCOMPLETE_SUFFIX, MANIFEST
 from capture.dumpfile.reader import KdumpFile
-from capture.errors import CaptureError, SourceError
+from capture.dumpfile.source import DumpImage, KdumpSource
+from capture.errors import SourceError
 from capture.kernel.address import KernelMemory
+from capture.kernel.arch import aarch64, x86_64
+from capture.kernel.pagerules import RulesMissing, page_rules
+from capture.kernel.panic import panicked_cpu
 from capture.kernel.printk import format_record
 from capture.kernel.utsname import FIELDS, read_utsname
 from capture.memory import elfcore
-from capture.memory.image import MemoryImage
-from capture.memory.source import Source
+from capture.memory.image import MemoryImage, UnreadableMemory
+from capture.memory.source import Source, elfcorehdr
 from capture.notes import vmcoreinfo
 from capture.notes.elfnote import read_notes
 from capture.notes.vmcoreinfo import PAGE_SIZES
 from capture.options import DumpOptions
 from capture.pagefilter import PageFilter
 from capture.selftest import elf_core, note
-from capture.vmcore import open_vmcore
-from tests import builders, dumps
-from tests.builders import (
-    DIRECT_MAP,
-    PAGE,
-    PrintkRing,
-    as_file,
-    filled,
-    prstatus_note,
-    raw_notes,
-    simple_core,
-    vmcoreinfo_note,
-)
-from tests.kernels import TABLES_PFN, busy_kernel
-from tests.structpages import ERAS
-
-MAX_SECONDS = 2.0
-"""Processor time for one input, with the memory of every allocation being traced."""
-MAX_BYTES = 256 << 20
-"""Peak of what Python and NumPy allocate for one input."""
-
-Field = tuple[int, int]
-"""Offset and width in bytes of an integer that steers a parser."""
-
-
-class FindingError(Exception):
-    """An input that breaks what must hold; the message says how."""
-
-
-class Overdue(BaseException):  # not an Exception: nothing that is fuzzed may catch it
-    """An input takes too long."""
-
-
-@dataclass(frozen=True, slots=True)
-class Seed:
-    """A realistic input and where the integers in it are."""
-
-    data: bytes
-    fields: tuple[Field, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """``run`` takes a file with the input and returns the lines that a person would read."""
-
-    name: str
-    run: Callable[[Path], Sequence[str]]
-    seeds: Callable[[], Sequence[Seed]]
-
-
-# --- What must hold -------------------------------------------------------------------------------------------------
-
-
-def check(target: Target, data: bytes, path: Path) -> None:
-    """Run one input, written to ``path``.
-
-    Raises:
-        FindingError: it breaks what must hold.
-    """
-    path.unlink(missing_ok=True)  # a new file: ext4 writes one that is replaced in place to the disk at once
-    path.write_bytes(data)
-    traced = tracemalloc.is_tracing()
-    if not traced:
-        tracemalloc.start()
-    tracemalloc.reset_peak()
-    before = tracemalloc.get_traced_memory()[0]
-    files = _open_files()
-    try:
-        with _time_limit():
-            lines = _run(target, path)
-        peak = tracemalloc.get_traced_memory()[1] - before
-    finally:
-        if not traced:
-            tracemalloc.stop()
-    if peak > MAX_BYTES:
-        raise FindingError(f"{peak >> 20} MiB of memory")
-    if _open_files() > files:
-        raise FindingError("a file stays open")
-    for line in lines:
-        if not line.isprintable():
-            raise FindingError(f"not one printable line: {line!r}")
-
-
-def _open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208  (the quickest way)
-
-
-def _run(target: Target, path: Path) -> Sequence[str]:
-    try:
-        return target.run(path)
-    except CaptureError as error:
-        return [str(error)]
-    except FindingError:
-        raise
-    except Overdue:
-        raise FindingError(f"more than {MAX_SECONDS} seconds") from None
-    except (Exception, SystemExit) as error:
-        raise FindingError(f"{type(error).__name__}: {error}") from error
-
-
-@contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
-    def overdue(_signal: int, _frame: FrameType | None) -> None:
-        raise Overdue
-
-    previous = signal.signal(signal.SIGPROF, overdue)
-    signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
-    started = time.process_time()
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, previous)
-    if time.process_time() - started > 2 * MAX_SECONDS:  # in one call into C, which no signal interrupts
-        raise FindingError(f"more than {2 * MAX_SECONDS} seconds")
-
-
-# --- Mutation -------------------------------------------------------------------------------------------------------
-
-_EXTREMES = (
-    0, 1, 2, 3, 7, 8, 63, 64, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 4095, 4096, 4097, 1 << 20, (1 << 31) - 1,
-    1 << 31, (1 << 32) - 1, 1 << 32, 1 << 40, (1 << 52) - 1, 1 << 52, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - PAGE,
-    (1 << 64) - 1, DIRECT_MAP,
-)  # fmt: skip
-_TEXT_NUMBER = re.compile(rb"(?<==)-?(?:0x)?[0-9a-f]+(?=\n)")
-MAX_INPUT = 1 << 20
-
-
-def mutated(seed: Seed, others: Sequence[Seed], rng: random.Random) -> bytes:
-    """Return ``seed`` damaged in one to five ways."""
-    data = bytearray(seed.data)
-    for _ in range(rng.choice((1, 1, 2, 3, 5))):
-        rng.choice(_MUTATIONS)(data, seed, others, rng)
-    return bytes(data[:MAX_INPUT])
-
-
-def _flip_bits(data: bytearray, _seed: Seed, _others: Sequence[Seed], rng: random.Random) -> None:
-    for _ in range(rng.randint(1, 16)):
-        if data:
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-
-
-def _extreme_field(data: bytearray, seed: Seed, _others: Sequence[Seed], rng: random.Random) -> None:
-    for _ in range(rng.randint(1, 3)):
-        if seed.fields:
-            _put(data, *rng.choice(seed.fields), _extreme(len(data), rng))
-
-
-def _extreme_anywhere(data: bytearray, _seed: Seed, _others: Sequence[Seed], rng: random.Random) -> None:
-    width = rng.choice((1, 2, 4, 8))
-    _put(data, rng.randrange(len(data) + 1) // width * width, width, _extreme(len(data), rng))
-
-
-def _swap_fields(data: bytearray, seed: Seed, _others: Sequence[Seed], rng: random.Random) -> None:
-    if seed.fields:
-        (one, width), (other, other_width) = rng.choice(seed.fields), rng.choice(seed.fields)
-        value = bytes(data[one : one + width])
-        _put(data, one, width, int.from_bytes(data[other : other + other_width], "little"))
-        _put(data, other, other_width, int.from_bytes(value, "little"))
-
-
-def _extreme_text(data: bytearray, _seed: Seed, _others: Sequence[Seed], rng: random.Random) -> None:
-    """Replace a number of VMCOREINFO by another text of the same length where there is room, else move the rest."""
-    found = list(_TEXT_NUMBER.finditer(data))
-    if found:
-        match = rng.choice(found)
-        value = _extreme(len(data), rng)
-        text = rng.choice((b"%d" % value, b"%x" % value, b"-%d" % value, b"", b"9" * 30, b"\x1b[2J", b"\xff\n"))
-        end = match.end()
-        if rng.random() < 0.8:  # the note's size stays right
-            text = text[: end - match.start()].rjust(end - match.start(), b"0")
-        data[match.start() : end] = text
-
-
-def _cut(data: bytearray, _seed: Seed, _others: Sequence[Seed], rng: random.Random) -> None:
-    del data[rng.randrange(len(data) + 1) :]
-
-
-def _lengthen(data: bytearray, _seed: Seed, _others: Sequence[Seed], rng: random.Random) -> None:
-    data += rng.choice((bytes(PAGE), b"\xff" * 100, rng.randbytes(64), bytes(data[:PAGE])))
-
-
-def _splice(data: bytearray, _seed: Seed, others: Sequence[Seed], rng: random.Random) -> None:
-    other = rng.choice(others).data
-    if other:
-        start = rng.randrange(len(other))
-        piece = other[start : start + rng.choice((8, 64, 512, PAGE))]
-        at = rng.randrange(len(data) + 1)
-        data[at : at + len(piece) if rng.random() < 0.8 else at] = piece
-
-
-def _remove(data: bytearray, _seed: Seed, _others: Sequence[Seed], rng: random.Random) -> None:
-    at = rng.randrange(len(data) + 1)
-    del data[at : at + rng.choice((1, 4, 8, 56, 100))]
-
-
-def _fill(data: bytearray, _seed: Seed, _others: Sequence[Seed], rng: random.Random) -> None:
-    at = rng.randrange(len(data) + 1)
-    length = min(rng.choice((8, 64, 512, PAGE)), len(data) - at)
-    data[at : at + length] = bytes([rng.choice((0, 0xFF, 0x41))]) * length
-
-
-_MUTATIONS = (
-    _flip_bits, _extreme_field, _extreme_field, _extreme_field, _extreme_anywhere, _swap_fields, _extreme_text,
-    _extreme_text, _cut, _lengthen, _splice, _remove, _fill,
-)  # fmt: skip
-
-
-def _extreme(size: int, rng: random.Random) -> int:
-    if rng.random() < 0.2:
-        return 1 << rng.randrange(64)
-    return rng.choice((*_EXTREMES, size, size - 1, size + 1, size // 2, -size, rng.getrandbits(64)))
-
-
-def _put(data: bytearray, offset: int, width: int, value: int) -> None:
-    data[offset : offset + width] = (value % (1 << 8 * width)).to_bytes(width, "little")
-
-
-def inputs(target: Target, seed: object) -> Iterator[bytes]:
-    """Yield mutated inputs without end, the same ones for the same ``seed``; the seeds themselves come first."""
-    seeds = target.seeds()
-    yield from (entry.data for entry in seeds)
-    rng = random.Random(f"{seed}/{target.name}")
-    while True:
-        yield mutated(rng.choice(seeds), seeds, rng)
-
-
-# --- Seeds ----------------------------------------------------------------------------------------------------------
-
-
-def _elf_fields(data: bytes) -> tuple[Field, ...]:
-    header = ((4, 1), (5, 1), (16, 2), (18, 2), (32, 8), (40, 8), (54, 2), (56, 2), (60, 2))
-    (count,) = struct.unpack_from("<H", data, builders.E_PHNUM)
-    table = [
-        (builders.program_header(number, offset), width)
-        for number in range(min(count, 16))
-        for offset, width in ((0, 4), (8, 8), (16, 8), (24, 8), (32, 8), (40, 8))
-    ]
-    return (*header, *table)
-
-
-def _elf_seed(data: bytes) -> Seed:
-    return Seed(data, _elf_fields(data))
-
-
-@cache
-def elf_seeds() -> list[Seed]:
-    overlapping = [
-        (0xFFFF_FFFF_8100_0000, 0x2000, filled("k", "k")),
-        (DIRECT_MAP + 0x1000, 0x1000, filled("a", "k", "k")),
-    ]
-    odd = [(DIRECT_MAP, 0x1234, b"o" * 5000), (DIRECT_MAP, 0x9000, b"p" * 100)]
-    raw = raw_notes([prstatus_note(1, 1), b"", prstatus_note(2, 2), vmcoreinfo_note()])
-    arm = elf_core(
-        [prstatus_note(1, 1, registers=34)], [(0xFFFF_0000_0000_0000, 0x4000_0000, filled("a"))], machine=183
-    )
-    large_pages = simple_core(*"ab.c" * 8, keys={**builders.READABLE_BY_DRGN, "PAGESIZE": "65536"})
-    cores = [simple_core("a", ".", "b"), elf_core(raw, overlapping), elf_core([], odd), arm, large_pages]
-    many = builders.pn_xnum_core(64)
-    section_fields = ((64 + 44, 4), (builders.E_SHOFF, 8))
-    return [*map(_elf_seed, cores), Seed(many, (*_elf_fields(many), *section_fields))]
-
-
-@cache
-def note_seeds() -> list[Seed]:
-    strange = [note(b"LINUX", 0x700, b"device dump"), note(b"", 9, b"x"), note(b"CORE", 1, bytes(100))]
-    blobs = [[b"".join([prstatus_note(1, 1), *strange, vmcoreinfo_note()])], raw_notes([*strange, vmcoreinfo_note()])]
-    seeds = []
-    for segments in blobs:
-        data = elf_core(segments, [(DIRECT_MAP + 0x1000, 0x1000, filled("m"))])
-        first = builders.EHDR + (len(segments) + 1) * builders.PHDR
-        inside = tuple((first + at, 4) for at in (0, 4, 8, 356, 360, 364, 400, 404))
-        seeds.append(Seed(data, (*_elf_fields(data)[9:], *inside, *inside)))
-    return seeds
-
-
-@cache
-def text_seeds() -> list[Seed]:
-    ring = PrintkRing()
-    arm = {"NUMBER(kimage_voffset)": "0xffff7fffc0000000", "SYMBOL(_stext)": "ffff800008000000", "PAGESIZE": "16384"}
-    return [Seed(builders.vmcoreinfo_text(keys)) for keys in (builders.READABLE_BY_DRGN, ring.keys(0x20_0000), arm)]
-
-
-@cache
-def printk_seeds() -> list[Seed]:
-    seeds = []
-    for layout, fits_end, records in (
-        (builders.RING_LAYOUT, False, 9),
-        (builders.RING_LAYOUT, True, 70),
-        (builders.SHUFFLED_LAYOUT, False, 40),
-    ):
-        ring = PrintkRing(desc_bits=4, text_bits=10, fits_end=fits_end, layout=layout)
-        for number in range(records):
-            ring.add(b"line %d\nof \x1b[2J record" % number, caller=number, reserve=40)
-        ring.add(b"").add_without_room().add(b"BUG: \xff\x1b]0;x\x07\n", caller=builders.CPU | 1)
-        memory = ring.memory(0x20_0000)
-        data = ring.core(notes=[prstatus_note(3, 3)])
-        start = len(data) - len(memory) - -len(memory) % PAGE
-        steering = [
-            ("printk_ringbuffer.desc_ring", "prb_desc_ring.count_bits", 4),
-            ("printk_ringbuffer.desc_ring", "prb_desc_ring.descs", 8),
-            ("printk_ringbuffer.desc_ring", "prb_desc_ring.infos", 8),
-            ("printk_ringbuffer.desc_ring", "prb_desc_ring.head_id", 8),
-            ("printk_ringbuffer.desc_ring", "prb_desc_ring.tail_id", 8),
-            ("printk_ringbuffer.text_data_ring", "prb_data_ring.size_bits", 4),
-            ("printk_ringbuffer.text_data_ring", "prb_data_ring.data", 8),
-        ]
-        in_ring = tuple(
-            (start + 64 + layout[f"OFFSET({ring_name})"] + layout[f"OFFSET({name})"], width)
-            for ring_name, name, width in steering
-        )
-        in_descs = tuple(
-            (start + 512 + number * layout["SIZE(prb_desc)"] + at, 8) for number in range(4) for at in (0, 8, 16)
-        )
-        infos = start + 512 + 16 * layout["SIZE(prb_desc)"]
-        lengths = tuple((infos + number * layout["SIZE(printk_info)"] + layout["OFFSET(printk_info.text_len)"], 2)
-                        for number in range(4))  # fmt: skip
-        seeds.append(Seed(data, (*in_ring, *in_ring, *in_descs, *lengths)))
-    return seeds
-
-
-_HEADER_VERSION = 8
-_KDUMP_HEADER_FIELDS = tuple(
-    (at, 4)
-    for at in (
-        _HEADER_VERSION,
-        dumps.STATUS,
-        dumps.BLOCK_SIZE,
-        dumps.SUB_HDR_SIZE,
-        dumps.BITMAP_BLOCKS,
-        dumps.MAX_MAPNR,
-    )
+from capture.survey import take_survey
+from capture.verify import VerifyReport, verify
+from capture.vmcore import Vmcore, open_vmcore
+from tests.builders import DIRECT_MAP, PrintkRing, as_file
+from tests.fuzz.bounds import FindingError, Target
+from tests.fuzz.seeds import (
+    RESUMED,
+    command_line_seeds,
+    core_seeds,
+    elf_seeds,
+    kdump_seeds,
+    kernel_seeds,
+    note_seeds,
+    printk_seeds,
+    resume_seeds,
+    table_seeds,
+    text_seeds,
+    verify_seeds,
 )
 
-
-@cache
-def kdump_seeds() -> list[Seed]:
-    seeds = []
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "core", Path(folder) / "dump"
-        for compression in ("none", "zlib", "zstd"):
-            for page_size in PAGE_SIZES[:: 2 if compression == "zstd" else 3]:
-                keys: dict[str, str | int] = {**builders.READABLE_BY_DRGN, "PAGESIZE": page_size}
-                source.write_bytes(simple_core(*"ab.cd.ea" * 8, physical=0x10_0000, keys=keys))
-                options = DumpOptions(compression=compression, threads=1, replace=True, progress=False)
-                with open_vmcore(str(source)) as vmcore:
-                    write_dump(vmcore, target, options)
-                table = KdumpFile(target).descriptor_table
-                fields = tuple(
-                    (table + number * dumps.DESCRIPTOR_BYTES + at, width)
-                    for number in range(4)
-                    for at, width in ((0, 8), (8, 4), (12, 4))
-                )
-                sub_header = tuple((page_size + at, width) for at, width in ((8, 4), (96, 8)))
-                seed = Seed(target.read_bytes(), (*_KDUMP_HEADER_FIELDS, *sub_header, *fields))
-                seeds += [seed] if compression != "none" else [seed, _with_content_size(seed, table)]
-    return seeds
+_MAPPINGS = 300
+"""Mappings of one set of page tables that are looked at: tables that point at themselves have millions."""
 
 
-@cache
-def filter_seeds() -> list[Seed]:
-    """A small kernel of each era; its page tables, mem_section and VMCOREINFO are most of what is changed."""
-    seeds = []
-    for era in ERAS[::2]:
-        data = busy_kernel(era).parts()
-        table = data.index(struct.pack("<Q", (TABLES_PFN + 1) * PAGE | 0x63))
-        start = table - table % 8 - 8 * 512
-        fields = [(at, 8) for at in range(max(0, start), len(data) - 8, 8) if any(data[at : at + 8])][:200]
-        seeds.append(Seed(data, (*_elf_fields(data), *fields)))
-    return seeds
-
-
-def _with_content_size(seed: Seed, table: int) -> Seed:
-    """Give the first page a zstd frame that says how long its content is, in 8 bytes (RFC 8878, 3.1.1.1)."""
-    plain = zstandard.ZstdCompressor(write_content_size=False).compress(b"x" * PAGE)
-    window = plain[5:6]
-    frame = plain[:4] + bytes([0xC0]) + window + struct.pack("<Q", PAGE) + plain[6:]
-    data = builders.patched(seed.data, table, "qII", len(seed.data), len(frame), dumps.ZSTD) + frame
-    return Seed(data, (*seed.fields, *[(len(seed.data) + 6, 8)] * 4))
-
-
-# --- Targets --------------------------------------------------------------------------------------------------------
+_MOST_PFNS = 1 << 28
 
 
 def _every_page(image: MemoryImage) -> None:
@@ -437,7 +80,7 @@ def run_elf(path: Path) -> list[str]:
         core = elfcore.parse(source)
         for page_size in PAGE_SIZES:
             _every_page(MemoryImage(source, core.loads, page_size))
-    return []
+    return list(core.problems)
 
 
 def run_notes(path: Path) -> list[str]:
@@ -447,8 +90,9 @@ def run_notes(path: Path) -> list[str]:
         if found.blob[entry.offset : entry.offset + len(entry.descriptor)] != entry.descriptor:
             raise FindingError(f"a descriptor is not at its offset {entry.offset:#x}")
     with open_vmcore(str(path)) as vmcore:
-        _, problems = report.registers(vmcore)
-        return [*found.problems, *vmcore.problems, *problems]
+        panic = report.find_panic(vmcore)
+        json.dumps(report.registers_json(vmcore, panic))
+        return [*found.problems, *vmcore.problems, *report.registers_text(vmcore, panic).splitlines()]
 
 
 def run_vmcoreinfo(path: Path) -> list[str]:
@@ -460,6 +104,12 @@ def run_vmcoreinfo(path: Path) -> list[str]:
                 raise FindingError(f"{name} has {value}")
     if info.page_size not in PAGE_SIZES:
         raise FindingError(f"page size {info.page_size}")
+    for architecture in (x86_64, aarch64):
+        geometry = architecture.geometry(info)
+        if geometry is not None and not (0 <= geometry.root < 1 << 64 and geometry.first <= geometry.last):
+            raise FindingError(f"page tables at {geometry.root:#x} for {geometry.first:#x} on")
+    with contextlib.suppress(RulesMissing):
+        page_rules(info)
     # The same text in a note of a whole vmcore: everything that steers by it.
     memory = PrintkRing().add(b"x").memory(0x20_0000)
     note_of_it = note(b"VMCOREINFO", 0, path.read_bytes())
@@ -476,23 +126,53 @@ def run_printk(path: Path) -> list[str]:
         for name in FIELDS:
             names.text(name)
         panic = report.find_panic(vmcore)
+        cpus, _ = report.registers(vmcore)
+        panicked_cpu(panic, cpus)
         lines = [panic.line, *vmcore.problems]
         for record in report.open_log(vmcore).records():
             text = format_record(record, caller=True)
+            json.dumps(report.record_json(record))
             lines += [line.replace("\t", " ") for line in text.decode("ascii").split("\n")]
     return lines
 
 
+def run_tables(path: Path) -> list[str]:
+    with open_vmcore(str(path)) as vmcore:
+        memory = KernelMemory(vmcore.image, vmcore.info, vmcore.core.machine)
+        tables = memory.tables
+        if tables is None:
+            return vmcore.problems
+        geometry = tables.geometry
+        for leaf in itertools.islice(tables.mappings(geometry.first, geometry.last, most_tables=256), _MAPPINGS):
+            if tables.lookup(leaf.virtual + leaf.size - 1) != leaf or not geometry.first <= leaf.virtual:
+                raise FindingError(f"two walks differ: {leaf}", "two walks differ")
+            memory.physical(leaf.virtual)
+            with contextlib.suppress(UnreadableMemory):
+                if len(memory.read(leaf.virtual + leaf.size - 8, 16)) != 16:
+                    raise FindingError(f"a read is cut short at {leaf.virtual:#x}", "a read is cut short")
+        for address in (0, geometry.first - 1, geometry.first, geometry.last, DIRECT_MAP):
+            memory.mapping(address)
+            memory.image_physical(address, address + 100)
+        return vmcore.problems
+
+
 def run_kdump(path: Path) -> list[str]:
-    dump = KdumpFile(path)
     lines: list[str] = []
-    try:
+    with KdumpFile(path) as dump:
+        pages = 0
         for batch in dump.pages():
             if batch.data.shape != (len(batch.pfns), dump.page_size):
                 raise FindingError(f"{len(batch.pfns)} pages have data of shape {batch.data.shape}")
+            pages += len(batch.pfns)
             lines += batch.bad.values()
-    finally:
-        dump.close()
+        if pages != dump.page_count() or pages != sum(count for _, count in dump.runs()):
+            raise FindingError(f"{dump.page_count()} pages, of which {pages} are read")
+        dump.notes()
+        for first, count in itertools.islice(dump.runs(dump.bitmap1, dump.bitmap2), 20):
+            dump.bits(dump.bitmap1, first // 8 * 8, min(count, 1 << 20))
+            with contextlib.suppress(OSError):
+                if sum(map(len, dump.read_run(first, min(count, 64)))) != min(count, 64) * dump.page_size:
+                    raise FindingError("a run of pages is cut short")
     return lines
 
 
@@ -500,9 +180,25 @@ def run_filter(path: Path) -> list[str]:
     with open_vmcore(str(path)) as vmcore:
         page_filter = PageFilter(vmcore)
         pages = sum(int(window.there.sum()) for window in page_filter.windows())
-        if pages != vmcore.image.page_count or pages != int(page_filter.census.classes.sum()):
+        if pages != int(page_filter.census.classes.sum()):
+            raise FindingError(f"{pages} pages, of which {page_filter.census.classes.sum()} have a class")
+        if vmcore.level == 0 and pages != vmcore.image.page_count:
             raise FindingError(f"{pages} of {vmcore.image.page_count} pages have a class")
-        return [reason for level in range(32) for reason in page_filter.verdict(level).reasons]
+        if page_filter.mem_map is not None:
+            for physical, _first, count in itertools.islice(page_filter.mem_map.described_by(), 1000):
+                if physical < 0 or count < 0:
+                    raise FindingError(f"{count} struct pages at {physical:#x}")
+        reasons = [reason for level in (0, 1, 2, 4, 8, 16, 31) for reason in page_filter.verdict(level).reasons]
+        return [*reasons, *([page_filter.unusable] if page_filter.unusable else [])]
+
+
+def run_survey(path: Path) -> list[str]:
+    with open_vmcore(str(path)) as vmcore:
+        page_filter = PageFilter(vmcore)
+        survey = take_survey(vmcore.image, page_filter, codec("zstd:1"), len(vmcore.notes.blob))
+        values = report.survey_values(survey, page_filter, "zstd:1")
+        json.dumps(values | report.describe(vmcore, report.find_panic(vmcore)))
+        return report.survey_text(values).splitlines()
 
 
 def run_dump_as_source(path: Path) -> list[str]:
@@ -511,17 +207,105 @@ def run_dump_as_source(path: Path) -> list[str]:
         return [*vmcore.problems, *run_filter(path)]
 
 
-def run_cli(path: Path) -> list[str]:
+def run_save(path: Path) -> list[str]:
+    """The whole job, as on a crash boot; what it saved is read back and held against the vmcore."""
+    console = Console(file=io.StringIO())
+    options = DumpOptions(levels=(17, 31), compression="zstd:1", threads=1, progress=False, exclude_vmemmap=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, open_vmcore(str(path)) as vmcore:
+        saved = job.save(vmcore, Path(folder), options, console)
+        lines = [*console.lines, *saved.failures]
+        if saved.dump is None:
+            raise FindingError(f"no dump: {saved.failures}")
+        lines += _read_back(saved.dump.path, vmcore, status=job.exit_status(saved))
+        if not (saved.dump.path.parent / MANIFEST).exists():
+            raise FindingError("no manifest")
+    return _without_bugs(lines)
+
+
+def run_resume(path: Path) -> list[str]:
+    """``path`` is an unfinished dump of ``RESUMED``."""
+    core = path.with_name("resumed")
+    if not core.exists():
+        core.write_bytes(RESUMED)
+    options = DumpOptions(levels=(1,), compression="zstd:1", threads=1, progress=False, resume=True, hashed=False)
     lines: list[str] = []
-    for command in ("info", "dmesg"):
-        status, out, err = _command([command, str(path)])
-        if status not in (0, 3, SourceError.exit_status):
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, open_vmcore(str(core)) as vmcore:
+        target = Path(folder) / "vmcore"
+        path.rename(target.with_name(f"vmcore{INCOMPLETE_SUFFIX}"))
+        result = write_dump(vmcore, target, options, lines.append)
+        # (What an uncompressed page of a dump holds is believed where it has no checksum: it may differ.)
+        lines += _read_back(result.path, vmcore, status=3 if result.shortfall() else 0, same=False)
+        lines += filter(None, [result.shortfall(), result.name_failure])
+    return _without_bugs(lines)
+
+
+def _read_back(path: Path, vmcore: Vmcore, *, status: int, same: bool = True) -> list[str]:
+    with KdumpFile(path) as dump:
+        if dump.max_mapnr > _MOST_PFNS:  # its bitmaps are holes for the most part, which are read all the same
+            return []
+        found = verify(dump, vmcore.image, progress=False)
+    wrong = found.damaged + found.changed + (found.different + found.extra if same else 0)
+    if wrong or (status == 0 and found.incomplete):
+        raise FindingError(f"what was written is not what there was: {found.text()!r}", "not what there was")
+    return found.text().split("\n")
+
+
+def _without_bugs(lines: list[str]) -> list[str]:
+    for line in lines:
+        if "internal error" in line or "out of memory" in line:
+            raise FindingError(line)
+    return lines
+
+
+def run_verify(path: Path) -> list[str]:
+    """``path`` has a manifest, a byte of zero, and the dump beside it."""
+    manifest, _, data = path.read_bytes().partition(b"\0")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        dump_path = Path(folder) / "vmcore"
+        dump_path.write_bytes(data)
+        (dump_path.parent / MANIFEST).write_bytes(manifest)
+        with KdumpFile(dump_path) as dump:
+            reports: list[VerifyReport] = [verify(dump, None, progress=False)]
+            with contextlib.suppress(SourceError), KdumpSource(str(dump_path)) as source:
+                reports.append(verify(dump, DumpImage(source, source.core().loads), progress=False))
+    if any(found.different for found in reports):
+        raise FindingError("a dump differs from itself")
+    return [line for found in reports for line in (json.dumps(found.values()), *found.text().split("\n"))]
+
+
+def run_command_line(path: Path) -> list[str]:
+    text = path.read_bytes().decode(errors="replace")
+    boot = config.parse(text)
+    header = elfcorehdr(text)
+    if not boot.path.startswith("/") or ".." in boot.path.split("/"):
+        raise FindingError(f"the path {boot.path!r}")
+    if {boot.final, boot.failure} - set(config.ACTIONS) or not 0 <= boot.wait <= config.MAX_WAIT:
+        raise FindingError(f"{boot}")
+    if header is not None and header < 0:
+        raise FindingError(f"the header at {header}")
+    DumpOptions(levels=boot.levels, compression=boot.compression).check()
+    return [printable(problem) for problem in boot.problems]
+
+
+_COMMANDS = (
+    ("info",), ("info", "--json"), ("dmesg",), ("dmesg", "--json", "--caller"), ("registers",), ("registers", "--json"),
+    ("verify", "--no-progress"), ("verify", "--json"),
+)  # fmt: skip
+
+
+def run_cli(path: Path) -> list[str]:
+    """Two commands: which, the input itself tells."""
+    lines: list[str] = []
+    number = zlib.crc32(path.read_bytes())
+    for command in (_COMMANDS[number % len(_COMMANDS)], _COMMANDS[number // 8 % len(_COMMANDS)]):
+        status, out, err = _command([*command, str(path)])
+        if status not in (0, 3, SourceError.exit_status) and (command[0] != "verify" or status != 1):
             raise FindingError(f"{command}: exit status {status}: {err[-500:]!r}")
-        if status and len(err.splitlines()) != 1:
+        if status == SourceError.exit_status and len(err.splitlines()) != 1:
             raise FindingError(f"{command}: a failure of {len(err.splitlines())} lines: {err[-500:]!r}")
         lines += err.splitlines()
         lines += [line.replace("\t", " ") for line in out.splitlines()]
-    return lines
+    return _without_bugs(lines)
 
 
 def _command(arguments: Sequence[str]) -> tuple[int, str, str]:
@@ -543,9 +327,15 @@ TARGETS: dict[str, Target] = {
         Target("notes", run_notes, note_seeds),
         Target("vmcoreinfo", run_vmcoreinfo, text_seeds),
         Target("printk", run_printk, printk_seeds),
+        Target("tables", run_tables, table_seeds),
+        Target("filter", run_filter, kernel_seeds),
+        Target("survey", run_survey, kernel_seeds),
+        Target("save", run_save, core_seeds),
         Target("kdump", run_kdump, kdump_seeds),
-        Target("filter", run_filter, filter_seeds),
-        Target("dump as source", run_dump_as_source, kdump_seeds),
-        Target("cli", run_cli, lambda: [*elf_seeds(), *note_seeds(), *printk_seeds()]),
+        Target("dump as source", run_dump_as_source, kdump_seeds, seconds=15),
+        Target("resume", run_resume, resume_seeds),
+        Target("verify", run_verify, verify_seeds, seconds=15),
+        Target("command line", run_command_line, command_line_seeds),
+        Target("cli", run_cli, lambda: [*core_seeds(), *kdump_seeds()], seconds=15),
     )
 }

@@ -1,30 +1,50 @@
-"""A short run of the fuzzer, the same inputs each time; and that the fuzzer would notice."""
+"""A short run of the fuzzer, the same inputs each time; what long runs have kept; and that the fuzzer would notice."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import os
 import random
+import re
+import resource
 import struct
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from capture.errors import SourceError
+from capture.kernel.pages import CLASS_NAMES
+from capture.kernel.protect import KINDS
+from capture.pagefilter import PageFilter
+from capture.report import find_panic
+from capture.vmcore import open_vmcore
 from tests.builders import patched
 from tests.dumps import SUB_HDR_SIZE
 from tests.faults import raising
-from tests.fuzz import run
-from tests.fuzz.targets import MAX_BYTES, TARGETS, FindingError, Seed, Target, check, inputs, kdump_seeds, mutated
+from tests.fuzz import corpus, run
+from tests.fuzz.bounds import MAX_ADDRESS_SPACE, MAX_BYTES, FindingError, Target, check, limit_address_space
+from tests.fuzz.kernel import PAGES
+from tests.fuzz.mutation import Inputs, Seed, mutated
+from tests.fuzz.reach import Novelty, Reach, Seen
+from tests.fuzz.seeds import kdump_seeds, kernel_seeds
+from tests.fuzz.targets import TARGETS
 
 INPUTS = 40
 """Of each target; `make fuzz` takes as many as its time allows."""
+MEASURED = 8
+"""Of so many inputs, the memory of one is measured exactly: that takes four times as long."""
 
 every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 
@@ -32,15 +52,31 @@ every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 # --- Whatever comes, it is a CaptureError in one line, in bounded memory and time -----------------------------------
 
 
+def try_all(target: Target, entries: Iterable[Seed], folder: Path) -> int:
+    """Run inputs and return how many there were."""
+    number = 0
+    with limit_address_space() as renew:
+        for number, entry in enumerate(entries, 1):
+            renew()
+            try:
+                check(target, entry.data, folder / "input", measured=number % MEASURED == 0)
+            except FindingError as finding:
+                kept = folder / f"{target.name}-{number}"
+                kept.write_bytes(entry.data)
+                pytest.fail(f"{finding}; python -m tests.fuzz.run --target '{target.name}' --replay {kept}")
+    return number
+
+
 @every_target
 def test_mutated_inputs_are_read_or_refused(target: Target, tmp_path: Path) -> None:
-    for number, data in enumerate(itertools.islice(inputs(target, "tests"), INPUTS + len(target.seeds()))):
-        try:
-            check(target, data, tmp_path / "input")
-        except FindingError as finding:
-            kept = tmp_path / f"{target.name}-{number}"
-            kept.write_bytes(data)
-            pytest.fail(f"{finding}; python -m tests.fuzz.run --target {target.name} --replay {kept}")
+    seeds = target.seeds()
+    entries = itertools.islice(Inputs(seeds, f"tests/{target.name}"), len(seeds) + INPUTS)
+    assert try_all(target, entries, tmp_path) == len(seeds) + INPUTS
+
+
+@every_target
+def test_what_the_long_runs_have_kept_is_read_or_refused(target: Target, tmp_path: Path) -> None:
+    assert try_all(target, corpus.load(target), tmp_path)
 
 
 @every_target
@@ -54,16 +90,32 @@ def test_any_bytes_behind_any_beginning_are_read_or_refused(
     check(target, seed.data[:begin] + data.draw(st.binary(max_size=300)), tmp_path / "input")
 
 
-@every_target
+ALL_ACCEPTED = [target for name, target in TARGETS.items() if name not in ("vmcoreinfo", "dump as source", "cli")]
+"""Of the others some seeds are refused: a VMCOREINFO without a log, dumps by hand without a machine."""
+
+
+@pytest.mark.parametrize("target", ALL_ACCEPTED, ids=lambda target: target.name)
 def test_the_seeds_are_sound(target: Target, tmp_path: Path) -> None:
     for seed in target.seeds():
         (tmp_path / "input").write_bytes(seed.data)
-        if target.name != "vmcoreinfo":
-            try:
-                target.run(tmp_path / "input")
-            except SourceError as error:
-                pytest.fail(f"a seed is refused: {error}")
+        try:
+            target.run(tmp_path / "input")
+        except SourceError as error:
+            pytest.fail(f"a seed is refused: {error}")
         assert all(offset + width <= len(seed.data) for offset, width in seed.fields)
+
+
+def test_the_small_kernels_have_all_that_is_looked_for(tmp_path: Path) -> None:
+    for seed in kernel_seeds():
+        (tmp_path / "core").write_bytes(seed.data)
+        with open_vmcore(str(tmp_path / "core")) as vmcore:
+            page_filter = PageFilter(vmcore)
+            assert page_filter.unusable is None
+            assert sum(len(window.kinds) for window in page_filter.windows()) == PAGES
+            assert set(page_filter.protects) == set(KINDS[:-1])
+            assert all(page_filter.census.by_name()[name] for name in CLASS_NAMES if name != "unknown")
+            assert page_filter.verdict(31).level == 31
+            assert find_panic(vmcore).line.startswith("Kernel panic")
 
 
 # --- What fuzzing found ---------------------------------------------------------------------------------------------
@@ -92,8 +144,8 @@ def test_a_dump_that_is_refused_is_closed(tmp_path: Path) -> None:
 # --- The fuzzer itself ----------------------------------------------------------------------------------------------
 
 
-def target_that(run_it: Callable[[Path], Sequence[str]]) -> Target:
-    return Target("pretended", run_it, lambda: [Seed(b"seed")])
+def target_that(run_it: Callable[[Path], Sequence[str]], *, name: str = "pretended") -> Target:
+    return Target(name, run_it, lambda: [Seed(b"seed")], seconds=0.3)
 
 
 def _hungry(_path: Path) -> Sequence[str]:
@@ -142,10 +194,22 @@ def test_a_refusal_in_one_line_is_no_finding(tmp_path: Path) -> None:
     check(target_that(lambda path: [path.read_bytes().decode()]), b"input", tmp_path / "input")
 
 
+def test_memory_that_is_not_measured_is_bounded_all_the_same(tmp_path: Path) -> None:
+    target = target_that(lambda _: [str(len(bytearray(2 * MAX_ADDRESS_SPACE)))])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with limit_address_space() as renew:
+        renew()
+        with pytest.raises(FindingError, match="MemoryError"):
+            check(target, b"input", tmp_path / "input", measured=False)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
 @every_target
-def test_the_same_seed_gives_the_same_inputs(target: Target) -> None:
-    count = len(target.seeds()) + 30
-    first, again, other = (list(itertools.islice(inputs(target, seed), count)) for seed in ("a", "a", "b"))
+def test_the_same_name_gives_the_same_inputs(target: Target) -> None:
+    seeds = target.seeds()
+    first, again, other = (
+        [entry.data for entry in itertools.islice(Inputs(seeds, name), len(seeds) + 30)] for name in ("a", "a", "b")
+    )
     assert first == again != other
     assert len(set(first)) > 20
 
@@ -157,30 +221,197 @@ def test_mutations_reach_the_integers_that_steer() -> None:
     assert {1, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF} <= found
 
 
+def test_mutations_hide_keys_and_lend_lines() -> None:
+    rng = random.Random(1)
+    seed, other = Seed(b"OFFSET(a.b)=8\nSIZE(page)=64\n"), Seed(b"NUMBER(x)=1\n")
+    made = {mutated(seed, [seed, other], rng) for _ in range(500)}
+    assert b"OFFSET(a.b)=8\n#IZE(page)=64\n" in made
+    assert b"NUMBER(x)=1\n\n\nSIZE(page)=64\n" in made
+
+
+def test_what_is_kept_is_mutated_further() -> None:
+    made = Inputs([Seed(b"seed")], "name")
+    made.keep(Seed(b"kept" * 100, ((8, 4),), 7))
+    found = list(itertools.islice(made, 200))
+    assert any(entry.data.startswith(b"kept") and entry.origin == 7 and entry.fields for entry in found)
+    assert any(entry.data.startswith(b"seed") for entry in found)
+
+
 def test_a_run_counts_its_inputs_and_ends_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status = run.main(["--seconds", "0.3", "--seed", "s", "--target", "vmcoreinfo", "--keep", str(tmp_path / "kept")])
+    assert run.fuzz([TARGETS["command line"]], 0.3, "s", tmp_path / "kept") == 0
     out = capsys.readouterr().out
-    assert status == 0
-    assert "seed s" in out
-    assert "vmcoreinfo" in out
+    assert "command line" in out
     assert "nothing broke" in out
     assert not (tmp_path / "kept").exists()
 
 
-def test_a_run_keeps_what_breaks_and_says_how_to_repeat_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    broken = target_that(raising(ValueError("not ours")))
-    assert run.fuzz([broken, TARGETS["vmcoreinfo"]], 0.3, "s", tmp_path) == 1
+def test_a_run_keeps_the_first_of_each_finding_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def breaks(path: Path) -> list[str]:
+        if path.read_bytes() == b"seed":
+            raise ValueError("not ours")
+        raise TypeError("not ours either")
+
+    broken = target_that(breaks)
+    assert run.fuzz([broken, TARGETS["command line"]], 0.5, "s", tmp_path) == 1
     out = capsys.readouterr().out
-    (kept,) = tmp_path.iterdir()
-    assert kept.read_bytes() == b"seed"
-    assert "ValueError: not ours" in out
-    assert "seed s" in out
-    assert f"--target pretended --replay {kept}" in out
-    with pytest.raises(FindingError):
-        run.replay(broken, kept)
+    first, second = sorted(tmp_path.iterdir())
+    assert first.read_bytes() == b"seed"
+    assert out.count("ValueError: not ours") == out.count("TypeError: not ours either") == 1
+    assert f"--target 'pretended' --replay {first}; seed s" in out
+    counted = re.search(r"2 findings: pretended: ValueError: test_fuzz.py:\d+ \((\d+)\), pretended: TypeError", out)
+    assert counted is not None
+    assert int(counted[1]) > 1
+    for kept in (first, second):
+        with pytest.raises(FindingError):
+            run.replay(broken, kept)
 
 
 def test_an_input_can_be_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "kept").write_bytes(b"OSRELEASE=6.1\n")
-    assert run.main(["--target", "vmcoreinfo", "--replay", str(tmp_path / "kept")]) == 0
+    (tmp_path / "kept").write_bytes(b"vmcapture.level=1")
+    assert run.replay(TARGETS["command line"], tmp_path / "kept") == 0
     assert "breaks nothing" in capsys.readouterr().out
+
+
+def test_a_run_is_led_by_what_its_inputs_reach_and_keeps_them(tmp_path: Path) -> None:
+    out = command("--seconds", "3", "--seed", "s", "--target", "command line", "--keep", str(tmp_path))
+    found = re.search(r"command line +(\d+) inputs +\d+/s +(\d+) branches", out)
+    assert found is not None
+    assert int(found[2]) > 50
+    kept = corpus.load(TARGETS["command line"], tmp_path / "corpus")
+    assert 5 < len(kept) < int(found[1]) / 2
+
+
+def test_the_figures_are_printed_module_by_module(tmp_path: Path) -> None:
+    out = command("--coverage", "--missing", "--target", "command line", "--keep", str(tmp_path))
+    assert re.search(r"^capture/boot/config.py +\d+ +\d+\.\d% +\d+ +\d+\.\d%$", out, re.MULTILINE)
+    assert re.search(r"^capture/kernel/pages.py +\d+ +\d+\.\d% +\d+ +0\.0%$", out, re.MULTILINE)
+    assert "not reached: lines" in out
+    assert out.splitlines()[-1].startswith("all ")
+
+
+def command(*arguments: str) -> str:
+    """Run the fuzzer in a process of its own: what it reaches is counted only where ``capture`` is not imported yet."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz.run", *arguments],
+        cwd=run.REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+# --- The corpus -----------------------------------------------------------------------------------------------------
+
+
+def test_a_corpus_is_read_as_it_was_written(tmp_path: Path) -> None:
+    target = TARGETS["elf"]
+    assert corpus.load(target, tmp_path) == []
+    entries = [
+        Seed(b"second" * 9, target.seeds()[1].fields, 1),
+        Seed(b"", target.seeds()[0].fields),
+        Seed(b"x", (), 99),
+    ]
+    size = corpus.save(target, entries, tmp_path)
+    assert size == sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert sorted(corpus.load(target, tmp_path), key=lambda entry: entry.origin) == [entries[1], entries[0], entries[2]]
+
+
+def test_the_fewest_inputs_are_kept_that_reach_all() -> None:
+    def reaching(data: bytes, *branches: int) -> tuple[Seed, NDArray[np.bool_]]:
+        return Seed(data), np.isin(np.arange(8), branches)
+
+    inputs = [
+        reaching(b"long one", 1, 2, 3),
+        reaching(b"short", 1, 2, 3),
+        reaching(b"part", 3),
+        reaching(b"other", 4, 0),
+        reaching(b"seeds reach it", 0),
+    ]
+    covered = np.isin(np.arange(8), [0])
+    assert [seed.data for seed in corpus.fewest(inputs, covered)] == [b"short", b"other"]
+    assert np.count_nonzero(covered) == 1
+
+
+def test_the_kept_corpus_is_small() -> None:
+    sizes = [file.stat().st_size for file in corpus.FOLDER.glob("*.zst")]
+    assert len(sizes) == len(TARGETS)
+    assert sum(sizes) < 300_000
+
+
+# --- Counting what is reached ---------------------------------------------------------------------------------------
+
+SOURCE = '''
+"""A module."""
+from __future__ import annotations
+
+def function(first: int, second: int | None = None) -> object:
+    """A docstring that stays one."""
+    for number in range(first):
+        if number == 3:
+            break
+    else:
+        first = first or second
+    while first and first > 5:
+        first -= 1
+    try:
+        return [each for each in (first and second, "a" if second else "b")]
+    except ValueError:
+        return None
+
+class Thing:
+    value: int | None = None or 5
+
+def empty() -> None:
+    """Nothing else."""
+'''
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Reach, Any]]:
+    (tmp_path / "pretended").mkdir()
+    (tmp_path / "pretended" / "__init__.py").touch()
+    (tmp_path / "pretended" / "module.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    reach = Reach()
+    reach.install("pretended")
+    yield reach, importlib.import_module("pretended.module")
+    for name in ("pretended", "pretended.module"):
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("arguments", [(0,), (2,), (9,), (9, 4), (0, 0), (0, None), (0, 7)])
+def test_code_with_counters_does_what_it_did(counted: tuple[Reach, Any], arguments: tuple[int, ...]) -> None:
+    plain: dict[str, Any] = {}
+    exec(compile(SOURCE, "plain", "exec"), plain)
+    _, module = counted
+    assert module.function(*arguments) == plain["function"](*arguments)
+    assert module.function.__doc__ == "A docstring that stays one."
+    assert module.empty() is None
+    assert module.Thing.value == 5
+
+
+def test_each_way_through_a_module_is_told_from_others(counted: tuple[Reach, Any]) -> None:
+    reach, module = counted
+    seen = Seen()
+    expected = {
+        (2,): Novelty.BRANCH,
+        (2, 0): Novelty.NOTHING,
+        (2, 1): Novelty.BRANCH,
+        (6,): Novelty.BRANCH,
+        (40,): Novelty.COUNT,
+        (41,): Novelty.NOTHING,
+    }
+    for arguments, novelty in expected.items():
+        reach.clear()
+        module.function(*arguments)
+        assert seen.add(reach.found()) == novelty, arguments
+    assert 0 < seen.branches < reach.branches
+
+
+def test_lines_of_a_traceback_stay_those_of_the_file(counted: tuple[Reach, Any]) -> None:
+    _, module = counted
+    with pytest.raises(TypeError) as error:
+        module.function("text")
+    assert traceback.extract_tb(error.value.__traceback__)[-1].line == "for number in range(first):"

@@ -82,8 +82,11 @@ def geometry(info: VmcoreInfo) -> Geometry | None:
 
 def _linear_physical(address: int, width: int, info: VmcoreInfo) -> int | None:
     """Translate an address of the linear map: PAGE_OFFSET is -(1 << VA_BITS) since 5.4."""
-    offset, start = info.number("PHYS_OFFSET"), (1 << 64) - (1 << width)
-    if offset is None or not start <= address < start + (1 << (width - 1)):
+    offset = info.number("PHYS_OFFSET")
+    if offset is None or not 1 <= width <= 64:
+        return None
+    start = (1 << 64) - (1 << width)
+    if not start <= address < start + (1 << (width - 1)):
         return None
     physical = address - start + offset
     return physical if 0 <= physical < 1 << 52 else None

@@ -941,3 +941,19 @@ def test_memory_does_not_grow_with_fragmentation_of_what_is_kept(vmcore_file: Wr
     assert report.whole
     assert report.pages == 4096 - 1024
     assert len(by_hand(tmp_path / "dump").pages) == report.pages
+
+
+@pytest.mark.parametrize("level", [1, 31])
+def test_one_stray_page_far_above_all_others_costs_no_time_and_no_memory(
+    level: int, vmcore_file: WriteFile, tmp_path: Path
+) -> None:
+    """A damaged program header: 2^38 PFNs, of which four are there; bitmaps of 32 GiB, all of them holes."""
+    core = elf_core([vmcoreinfo_note()], [(0, 0x10_0000, filled("a", "b", "c")), (0, 1 << 50, filled("d"))])
+    started = time.process_time()
+    report = dumped(vmcore_file(core), tmp_path / "out", level=level)
+    assert report.whole
+    assert report.pages_written == 4
+    assert time.process_time() - started < 10
+    table = struct.unpack_from("<I", (tmp_path / "out").open("rb").read(444), 440)
+    assert table == (0xFFFF_FFFF,)
+    assert (tmp_path / "out").stat().st_blocks * 512 < 1 << 20

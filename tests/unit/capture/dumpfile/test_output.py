@@ -188,6 +188,24 @@ def test_a_file_written_in_order_is_not_read_again(tmp_path: Path, monkeypatch: 
         assert file.digests() == sha256_blocks(data, 64)
 
 
+def test_holes_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bitmaps of a dump may be holes for the most part: of gigabytes, where memory is far apart."""
+    monkeypatch.setattr(module, "HASH_BLOCK", 64)
+    read = []
+
+    def counted(fd: int, length: int, offset: int) -> bytes:
+        read.append(offset)
+        return pread(fd, length, offset)
+
+    pread = os.pread
+    with written(tmp_path / "dump") as file:
+        file.write([b"in the middle"], 64 * 100 + 10)
+        file.write([b"end"], 64 * 1000)
+        monkeypatch.setattr(os, "pread", counted)
+        assert file.digests() == sha256_blocks((tmp_path / "dump").read_bytes(), 64)
+    assert read == [0, 64 * 100]
+
+
 # --- refused
 
 

@@ -22,6 +22,8 @@ from tests.dumps import BITMAP_BLOCKS, BLOCK_SIZE, INCOMPLETE, SUB_HDR_SIZE, ZLI
 from tests.outcome import read_back
 
 WriteFile = Callable[..., str]
+OFFSET_NOTE = 48
+"""In struct kdump_sub_header."""
 
 
 def zstd(page: bytes, *, checksum: bool = True, size: bool = False) -> bytes:
@@ -292,3 +294,10 @@ def test_no_damage_is_anything_but_a_bad_page_or_a_refusal(
         said = list(bad.values())
         assert all(len(page) == PAGE for page in good.values())
     assert all("\n" not in line for line in said)
+
+
+@pytest.mark.parametrize("offset", [1 << 63, (1 << 64) - 1, 1 << 62])
+def test_notes_at_an_offset_that_no_file_has_are_a_refusal(offset: int, vmcore_file: WriteFile) -> None:
+    data = patched(dump_of({16: (0, filled("a"))}), PAGE + OFFSET_NOTE, "QQ", offset, 100)
+    with KdumpFile(Path(vmcore_file(data))) as dump, pytest.raises(SourceError, match=f"the notes at {offset:#x}"):
+        dump.notes()

@@ -18,14 +18,15 @@ from capture.dumpfile import kdump
 from capture.dumpfile import output as output_module
 from capture.dumpfile import writer as writer_module
 from capture.dumpfile.passes import Passes
+from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile
 from capture.dumpfile.writer import KdumpWriter
 from capture.errors import TargetError
 from capture.memory import image as image_module
 from capture.options import DumpOptions
 from capture.selftest import elf_core
 from capture.vmcore import open_vmcore
-from tests.builders import DIRECT_MAP, PAGE, READABLE_BY_DRGN, filled, prstatus_note, vmcoreinfo_note
-from tests.dumps import INCOMPLETE, STATUS
+from tests.builders import DIRECT_MAP, PAGE, READABLE_BY_DRGN, filled, patched, prstatus_note, vmcoreinfo_note
+from tests.dumps import INCOMPLETE, STATUS, SUB_HDR_SIZE
 from tests.faults import file_size_limit
 from tests.outcome import Run, sha256_blocks
 from tests.readers import HandRead, bitmaps, by_hand, model, read_by_drgn
@@ -277,3 +278,30 @@ def test_a_dump_that_was_killed_is_gone_on_with(tmp_path: Path, corpus_file: Cal
     report = dumped(str(source), target)
     assert report.statistics.pages == whole.pages - before
     assert by_hand(target).pages == by_hand(whole.path).pages
+
+
+def test_a_dump_whose_header_points_elsewhere_is_left_alone(name: str, tmp_path: Path) -> None:
+    """What is appended would lie where no reader of that header looks: a whole dump of nothing."""
+    unfinished = cut(name, tmp_path / "out", 100_000)
+    damaged = patched(unfinished.read_bytes(), SUB_HDR_SIZE, "i", 8)
+    unfinished.write_bytes(damaged)
+    with pytest.raises(TargetError, match="its header is damaged; remove it, or use --force"):
+        dumped(name, tmp_path / "out")
+    assert unfinished.read_bytes() == damaged
+
+
+def test_data_that_lies_among_the_descriptors_is_saved_again(name: str, tmp_path: Path) -> None:
+    """Bits that the bitmaps had not make the table longer: over data of the first pages, which are written over."""
+    unfinished = cut(name, tmp_path / "out", 100_000)
+    data = bytearray(unfinished.read_bytes())
+    with KdumpFile(unfinished) as dump:
+        bitmaps_at = (dump.bitmap1, dump.bitmap2)
+    for start in bitmaps_at:
+        data[start + 0x200 // 8 : start + 0x700 // 8] = b"\xff" * 0xA0
+    unfinished.write_bytes(data)
+    report = dumped(name, tmp_path / "out")
+    assert report.failure is not None  # pages that there are not cannot be saved
+    with KdumpFile(report.path) as dump:
+        assert {reason for batch in dump.pages() for reason in batch.bad.values()} == {NOT_WRITTEN}
+    found = by_hand(report.path)
+    assert {pfn: found.pages[pfn] for pfn in PAGES} == PAGES

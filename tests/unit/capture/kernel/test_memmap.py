@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from capture.kernel import memmap
 from capture.kernel.memmap import MemMap, NoMemMap
 from capture.kernel.pages import BLOCK_PAGES
 from capture.kernel.pagetable import Mapping as Leaf
@@ -204,3 +205,27 @@ def test_the_memory_of_mem_map_itself_is_named(numbered_memory: list[tuple[int, 
         image.max_pfn = 200
         assert list(found.physical_ranges()) == [(100 * PAGE, 2 * PAGE), (50 * PAGE, 200 * 64 - 2 * PAGE)]
         assert list(found.described_by()) == [(100 * PAGE, 0, 128), (50 * PAGE, 128, 72)]
+
+
+def test_one_page_far_above_all_others_costs_no_time() -> None:
+    keys = {"SYMBOL(vmemmap)": f"{VMEMMAP:x}"}
+    assert spans(Memory(), keys, 1 << 40) == [((1 << 40) - SECTION, SECTION, VMEMMAP + ((1 << 40) - SECTION) * 64)]
+
+
+def test_terabytes_that_are_not_mapped_are_not_gone_through_page_by_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memmap, "_MAX_GAPS", 50)
+    asked: list[int] = []
+
+    class Counting(Memory):
+        def mapping(self, address: int) -> Leaf | None:
+            asked.append(address)
+            return super().mapping(address)
+
+    with image_of([(0, bytes(PAGE)), ((1 << 40) - PAGE, bytes(PAGE))]) as image:
+        found = MemMap(image, Counting(), info({"SYMBOL(vmemmap)": f"{VMEMMAP:x}"}), "x86_64", 256)  # type: ignore[arg-type]
+        assert not list(found.physical_ranges())
+        assert not list(found.described_by())
+        blocks = list(found.blocks())
+    assert len(asked) < 400  # of 4096
+    assert all(block.unknown == ((0, len(block.rows)),) for block in blocks[50:])
+    assert sum(len(block.rows) for block in blocks) == 2 * SECTION

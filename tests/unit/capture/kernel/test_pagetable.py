@@ -265,3 +265,12 @@ def test_tables_of_a_real_kernel_say_what_the_image_rule_and_the_direct_map_say(
                 found = memory.tables.lookup(each.virtual + at)
                 assert found is not None
                 assert found.physical + each.virtual + at - found.virtual == each.physical + at
+
+
+@pytest.mark.parametrize("built", [0, -1, -(1 << 40), 65, 1 << 40])
+def test_a_width_of_addresses_that_cannot_be_leads_to_no_tables(built: int) -> None:
+    keys = f"SYMBOL(swapper_pg_dir)=ffff000040000000\nNUMBER(PHYS_OFFSET)=0\nNUMBER(VA_BITS)={built}\n"
+    for narrow in ("", "NUMBER(TCR_EL1_T1SZ)=0x10\n"):
+        info = vmcoreinfo.parse((keys + narrow).encode())
+        found = aarch64.geometry(info)
+        assert found is None or built == 0  # (0 is as good as none: what the machine can do counts)

@@ -11,6 +11,7 @@ from capture.errors import SourceError
 from capture.memory import elfcore
 from capture.memory.source import Source
 from capture.selftest import elf_core, note
+from capture.vmcore import open_vmcore
 from tests import builders
 from tests.builders import PAGE, PT_LOAD, PT_NOTE, filled, patched, program_header, simple_core
 from tests.readers import mapped, program_headers
@@ -140,3 +141,30 @@ def test_segments_of_kcore_that_are_no_memory_of_their_own_are_passed_over(vmcor
     core = parse(vmcore_file(patched(data, program_header(1, builders.P_PADDR), "Q", 2**64 - 1)))
     assert core.loads["p_paddr"].tolist() == [0x10_0000]
     assert core.problems == ()
+
+
+def test_a_segment_beyond_what_the_kernel_can_have_is_left_out(vmcore_file: WriteFile) -> None:
+    loads = [(0, 0x10_0000, filled("a", "b")), (0, 1 << 46, filled("c"))]
+    name = vmcore_file(elf_core([], loads))
+    with Source(name) as source:
+        whole = elfcore.parse(source)
+        assert elfcore.narrowed(source, whole, 47) is whole
+        found = elfcore.narrowed(source, whole, 46)
+    assert found.loads["p_paddr"].tolist() == [0x10_0000]
+    (problem,) = found.problems
+    assert problem.startswith(f"{name}: PT_LOAD at physical 0x400000000000, 0x1000 bytes lies beyond 46 address bits")
+    assert problem.endswith("left out")
+
+
+def test_where_most_of_memory_lies_beyond_it_the_number_is_not_believed(vmcore_file: WriteFile) -> None:
+    with Source(vmcore_file(elf_core([], [(0, 0, filled("a")), (0, 1 << 46, filled("b", "c"))]))) as source:
+        whole = elfcore.parse(source)
+        assert elfcore.narrowed(source, whole, 46) is whole
+
+
+@pytest.mark.parametrize(("bits", "segments"), [(46, 1), (48, 2), (45, 2), (0, 2), (52, 2)])
+def test_a_vmcore_is_opened_with_the_width_that_it_names(bits: int, segments: int, vmcore_file: WriteFile) -> None:
+    info = note(b"VMCOREINFO", 0, f"NUMBER(MAX_PHYSMEM_BITS)={bits}\n".encode())
+    with open_vmcore(vmcore_file(elf_core([info], [(0, 0, filled("a", "b")), (0, 1 << 46, filled("c"))]))) as vmcore:
+        assert len(vmcore.core.loads) == segments
+        assert len(vmcore.problems) == 2 - segments
