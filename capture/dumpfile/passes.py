@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from capture.dumpfile.output import target_error
+from capture.dumpfile.output import target_error, unnamed_file
 from capture.dumpfile.writer import KdumpWriter
 from capture.errors import TargetError
 from capture.kernel.pages import LAST
@@ -39,7 +39,7 @@ class Passes:
         self._fd = -1
         self.failure: str | None = None
         try:
-            self._fd = _unnamed_file(directory)
+            self._fd = unnamed_file(directory)
         except OSError as error:
             self.failure = f"a file in {directory}: {error.strerror}"
 
@@ -123,14 +123,3 @@ class Passes:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _unnamed_file(directory: Path) -> int:
-    try:
-        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError:  # not every file system knows that
-        import tempfile  # with all that stands behind it
-
-        fd, name = tempfile.mkstemp(prefix=".order-", dir=directory)
-        Path(name).unlink()
-        return fd
