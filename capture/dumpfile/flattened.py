@@ -35,6 +35,8 @@ END = RECORD.pack(-1, -1)
 STANDARD_INPUT = "-"
 RECORD_BYTES = 1 << 18
 """Data of a record at most: what has to follow, once it was begun, when the disk is full."""
+_ROWS = 1 << 12
+"""Rows of a table that are put into records together."""
 _WORD = 8
 
 
@@ -158,20 +160,11 @@ class FlattenedOutput:
 
         The rows are whole words of 8 bytes.
         """
-        if not len(numbers):
-            return
-        words = rows.itemsize // _WORD
-        starts = np.flatnonzero(np.diff(numbers, prepend=numbers[0] - 2) != 1)
-        lengths = np.diff(starts, append=len(numbers))
-        heads = starts * words + np.arange(len(starts)) * 2
-        out = np.empty(len(numbers) * words + len(starts) * 2, dtype="<u8")
-        of_row = np.repeat(np.arange(1, len(starts) + 1) * 2, lengths) + np.arange(len(numbers)) * words
-        out[of_row[:, None] + np.arange(words)] = np.frombuffer(rows.tobytes(), "<u8").reshape(-1, words)
-        out[heads] = (numbers[starts] * rows.itemsize + at).astype("<u8").byteswap()
-        out[heads + 1] = (lengths * rows.itemsize).astype("<u8").byteswap()
-        with self._lock:
-            self._stream.append([out.tobytes()])
-        yield len(numbers)
+        for start in range(0, len(numbers), _ROWS):
+            records = _records(numbers[start : start + _ROWS], rows[start : start + _ROWS], at)
+            with self._lock:
+                self._stream.append([records])
+            yield len(rows[start : start + _ROWS])
 
     def read_back(self, offset: int, length: int) -> bytes:
         """Return bytes of a bitmap; what was never written reads as zeros."""
@@ -248,6 +241,20 @@ class PipeStream:
 
     def close(self) -> None:
         """Leave the descriptor to whom it belongs."""
+
+
+def _records(numbers: NDArray[np.int64], rows: NDArray[np.void], at: int) -> bytes:
+    """Return rows of the table that begins at ``at`` as records: a head, offset and size, before each run of them."""
+    words = rows.itemsize // _WORD
+    starts = np.flatnonzero(np.diff(numbers, prepend=numbers[0] - 2) != 1)
+    lengths = np.diff(starts, append=len(numbers))
+    heads = starts * words + np.arange(len(starts)) * 2
+    places = np.arange(len(numbers)) * words + np.repeat(np.arange(1, len(starts) + 1) * 2, lengths)
+    made = np.empty(len(numbers) * words + len(starts) * 2, dtype="<u8")
+    made[places[:, None] + np.arange(words)] = np.frombuffer(rows.tobytes(), "<u8").reshape(-1, words)
+    made[heads] = (numbers[starts] * rows.itemsize + at).astype("<u8").byteswap()
+    made[heads + 1] = (lengths * rows.itemsize).astype("<u8").byteswap()
+    return made.tobytes()
 
 
 def _cut(pieces: Pieces, limit: int) -> Iterator[list[bytes | memoryview]]:

@@ -113,6 +113,17 @@ def test_rows_of_a_table_get_to_their_places_a_record_for_each_run(numbers: set[
     assert b"".join(data for _, data in found) == rows.tobytes()
 
 
+def test_many_rows_are_written_a_part_at_a_time(
+    tmp_path: Path, output: FlattenedOutput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flattened, "_ROWS", 4)
+    rows = np.arange(10, dtype="<u8").view([("number", "<u8")])
+    assert list(output.write_rows(np.arange(10), rows, 0)) == [4, 4, 2]
+    found = records((tmp_path / "stream").read_bytes())
+    assert [(offset, len(data)) for offset, data in found] == [(0, 32), (32, 32), (64, 16)]
+    assert b"".join(data for _, data in found) == rows.tobytes()
+
+
 def test_no_rows_are_no_record(tmp_path: Path, output: FlattenedOutput) -> None:
     assert list(output.write_rows(np.zeros(0, np.int64), np.zeros(0, [("a", "<u8")]), 0)) == []
     assert records((tmp_path / "stream").read_bytes()) == []
