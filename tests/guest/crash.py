@@ -512,6 +512,12 @@ def target_image(workdir: Path) -> Path:
     return workdir / "target.ext4"
 
 
+def only_crash(image: Path, into: Path) -> Path:
+    """The folder of the one crash on a target, copied to ``into``."""
+    (name,) = disk.names(image, TARGET_FOLDER)
+    return disk.extract(image, f"{TARGET_FOLDER}/{name}", into)
+
+
 def memory_bytes(size: str) -> int:
     """QEMU's size in bytes: ``1G``, ``512M``."""
     return int(size[:-1]) << {"M": 20, "G": 30}[size[-1]]

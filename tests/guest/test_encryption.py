@@ -8,18 +8,31 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from capture.dumpfile.assemble import Assembled, assemble
 from capture.dumpfile.reader import KdumpFile
 from capture.verify import verify
 from tests.encryption import Key, make_key
 from tests.guest import disk, host
-from tests.guest.cases import ENCRYPTED_CASES, Case
+from tests.guest.cases import ENCRYPTED_CASES, RESCUE, Case
 from tests.guest.conftest import unavailable
-from tests.guest.crash import ImageStore, Saved, crash
+from tests.guest.crash import (
+    SAVE_TIMEOUT,
+    ImageStore,
+    Saved,
+    crash,
+    demand,
+    only_crash,
+    panicked,
+    rescue_shell,
+    target_image,
+)
+from tests.guest.qemu import BOOT_TIMEOUT
 from tests.readers import by_hand, drgn_reader, mapped
 
 SECRET = "the-combination-of-the-safe-is-90125"
@@ -121,3 +134,66 @@ def test_there_was_memory_left(saved: Saved) -> None:
     assert machine["memory_total"] < int(saved.case.crashkernel.rstrip("M")) << 20
     assert machine["memory_available_least"] > 0
     assert re.search("Out of memory|invoked oom-killer", saved.console) is None
+
+
+# --- cut short
+
+
+def decrypted(saved: Path, key: Key, folder: Path) -> Assembled:
+    """What the key gives of a dump that was cut short, put together."""
+    ran = subprocess.run(
+        ["age", "-d", "-i", key.secret, saved / "vmcore.flat.age.incomplete"], capture_output=True, check=False
+    )
+    (folder / "flat").write_bytes(ran.stdout)
+    return assemble(str(folder / "flat"), folder / "vmcore", progress=False)
+
+
+def log_of(saved: Path, key: Key) -> str:
+    return key.open(saved / "vmcore-dmesg.txt.age")[1].decode()
+
+
+def test_a_power_cut_leaves_a_dump_whose_written_pages_are_all_right(
+    encrypting_store: ImageStore, kernels: Callable[[str], Any], key: Key, tmp_path: Path
+) -> None:
+    case = replace(RESCUE, level="1")  # more than one step of 16 MiB, or of 16,384 pages
+    kernels(case.kernel)
+    with panicked(case, encrypting_store, tmp_path, before=TOLD) as machine:
+        machine.expect(r"saving memory: +[6-8]\d%", BOOT_TIMEOUT + 2 * SAVE_TIMEOUT)
+        machine.kill()
+    image = target_image(tmp_path)
+    disk.replay(image)
+    saved = only_crash(image, tmp_path / "saved")
+    assert SECRET in log_of(saved, key)
+    found = decrypted(saved, key, tmp_path)
+    assert found.failure is not None
+    with KdumpFile(found.path) as dump:
+        report = verify(dump, None, progress=False)
+    assert (report.incomplete, report.exit_status, report.damaged) == (True, 3, 0)
+    assert 0 < report.unwritten < report.pages
+    drgn_reader(found.path)
+
+
+def test_a_target_that_is_too_small_keeps_what_fits(
+    encrypting_store: ImageStore, kernels: Callable[[str], Any], key: Key, tmp_path: Path
+) -> None:
+    """All pages that are counted are there; the files that follow the dump have room; the shell has the way out."""
+    case = replace(RESCUE, target_size="64M", append="vmcapture.compress=none")
+    kernels(case.kernel)
+    with rescue_shell(case, encrypting_store, tmp_path) as machine:
+        (line,) = [line for line in machine.console.splitlines() if line.startswith("vmcapture: saved in part")]
+        assert "no room left" in line
+        status, said = machine.run("vmcapture save --recipients /etc/passwd /tmp")
+        assert (status, "the recipients cannot be read" in said) == (2, True)
+        assert "Kernel panic" in demand(machine, "vmcapture dmesg | tail -n 30")
+        machine.send("poweroff -f")
+        machine.wait_exit(BOOT_TIMEOUT)
+    saved = only_crash(target_image(tmp_path), tmp_path / "saved")
+    assert {path.name for path in saved.iterdir()} == {*NAMES, "vmcore.flat.age.incomplete"} - {"vmcore.flat.age"}
+    said_of_it = json.loads((saved / "manifest.json").read_text())
+    assert (said_of_it["complete"], said_of_it["failed"]) == (False, ["vmcore.flat.age"])
+    found = decrypted(saved, key, tmp_path)
+    assert (found.failure, found.incomplete) == (None, True)
+    with KdumpFile(found.path) as dump:
+        report = verify(dump, None, progress=False)
+    assert (report.exit_status, report.damaged) == (3, 0)
+    assert report.pages - report.unwritten == said_of_it["dump"]["pages_written"] > 0
