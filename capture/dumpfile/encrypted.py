@@ -13,6 +13,7 @@ import contextlib
 import os
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 from capture.dumpfile.output import OutputFile, Pieces, TargetFullError, put_all, unnamed_file
@@ -31,6 +32,7 @@ _CHUNK, _TAG = 1 << 16, 16
 _READ = 1 << 18
 _PATIENCE = 5.0
 """Seconds without a byte from age after which a sync does not wait for it any more."""
+_TRIES, _PAUSE = 10, 0.1
 _PLACES = ("/usr/local/bin", "/usr/bin", "/bin")
 _MAX_SAID = 400
 _REPORT = "filippo.io/age/report"
@@ -86,9 +88,12 @@ class EncryptedFile:
         self._file = OutputFile(path, hashed=hashed)
         self._ballast = _ballast(path.parent) if ballast else -1
         self._given = 0
+        self._lock = threading.Lock()
+        """Around the pipe: its number must not become another file's while somebody writes to it."""
         self._changed = threading.Condition()
         self._error: TargetError | None = None
         self._finished = False
+        self._said = b""
         self.full = False
         try:
             # In a session of its own: Ctrl-C is for us, who have things to finish.
@@ -122,8 +127,9 @@ class EncryptedFile:
         """Encrypt all ``pieces``, which follow what was written before; return how many bytes they are."""
         assert self._age.stdin is not None
         try:
-            pipe = self._age.stdin.fileno()
-            put_all(lambda some: os.writev(pipe, some), pieces)
+            with self._lock:
+                pipe = self._age.stdin.fileno()
+                put_all(lambda some: os.writev(pipe, some), pieces)
         except (OSError, ValueError):  # (closed: it has failed before)
             raise self._failure() from None
         length = sum(map(len, pieces))
@@ -170,17 +176,18 @@ class EncryptedFile:
 
     def _end(self) -> None:
         """Let age come to its end, and wait for it."""
-        if self._finished:
-            return
-        self._finished = True
         assert self._age.stdin is not None
         assert self._age.stderr is not None
-        with contextlib.suppress(OSError):
-            self._age.stdin.close()
-        self._storer.join()
-        self._said = self._age.stderr.read(_MAX_SAID)
-        self._age.stderr.close()
-        self._age.wait()
+        with self._lock:
+            if self._finished:
+                return
+            with contextlib.suppress(OSError):
+                self._age.stdin.close()
+            self._storer.join()
+            self._said = self._said or self._age.stderr.read(_MAX_SAID)
+            self._age.wait()
+            self._age.stderr.close()
+            self._finished = True
 
     def _failure(self) -> TargetError:
         """Return why age does not take any more, or did not come to a good end."""
@@ -214,7 +221,17 @@ class EncryptedFile:
                 raise
             self._release()
             self.full = True
-            self._file.write([data], start)
+            self._store_at_last(data, start)
+
+    def _store_at_last(self, data: bytes, start: int) -> None:
+        """Write into the room that was given back. Some file systems give it back a little later."""
+        for _ in range(_TRIES):
+            with contextlib.suppress(TargetFullError):
+                self._file.write([data], start)
+                return
+            os.sync()
+            time.sleep(_PAUSE)
+        self._file.write([data], start)
 
     def _release(self) -> None:
         if self._ballast >= 0:

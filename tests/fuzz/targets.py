@@ -26,6 +26,7 @@ import zstandard
 
 from capture import cli, report
 from capture.dump import write_dump
+from capture.dumpfile.assemble import assemble
 from capture.dumpfile.reader import KdumpFile
 from capture.errors import CaptureError, SourceError
 from capture.kernel.address import KernelMemory
@@ -400,6 +401,21 @@ def kdump_seeds() -> list[Seed]:
 
 
 @cache
+def flattened_seeds() -> list[Seed]:
+    """Dumps cut into records of a thousand bytes, the last ones first."""
+    seeds = []
+    for seed in kdump_seeds()[::2]:
+        stream, fields = bytearray(b"makedumpfile\0\0\0\0" + struct.pack(">qq", 1, 1)), []
+        stream = stream.ljust(4096, b"\0")
+        for offset in range((len(seed.data) - 1) // 1000 * 1000, -1, -1000):
+            fields += [(len(stream), 8), (len(stream) + 8, 8)]
+            record = seed.data[offset : offset + 1000]
+            stream += struct.pack(">qq", offset, len(record)) + record
+        seeds.append(Seed(bytes(stream + struct.pack(">qq", -1, -1)), (*fields, (len(stream), 8), (16, 8), (24, 8))))
+    return seeds
+
+
+@cache
 def filter_seeds() -> list[Seed]:
     """A small kernel of each era; its page tables, mem_section and VMCOREINFO are most of what is changed."""
     seeds = []
@@ -505,6 +521,19 @@ def run_filter(path: Path) -> list[str]:
         return [reason for level in range(32) for reason in page_filter.verdict(level).reasons]
 
 
+def run_flattened(path: Path) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        made = assemble(str(path), Path(folder) / "dump", progress=False)
+        if (made.path.name == "dump") != (made.failure is None):
+            raise FindingError(f"{made.failure}: but it is called {made.path.name}")
+        if made.failure is None:
+            return []
+        with KdumpFile(made.path) as dump:
+            if not dump.incomplete:
+                raise FindingError(f"{made.failure}: but it is not marked incomplete")
+        return [made.failure.replace(str(path), "")]
+
+
 def run_dump_as_source(path: Path) -> list[str]:
     with open_vmcore(str(path)) as vmcore:
         _every_page(vmcore.image)
@@ -544,6 +573,7 @@ TARGETS: dict[str, Target] = {
         Target("vmcoreinfo", run_vmcoreinfo, text_seeds),
         Target("printk", run_printk, printk_seeds),
         Target("kdump", run_kdump, kdump_seeds),
+        Target("flattened", run_flattened, flattened_seeds),
         Target("filter", run_filter, filter_seeds),
         Target("dump as source", run_dump_as_source, kdump_seeds),
         Target("cli", run_cli, lambda: [*elf_seeds(), *note_seeds(), *printk_seeds()]),

@@ -21,6 +21,7 @@ from capture.dump import write_dump
 from capture.dumpfile import encrypted, writer
 from capture.dumpfile.assemble import assemble
 from capture.dumpfile.encrypted import EncryptedFile, check_recipients, find_program
+from capture.dumpfile.output import OutputFile, Pieces, TargetFullError
 from capture.errors import SourceError, TargetError, UsageError
 from capture.memory import image
 from capture.vmcore import open_vmcore
@@ -180,6 +181,28 @@ def test_with_ballast_there_is_room_to_come_to_an_end(key: Key, tmp_path: Path) 
             file.sync()
         assert 1 << 20 < (full / "file").stat().st_size < 5 << 20
         assert key.open(full / "file") == (0, data * count + b"the end")
+
+
+def test_room_that_is_given_back_late_is_waited_for(key: Key, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As XFS and btrfs may do: the disk stays full for some tries."""
+    real = OutputFile.write
+    refused: list[int] = []
+
+    def write(file: OutputFile, pieces: Pieces, offset: int) -> int:
+        if offset > CHUNK and len(refused) < 4:
+            refused.append(offset)
+            raise TargetFullError("no room left")
+        return real(file, pieces, offset)
+
+    monkeypatch.setattr(OutputFile, "write", write)
+    monkeypatch.setattr(encrypted, "_PAUSE", 0.01)
+    data = random.Random(1).randbytes(8 * CHUNK)
+    with closing(EncryptedFile(tmp_path / "file", key.recipients, ballast=True)) as file:
+        file.append([data])
+        file.end()
+        assert file.full
+        assert len(refused) == 4
+    assert key.open(tmp_path / "file") == (0, data)
 
 
 # --- recipients
