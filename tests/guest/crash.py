@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from initramfs.encryption import encryption
+from initramfs.encryption import Encryption, encryption
 from initramfs.image import ImageRequest, build_image
 from tests.guest import cache, disk, host
 from tests.guest.cache import Kernel
@@ -181,7 +181,7 @@ class ImageStore:
         contents = folder / "disk"
         contents.mkdir(parents=True, exist_ok=True)
         images = Images(contents / "capture.img", folder / "healthy.img", folder / "healthy-disk.ext4")
-        encrypted = encryption(self.recipients)
+        encrypted = Encryption() if self.recipients is None else encryption(self.recipients)  # not this machine's own
         capture = ImageRequest(
             output=images.capture,
             kernel_release=kernel.release,
