@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from capture.memory import image
 from capture.vmcore import open_vmcore
 from tests.builders import PAGE, crashed_core, numbered
 from tests.encryption import Key
-from tests.faults import raising, tmpfs, umask
+from tests.faults import Recorded, Step, after_power_cut, raising, tmpfs, umask
 from tests.outcome import Run, dump_options, read_back
 from tests.readers import ElfPages, by_hand, read_by_drgn
 
@@ -293,6 +294,40 @@ def test_wherever_it_is_cut_the_key_opens_a_dump_of_what_was_there(
         counts.append(len(dump.pages))
     assert counts == sorted(counts)
     assert 0 < counts[len(counts) // 2] < len(pages)
+
+
+def test_after_a_power_cut_the_key_opens_all_that_was_synced(
+    source: str, key: Key, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the blocks that were written since, the disk has any that it pleases."""
+    made: list[Recorded] = []
+
+    def recorded(path: Path, **_options: bool) -> Recorded:
+        made.append(Recorded(path))
+        return made[0]
+
+    monkeypatch.setattr(image, "CHUNK_PAGES", 2)
+    monkeypatch.setattr(writer, "SYNC_PAGES", 8)
+    monkeypatch.setattr(encrypted, "OutputFile", recorded)
+    with open_vmcore(source) as vmcore:
+        write_dump(vmcore, tmp_path / "dump", dump_options(recipients=key.recipients, compression="none"))
+    monkeypatch.undo()
+    pages, steps = ElfPages(Path(source).read_bytes()).pages(), made[0].steps
+
+    def found(steps: Sequence[Step], seed: int) -> dict[int, bytes]:
+        (tmp_path / "cut").write_bytes(after_power_cut(steps, random.Random(seed)))
+        try:
+            dump = by_hand(opened(key, tmp_path / "cut", tmp_path / "opened"))
+        except SourceError:
+            return {}
+        assert {pfn: pages[pfn] for pfn in dump.pages} == dump.pages
+        return dump.pages
+
+    for number in range(len(steps)):
+        last = max((index for index, step in enumerate(steps[:number]) if step.what == "sync"), default=-1)
+        synced = found(steps[: last + 1], 0)
+        assert found(steps[:number], number).keys() >= synced.keys()
+    assert len(synced) > len(pages) // 2
 
 
 def test_a_full_disk_leaves_a_dump_that_the_key_opens_whole(key: Key, tmp_path: Path) -> None:
