@@ -23,6 +23,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 Subparsers = Any  # argparse's own type for add_subparsers() is private
 
+DUMP_LEVELS = (1,)
+"""What ``vmcapture dump`` leaves out when nobody says."""
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -81,14 +83,18 @@ def main(argv: Sequence[str] | None = None, extend: Callable[[Subparsers], None]
 def add_commands(subparsers: Subparsers) -> None:
     """Add the commands of the capture side."""
     dump = command(subparsers, "dump", _dump, "write one dump, kdump-compressed")
-    _add_dump_options(dump, levels=(1,))
+    _add_dump_options(dump, levels=DUMP_LEVELS)
     there = dump.add_mutually_exclusive_group()
     there.add_argument("--force", action="store_true", help="replace OUT if it exists")
     there.add_argument(
         "--resume", action="store_true", help="go on with OUT.incomplete, if it is there and of the same crash"
     )
-    _add_source(dump, required=True)
-    dump.add_argument("out", metavar="OUT", type=Path, help="the dump to write")
+    _add_source(
+        dump, required=True, more="; a flattened dump (a file, a pipe, - for standard input) is put together as it is"
+    )
+    dump.add_argument(
+        "out", metavar="OUT", type=Path, help="the dump to write; - for standard output, in the flattened format"
+    )
 
     dmesg = command(subparsers, "dmesg", _dmesg, "print the dead kernel's log", output=True)
     dmesg.add_argument("--caller", action="store_true", help="show who printed each record: T<pid> or C<cpu>")
@@ -129,10 +135,11 @@ def progress_wanted(args: argparse.Namespace) -> bool:
     return not (args.quiet or args.no_progress)
 
 
-def _add_source(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+def _add_source(parser: argparse.ArgumentParser, *, required: bool = False, more: str = "") -> None:
     parser.add_argument(
         "source", metavar="SOURCE", nargs=None if required else "?", default="/proc/vmcore",
-        help="/proc/vmcore, an ELF core file, a kdump-compressed dump, or oldmem: for old memory through elfcorehdr=",
+        help="/proc/vmcore, an ELF core file, a kdump-compressed dump, or oldmem: for old memory through elfcorehdr="
+        + more,
     )  # fmt: skip
 
 
@@ -169,6 +176,13 @@ def _add_dump_options(parser: argparse.ArgumentParser, *, levels: tuple[int, ...
         type=positive(),
         metavar="SECONDS",
         help="end after that time with what is saved by then, marked incomplete (default: no limit)",
+    )
+    parser.add_argument(
+        "--recipients",
+        type=Path,
+        metavar="FILE",
+        help="encrypt to the public keys in FILE with age, so that this machine cannot read it back; a dump is "
+        "flattened then",
     )
 
 
@@ -214,18 +228,48 @@ def _dump_options(args: argparse.Namespace, levels: tuple[int, ...], compression
         trust_filter=args.trust_filter,
         exclude_vmemmap=args.exclude_vmemmap,
         deadline=None if args.deadline is None else time.monotonic() + args.deadline,
+        recipients=args.recipients,
     )
     options.check()
     return options
 
 
 def _dump(args: argparse.Namespace) -> int:
-    from capture.dump import write_dump
+    from capture.dumpfile.flattened import is_stream
+
+    return _put_together(args) if is_stream(args.source) else _write_dump(args)
+
+
+def _put_together(args: argparse.Namespace) -> int:
+    from capture.dumpfile.assemble import assemble
+    from capture.dumpfile.flattened import STANDARD_INPUT
+
+    filtering = (args.compress, args.threads, args.deadline, args.recipients)
+    if (
+        args.level != DUMP_LEVELS
+        or any(option is not None for option in filtering)
+        or args.trust_filter or args.exclude_vmemmap or args.resume or str(args.out) == "-"
+    ):  # fmt: skip
+        raise UsageError("a flattened dump is put together in a file, as it is; other options are for a dump of that")
+    if args.source == STANDARD_INPUT and sys.stdin.isatty():
+        raise UsageError("SOURCE -: standard input is a terminal; pipe a flattened dump in")
+    made = assemble(args.source, args.out, replace=args.force, progress=progress_wanted(args))
+    summary = f"{made.path}: put together from {made.records} records, {made.size} bytes"
+    if made.failure is not None:
+        return _failed(f"{summary}; not whole: {made.failure}; it is readable and marked incomplete", 3)
+    if made.incomplete:
+        return _failed(f"{summary}; all of the stream is there, of a dump that is marked incomplete", 3)
+    Console(quiet=args.quiet).say(summary)
+    return 0
+
+
+def _write_dump(args: argparse.Namespace) -> int:
+    from capture.dump import STANDARD_OUTPUT, write_dump
     from capture.options import DUMP_COMPRESSION
     from capture.vmcore import open_vmcore
 
-    if str(args.out) == "-":
-        raise UsageError("OUT -: the flattened format is not supported yet; name a file")
+    if args.out == STANDARD_OUTPUT and sys.stdout.isatty():
+        raise UsageError("OUT -: standard output is a terminal; send it to a file or a program")
     console = Console(quiet=args.quiet)
     options = _dump_options(args, args.level, DUMP_COMPRESSION, hashed=False)
     options = options._replace(replace=args.force, resume=args.resume)
@@ -236,9 +280,8 @@ def _dump(args: argparse.Namespace) -> int:
     if report.failure is None and report.name_failure is not None:
         raise TargetError(report.name_failure)
     shortfall = report.shortfall()
-    summary = (
-        f"{report.path}: level {report.level}, {report.pages_written} of {report.pages} pages, {report.size} bytes"
-    )
+    name = "standard output" if args.out == STANDARD_OUTPUT else report.path
+    summary = f"{name}: level {report.level}, {report.pages_written} of {report.pages} pages, {report.size} bytes"
     if shortfall is None:
         console.say(summary)
         return 0

@@ -11,13 +11,13 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from capture import footprint, pulse
+from capture import footprint
 from capture.copier import Copier, CopyStatistics
 from capture.dumpfile import codec as codecs
-from capture.dumpfile.output import INCOMPLETE_SUFFIX, OutputFile, sync_directory, target_error
+from capture.dumpfile.output import Output, OutputFile, named, sync_directory, unfinished_path
 from capture.dumpfile.passes import Passes
 from capture.dumpfile.writer import DumpPlan, KdumpWriter
-from capture.errors import CaptureError, IncompleteError, TargetError
+from capture.errors import CaptureError, IncompleteError, TargetError, UsageError
 from capture.footprint import Footprint
 from capture.kernel.address import KernelMemory
 from capture.kernel.utsname import read_utsname
@@ -29,6 +29,8 @@ from capture.survey import take_survey
 from capture.vmcore import Vmcore
 from capture.vmemmap import exclude_vmemmap
 
+STANDARD_OUTPUT = Path("-")
+"""The path of a dump that goes to standard output, flattened."""
 MANIFEST_ROOM = 4 << 20
 """Left free on the target when a level is chosen by size: for the manifest and the capture log."""
 SCARCE_MEMORY = 128 << 20
@@ -150,7 +152,7 @@ def write_dump(
     Until then the file is ``path`` + ".incomplete": readable, and marked incomplete. It stays when the dump is cut
     short (no room, an error, Ctrl-C), with every page written so far; with ``resume`` in the options the next call goes
     on from there. ``say`` is told, line by line, what a person has to know before it is done. ``taken`` is brought up
-    to date along the way.
+    to date along the way. To STANDARD_OUTPUT the dump goes flattened, with ``recipients`` flattened and encrypted.
 
     Where a dump is whole and cannot be given its name, that is in the report.
 
@@ -161,27 +163,27 @@ def write_dump(
     options.check()
     codec = codecs.codec(options.compression)
     threads = options.threads or default_threads()
-    unfinished = _unfinished(path, replace=options.replace, resume=options.resume)
+    place = _place(path, options)
     image = vmcore.image
     plan = _plan(vmcore, options, codec)
-    going_on = options.resume and unfinished.exists()
+    going_on = options.resume and place.unfinished.exists()
     with (
-        contextlib.closing(OutputFile(unfinished, hashed=options.hashed, existing=going_on)) as output,
+        contextlib.closing(_open(place, options, existing=going_on)) as output,
         contextlib.closing(KdumpWriter(output, plan)) as writer,
-        contextlib.closing(Passes(path.parent, image.max_pfn)) as passes,
+        contextlib.closing(Passes(place.scratch, image.max_pfn)) as passes,
     ):
         if going_on:
-            filtered = _take_over(vmcore, unfinished, writer, passes, plan, options, say)
+            filtered = _take_over(vmcore, place.unfinished, writer, passes, plan, options, say)
         else:
-            filtered = _begin(vmcore, unfinished, writer, codec, options, passes, say)
+            filtered = _begin(vmcore, place, writer, codec, options, passes, say)
         copier = Copier(image, codec, share_zero_pages=bool(filtered.level & 1), threads=threads)
         found = writer.pages_written
         with Progress("saving memory", (writer.pages - found) * image.page_size, enabled=options.progress) as progress:
             failure = _copy(copier, writer, passes, vmcore, progress, taken or Footprint(), options.deadline)
             seconds = progress.seconds
-        failure = _finish(writer, copier, vmcore, failure)
+        failure = _finish(writer, output, copier, vmcore, failure)
         report = DumpReport(
-            path=path if failure is None else unfinished,
+            path=path if failure is None else place.unfinished,
             size=output.size,
             digests=output.digests(),
             compression=codec.name,
@@ -197,19 +199,54 @@ def write_dump(
             seconds=seconds,
             failure=failure,
         )
-    return _named(report, unfinished, path)
+    return report if place.streamed else _named(report, place.unfinished, path)
+
+
+class _Place(NamedTuple):
+    """Where a dump goes: the name that it has until it is finished, and a directory for files without a name."""
+
+    unfinished: Path
+    scratch: Path
+    streamed: bool = False
+    """Whether it goes to standard output, which is not a file of ours."""
+
+
+def _place(path: Path, options: DumpOptions) -> _Place:
+    if path != STANDARD_OUTPUT:
+        return _Place(unfinished_path(path, replace=options.replace, resume=options.resume), path.parent)
+    import tempfile  # not in a capture kernel's save
+
+    if options.resume or options.replace or options.recipients is not None:
+        raise UsageError("to standard output goes one new dump, unencrypted: leave --resume, --force, --recipients out")
+    return _Place(path, Path(tempfile.gettempdir()), streamed=True)
+
+
+def _open(place: _Place, options: DumpOptions, *, existing: bool) -> Output:
+    """Open what the dump is written to."""
+    if not place.streamed and options.recipients is None:
+        return OutputFile(place.unfinished, hashed=options.hashed, existing=existing)
+    from capture.dumpfile.flattened import FlattenedOutput, PipeStream, Stream
+
+    stream: Stream = PipeStream(1, "standard output")
+    if options.recipients is not None:
+        from capture.dumpfile.encrypted import EncryptedFile
+
+        stream = EncryptedFile(place.unfinished, options.recipients, hashed=options.hashed, ballast=True)
+    try:
+        return FlattenedOutput(stream, place.scratch)
+    except BaseException:
+        stream.close()
+        if not place.streamed:
+            with contextlib.suppress(OSError):  # not a page is in it
+                place.unfinished.unlink()
+        raise
 
 
 def _named(report: DumpReport, unfinished: Path, path: Path) -> DumpReport:
     """Give a finished dump its name, and bring that to the disk; what is in it stays as good where that fails."""
-    trouble: TargetError | None = None
-    if report.failure is None:
-        try:
-            with pulse.at_target():
-                unfinished.rename(path)
-        except OSError as error:
-            trouble = target_error(path, f"renaming {unfinished.name}", error)
-            report = report._replace(path=unfinished)
+    trouble = named(unfinished, path) if report.failure is None else None
+    if trouble is not None:
+        report = report._replace(path=unfinished)
     try:
         sync_directory(path.parent)
     except TargetError as error:
@@ -243,7 +280,7 @@ def _plan(vmcore: Vmcore, options: DumpOptions, codec: codecs.Codec) -> DumpPlan
 
 def _begin(
     vmcore: Vmcore,
-    unfinished: Path,
+    place: _Place,
     writer: KdumpWriter,
     codec: codecs.Codec,
     options: DumpOptions,
@@ -253,16 +290,20 @@ def _begin(
     """Choose the pages of a new dump, and make it readable."""
     try:
         writer.map_memory(vmcore.image.runs())
-        filtered = _select_or_all(vmcore, writer, codec, options, passes, unfinished.parent)
+        room = _room(place.scratch) if len(options.levels) > 1 and not place.streamed else None
+        filtered = _select_or_all(vmcore, writer, codec, options, passes, room)
         for line in filtered.lines():
             say(line)
         writer.start(filtered.level | vmcore.level & ~1)
     except (TargetError, KeyboardInterrupt):
-        with contextlib.suppress(OSError):  # not a page is in it, perhaps not even a header
-            unfinished.unlink()
+        if not place.streamed:
+            with contextlib.suppress(OSError):  # not a page is in it, perhaps not even a header
+                place.unfinished.unlink()
         raise
+    if place.streamed:
+        return filtered
     try:
-        sync_directory(unfinished.parent)  # from here on a power cut leaves a dump under its name
+        sync_directory(place.unfinished.parent)  # from here on a power cut leaves a dump under its name
     except TargetError as error:
         say(f"{error}; a power cut may cost what is saved until the end")
     return filtered
@@ -307,11 +348,11 @@ def _filtered(page_filter: PageFilter, asked: int, level: int) -> Filtered:
 
 
 def _select_or_all(
-    vmcore: Vmcore, writer: KdumpWriter, codec: codecs.Codec, options: DumpOptions, passes: Passes, target: Path
+    vmcore: Vmcore, writer: KdumpWriter, codec: codecs.Codec, options: DumpOptions, passes: Passes, room: int | None
 ) -> Filtered:
     """Select pages; all of them when the filter itself fails: a bug in it must not cost the dump."""
     try:
-        return _select(vmcore, writer, codec, options, passes, target)
+        return _select(vmcore, writer, codec, options, passes, room)
     except CaptureError:
         raise
     except Exception as error:
@@ -322,17 +363,16 @@ def _select_or_all(
 
 
 def _select(
-    vmcore: Vmcore, writer: KdumpWriter, codec: codecs.Codec, options: DumpOptions, passes: Passes, target: Path
+    vmcore: Vmcore, writer: KdumpWriter, codec: codecs.Codec, options: DumpOptions, passes: Passes, room: int | None
 ) -> Filtered:
     """Choose the level, and select its pages."""
     page_filter = PageFilter(vmcore)
-    asked, predicted, room = options.levels[0], {}, None
+    asked, predicted = options.levels[0], {}
     if len(options.levels) > 1:
         survey = take_survey(vmcore.image, page_filter, codec.largest, len(vmcore.notes.blob))
         for level in options.levels:
             made = level if options.trust_filter else page_filter.verdict(level).level
             predicted[level] = survey.size(made)
-        room = _room(target)
         asked = next(
             (level for level in options.levels if room is None or predicted[level] <= room), options.levels[-1]
         )
@@ -362,24 +402,6 @@ def _room(directory: Path) -> int | None:
     except OSError:
         return None
     return max(0, found.f_bavail * found.f_frsize - MANIFEST_ROOM)
-
-
-def _unfinished(path: Path, *, replace: bool, resume: bool) -> Path:
-    """Return the name that the dump has until it is finished; make way for it when ``replace``.
-
-    With ``resume`` it may be there already.
-    """
-    try:
-        if not path.name or path.is_dir():
-            raise TargetError(f"{path}: is a directory; name the file to write")
-        unfinished = path.with_name(path.name + INCOMPLETE_SUFFIX)
-        if replace and not resume:
-            unfinished.unlink(missing_ok=True)
-        elif path.exists() or path.is_symlink():
-            raise TargetError(f"{path}: exists already; remove it, or use --force")
-    except OSError as error:
-        raise target_error(path, "looking for it", error) from None
-    return unfinished
 
 
 def _copy(
@@ -433,7 +455,7 @@ def _sampled(chunks: Iterable[Chunk], taken: Footprint) -> Iterator[Chunk]:
         yield chunk
 
 
-def _finish(writer: KdumpWriter, copier: Copier, vmcore: Vmcore, failure: str | None) -> str | None:
+def _finish(writer: KdumpWriter, output: Output, copier: Copier, vmcore: Vmcore, failure: str | None) -> str | None:
     """Write what is held back, and take the mark off when nothing is missing; return why the dump ended early."""
     try:
         writer.checkpoint()
@@ -441,6 +463,7 @@ def _finish(writer: KdumpWriter, copier: Copier, vmcore: Vmcore, failure: str | 
             failure = f"{writer.pages - writer.pages_written} pages that were selected were not saved"
         whole = failure is None and not copier.statistics.unreadable.count and not vmcore.core.missing_bytes
         writer.finish(complete=whole)
+        output.end()
     except TargetError as error:
         return failure or str(error)
     except KeyboardInterrupt:

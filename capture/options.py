@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
+from capture.errors import UsageError
 from capture.levels import parse_levels
 
 DUMP_COMPRESSION = "zstd"
 SAVE_COMPRESSION = "zstd:auto"
 """What ``vmcapture dump`` and ``save`` compress with when nobody says; spelt as in capture.dumpfile.codec."""
+RECIPIENTS = Path("/etc/vmcapture/recipients")
+"""Whom a save encrypts to, where nobody says anything else: in the capture image, and on the machine that builds it."""
 
 
 class DumpOptions(NamedTuple):
@@ -31,14 +35,22 @@ class DumpOptions(NamedTuple):
     """When to end in an orderly way with what there is, on ``time.monotonic``'s clock."""
     hashed: bool = True
     """Whether SHA-256 of the dump is taken while it is written."""
+    recipients: Path | None = None
+    """A file of public keys: what is written is encrypted to them."""
 
     def check(self) -> None:
         """Refuse what cannot be made, before anything is opened.
 
         Raises:
-            UsageError: level or compression are wrong.
+            UsageError: level or compression are wrong, or two things do not go together.
         """
         from capture.dumpfile import codec as codecs  # a boot that nobody gave options needs no codec yet
 
         parse_levels(",".join(map(str, self.levels)))
         codecs.codec(self.compression)
+        if self.recipients is not None:
+            from capture.dumpfile.encrypted import check_recipients  # nor that
+
+            check_recipients(self.recipients)
+            if self.resume:
+                raise UsageError("an encrypted dump cannot be gone on with: this machine cannot read it back")

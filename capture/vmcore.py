@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from capture.dumpfile import kdump
+from capture.errors import SourceError
 from capture.memory import elfcore
 from capture.memory.elfcore import ElfCore
 from capture.memory.image import MemoryImage
@@ -18,6 +19,7 @@ from capture.notes.vmcoreinfo import VmcoreInfo
 
 _PHYSICAL_BITS = range(46, 52)
 """MAX_PHYSMEM_BITS of x86_64 (46 with 4 levels of page tables) and aarch64 (48); 52 is what both can have at most."""
+_START_BYTES = 32
 
 
 class Vmcore(NamedTuple):
@@ -58,7 +60,10 @@ def open_vmcore(name: str, *, can_map: bool = True) -> Iterator[Vmcore]:
     Raises:
         SourceError: it is neither, or cannot be used.
     """
-    if _is_kdump(name):
+    start = _start(name)
+    if (advice := kdump.wrapped(start)) is not None:
+        raise SourceError(f"{name}: {advice}")
+    if start.startswith(kdump.SIGNATURE):
         from capture.dumpfile.source import DumpImage, KdumpSource  # with every codec that there is
 
         with KdumpSource(name) as dump:
@@ -81,15 +86,15 @@ def _notes(source: ByteSource, core: ElfCore) -> tuple[Notes, VmcoreInfo]:
     return notes, vmcoreinfo.parse(note.descriptor) if note else VmcoreInfo({})
 
 
-def _is_kdump(name: str) -> bool:
-    """Whether a file begins like a kdump-compressed dump; whatever is wrong with it, somebody else says."""
+def _start(name: str) -> bytes:
+    """Return how a file begins, nothing when it cannot be read; whatever is wrong with it, somebody else says."""
     try:
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
-        return False
+        return b""
     try:
-        return os.pread(fd, len(kdump.SIGNATURE), 0) == kdump.SIGNATURE
+        return os.pread(fd, _START_BYTES, 0)
     except OSError:
-        return False
+        return b""
     finally:
         os.close(fd)

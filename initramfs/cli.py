@@ -16,6 +16,7 @@ from capture.boot.room import parse_floor
 from capture.cli import Subparsers, command, positive
 from capture.console import Console, printable
 from capture.errors import CaptureError, UsageError
+from capture.options import RECIPIENTS
 from initramfs import devices, estimate, kexec, measure, modules, watchdogs
 from initramfs.devices import Needed
 from initramfs.errors import ImageError, KexecError, MeasureError
@@ -71,6 +72,13 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PATH",
         help="a further program, with its shared objects (repeatable)",
+    )
+    add(
+        "--recipients",
+        type=Path,
+        metavar="FILE",
+        help="saves are encrypted with age to the public keys in FILE; default: /etc/vmcapture/recipients, where that "
+        "is there",
     )
 
 
@@ -192,6 +200,9 @@ def _request(args: argparse.Namespace, output: Path | None) -> ImageRequest:
     # With --module the image may be for another machine.
     watchdog = Needed((), ()) if args.module else watchdogs.modules()
     software = () if args.module or watchdog != Needed((), ()) else (watchdogs.SOFTWARE,)
+    from initramfs.encryption import encryption  # with NumPy, for which no other command has to wait
+
+    encrypted = encryption(args.recipients)
     return ImageRequest(
         output=output or default_image(release),
         kernel_release=release,
@@ -201,7 +212,8 @@ def _request(args: argparse.Namespace, output: Path | None) -> ImageRequest:
         welcome_modules=(*(() if args.module else devices.keyboard_modules()), *software),
         watchdog_modules=(*watchdog.loaded, *watchdog.built_in),
         module_options=modules.host_options(),
-        binaries=tuple(args.bin),
+        binaries=(*args.bin, *encrypted.binaries),
+        files=encrypted.files,
         squashfs=False if args.no_squashfs else None,
     )
 
@@ -217,13 +229,17 @@ def _modules_dir(args: argparse.Namespace) -> Path:
 
 def run_initramfs(args: argparse.Namespace) -> int:
     """Build the image."""
-    report = build_image(_request(args, args.output))
+    request = _request(args, args.output)
+    report = build_image(request)
     kind = "squashfs" if report.squashfs else "plain"
     console = Console(quiet=args.quiet)
     console.say(
         f"{report.path}: {report.size / (1 << 20):.1f} MiB ({kind}), for {report.kernel_release}; "
         f"modules: {' '.join(report.modules) or 'none'}"
     )
+    for place, path in request.files:
+        if place == str(RECIPIENTS):
+            console.say(f"what it saves is encrypted to the keys in {path}: only their secret halves open it")
     if report.missing_modules:
         console.say(
             f"{report.kernel_release} has no {' and no '.join(report.missing_modules)}, which the running kernel has "

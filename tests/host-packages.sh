@@ -21,8 +21,12 @@ guest=(
     tar:tar
     dpkg:dpkg
     apt-get:apt
+    age:age
+    age-keygen:age
 )
 readers=(
+    age:age
+    age-keygen:age
     makedumpfile:makedumpfile
     crash:crash
 )

@@ -9,11 +9,12 @@ import mmap
 import shutil
 import struct
 import subprocess
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import drgn
 import numpy as np
@@ -215,10 +216,18 @@ def read_by_drgn(path: Path, pfns: Iterable[int]) -> dict[int, bytes]:
     return {pfn: read(pfn * PAGE, PAGE) for pfn in pfns}
 
 
-def makedumpfile(*arguments: str | Path) -> None:
-    """Run makedumpfile; skips where there is none."""
+def makedumpfile(*arguments: str | Path, source: IO[bytes] | None = None, output: IO[bytes] | None = None) -> None:
+    """Run makedumpfile, its standard input and output where they matter; skips where there is none."""
     found = shutil.which("makedumpfile") or shutil.which("makedumpfile", path="/usr/sbin:/sbin")
     if found is None:
         pytest.skip("makedumpfile is not installed (Debian package makedumpfile)")
     command: Sequence[str] = [found, *map(str, arguments)]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, stdin=source, stdout=output or subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def makedumpfile_rearrange(stream: bytes, path: Path) -> None:
+    """Have makedumpfile put a flattened dump together."""
+    with tempfile.TemporaryFile() as file:
+        file.write(stream)
+        file.seek(0)
+        makedumpfile("-R", path, source=file)

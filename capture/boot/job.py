@@ -2,6 +2,9 @@
 
 A step that fails is said, noted in the manifest, and the next one still runs. Each file is synced before the next one
 begins, gets its name when everything is in it, and nothing is ever written over.
+
+With recipients, nothing that comes from the dead kernel is written but encrypted: each file ends in .age, the dump is
+flattened, and the manifest says in the clear only what a person without the key may know.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capture import __version__, pulse, report
 from capture.console import Console
+from capture.dumpfile.encrypted import SUFFIX, EncryptedFile, check_recipients
 from capture.dumpfile.output import (
     HASH_BLOCK,
     INCOMPLETE_SUFFIX,
@@ -34,7 +38,7 @@ from capture.kernel.address import KernelMemory
 from capture.kernel.panic import Panic, PanicFinder, panicked_cpu
 from capture.kernel.utsname import read_utsname
 from capture.memory.source import OLDMEM, PROC_VMCORE, is_crash_boot
-from capture.options import DumpOptions
+from capture.options import RECIPIENTS, DumpOptions
 from capture.vmcore import Vmcore
 
 if TYPE_CHECKING:
@@ -44,10 +48,18 @@ LOG = "vmcore-dmesg.txt"
 DUMP = "vmcore"
 DIRECTORY_MODE = 0o700
 MANIFEST_FORMAT = 1
+FULL_MANIFEST = "manifest-full.json"
+"""What ``manifest.json`` says when nothing is encrypted, in an encrypted file."""
+ENCRYPTED_DUMP = f"vmcore.flat{SUFFIX}"
 _WRITE_SIZE = 1 << 16
 _MAX_NAME_TRIES = 100
 _MAX_NUMBER = 9999
 _HOST_LIMIT = 64
+_CLEAR_OF_DUMP = (
+    "file", "whole", "level", "compression", "pages", "pages_written", "unreadable_pages", "source_bytes_missing",
+    "seconds",
+)  # fmt: skip
+"""What the manifest of an encrypted save says of its dump in the clear."""
 
 
 class SavedFile(NamedTuple):
@@ -75,6 +87,11 @@ class SaveReport:
         return not self.failures
 
     @property
+    def log_saved(self) -> bool:
+        """Whether the dead kernel's log is there, whole."""
+        return any(file.name in (LOG, LOG + SUFFIX) for file in self.files)
+
+    @property
     def outcome(self) -> str:
         """What to call it: ``saved``, ``saved in part``, or ``not saved`` when there is not even one file."""
         if not self.files:
@@ -88,7 +105,11 @@ def save(vmcore: Vmcore, parent: Path, options: DumpOptions, console: Console) -
     Raises:
         TargetError: the directory cannot be made. What goes wrong after that is in the report.
     """
-    unfinished = _unfinished_directory(vmcore, parent, options)
+    if options.recipients is None and os.path.lexists(RECIPIENTS):  # even one that leads nowhere: plain is no way out
+        options = options._replace(recipients=RECIPIENTS)
+    if options.recipients is not None:
+        check_recipients(options.recipients)
+    unfinished = _unfinished_directory(vmcore, parent, options, console)
     if unfinished is not None:
         return _Job(vmcore, unfinished, options._replace(resume=True), console).run()
     missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
@@ -104,6 +125,7 @@ class _Job:
         self._console = console
         self._report = SaveReport(directory)
         self._taken = Footprint()
+        self._encrypted = options.recipients is not None
         self._crash_boot = vmcore.source.name == PROC_VMCORE or vmcore.source.name.startswith("/dev/")
 
     def sync_names(self, folders: Iterable[Path]) -> None:
@@ -116,21 +138,30 @@ class _Job:
 
     def run(self) -> SaveReport:
         going_on = ", where it was cut short before" if self._options.resume else ""
-        self._console.say(f"saving to {self._report.directory}{going_on}")
+        encrypted = f", encrypted to the keys in {self._options.recipients}" if self._encrypted else ""
+        self._console.say(f"saving to {self._report.directory}{going_on}{encrypted}")
         for line in self._vmcore.problems:
             self._console.say(line)
         if self._options.resume:
             self._forget_manifest()
-        self._step(LOG, self._unless_there(self._save_log))
-        self._step("registers.txt", self._unless_there(self._save_registers_text))
-        self._step("registers.json", self._unless_there(self._save_registers_json))
-        self._step(DUMP, self._save_dump)
-        self._step(_log_name(self._report.directory), self._save_capture_log)
-        self._step(MANIFEST, self._save_manifest)
+        self._step(self._called(LOG), self._unless_there(self._save_log))
+        self._step(self._called("registers.txt"), self._unless_there(self._save_registers_text))
+        self._step(self._called("registers.json"), self._unless_there(self._save_registers_json))
+        self._step(ENCRYPTED_DUMP if self._encrypted else DUMP, self._save_dump)
+        self._step(self._called(_log_name(self._report.directory)), self._save_capture_log)
+        if self._encrypted:
+            self._step(self._called(FULL_MANIFEST), self._save_manifest)
+            self._step(MANIFEST, self._save_clear_manifest)
+        else:
+            self._step(MANIFEST, self._save_manifest)
         if not self._report.files:
             with contextlib.suppress(OSError):  # not empty: a part of the log is better than none
                 self._report.directory.rmdir()
         return self._report
+
+    def _called(self, name: str) -> str:
+        """Return what the file ``name`` is called in this directory."""
+        return name + SUFFIX if self._encrypted else name
 
     def _forget_manifest(self) -> None:
         """Remove the manifest of the save that was cut short: what it says of the dump will be untrue."""
@@ -240,23 +271,29 @@ class _Job:
     def _save_manifest(self, name: str) -> None:
         self._write(name, [_json(_manifest(self._vmcore, self._report, self._taken))])
 
-    def _write(self, name: str, pieces: Iterable[bytes]) -> None:
-        """Write one small file whole and bring it to the disk; then it gets its name, and that is brought there."""
+    def _save_clear_manifest(self, name: str) -> None:
+        full = _manifest(self._vmcore, self._report, self._taken)
+        self._write(name, [_json(_clear_manifest(full))], clear=True)
+
+    def _write(self, name: str, pieces: Iterable[bytes], *, clear: bool = False) -> None:
+        """Write one small file whole and bring it to the disk; then it gets its name, and that is brought there.
+
+        It is encrypted when this save is, unless it is ``clear``.
+        """
         path = self._report.directory / name
         unfinished = path.with_name(name + INCOMPLETE_SUFFIX)
         if self._options.resume:
             with contextlib.suppress(OSError):  # of the save that was cut short: what is in it is written anew
                 unfinished.unlink()
-        output = OutputFile(unfinished)
-        position = 0
-        buffer = bytearray()
+        output: OutputFile | EncryptedFile
+        if self._options.recipients is None or clear:
+            output = OutputFile(unfinished)
+        else:
+            output = EncryptedFile(unfinished, self._options.recipients)
         try:
-            for piece in pieces:
-                buffer += piece
-                if len(buffer) >= _WRITE_SIZE:
-                    position += output.write([bytes(buffer)], position)
-                    buffer.clear()
-            position += output.write([bytes(buffer)], position)
+            for block in _blocks(pieces):
+                output.append([block])
+            output.end()
             output.sync()
             self._report.files.append(SavedFile(unfinished.name, output.size, output.digests()))
         except TargetError:
@@ -271,6 +308,17 @@ class _Job:
             raise target_error(path, f"renaming {unfinished.name}", error) from None
         self._report.files[-1] = self._report.files[-1]._replace(name=name)
         sync_directory(self._report.directory)
+
+
+def _blocks(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Put small pieces together to larger ones."""
+    buffer = bytearray()
+    for piece in pieces:
+        buffer += piece
+        if len(buffer) >= _WRITE_SIZE:
+            yield bytes(buffer)
+            buffer.clear()
+    yield bytes(buffer)
 
 
 def kernel_messages() -> list[bytes]:
@@ -308,11 +356,21 @@ def default_source() -> str:
     return OLDMEM if is_crash_boot() and not Path(PROC_VMCORE).exists() else PROC_VMCORE
 
 
-def _unfinished_directory(vmcore: Vmcore, parent: Path, options: DumpOptions) -> Path | None:
-    """Return the directory in which a save of this crash was cut short, None where there is none."""
+def _unfinished_directory(vmcore: Vmcore, parent: Path, options: DumpOptions, console: Console) -> Path | None:
+    """Return the directory in which a save of this crash was cut short, None where there is none to go on in."""
     name = _directory_name(vmcore)
     try:
         taken = [parent / _numbered(name, number) for number in _numbers(parent, name)]
+    except OSError:
+        return None
+    if options.recipients is not None:
+        for directory in taken:
+            if (directory / f"{ENCRYPTED_DUMP}{INCOMPLETE_SUFFIX}").exists():
+                console.say(
+                    f"{directory}: was cut short, and is encrypted: this machine cannot go on with it; saving anew"
+                )
+        return None
+    try:
         return next((path for path in taken if not path.is_symlink() and _can_go_on(vmcore, path, options)), None)
     except OSError:
         return None
@@ -414,6 +472,26 @@ def _manifest(vmcore: Vmcore, saved: SaveReport, taken: Footprint) -> dict[str, 
         "dump": _dump_values(saved.dump) if saved.dump else None,
         "seconds": saved.seconds,
         "capture_machine": taken.values(),
+    }
+
+
+def _clear_manifest(full: dict[str, Any]) -> dict[str, Any]:
+    """Return of a manifest what anybody may know who finds the disk: nothing that was in the dead kernel's memory but
+    what the directory's name says, the release, and numbers of pages."""
+    dump = full["dump"]
+    return {
+        "format": full["format"],
+        "written_by": full["written_by"],
+        "encrypted": {"format": "age-encryption.org/v1", "manifest": FULL_MANIFEST + SUFFIX},
+        "kernel": {key: full["kernel"][key] for key in ("release", "machine", "host", "crash_time", "cpus")},
+        "complete": full["complete"],
+        # What follows the colon may quote memory: the reason is in the full manifest.
+        "failed": [failure.partition(": ")[0] for failure in full["failures"]],
+        "hash_block": full["hash_block"],
+        "files": full["files"],
+        "dump": dump and {key: dump[key] for key in _CLEAR_OF_DUMP},
+        "seconds": full["seconds"],
+        "capture_machine": full["capture_machine"],
     }
 
 

@@ -2,9 +2,9 @@
 
 Never before: an old dump may be the only one that there will be. Never the crash just saved, never another host's, and
 never what is not of our making: a directory counts as a crash when it has the name that ``capture.boot.job`` gives and
-holds a manifest that we wrote, ``vmcore.incomplete``, or ``vmcore`` beside registers. Of it go the files that a save
-makes, and the directory when nothing else is in it. All is done through open directories, so that no symbolic link is
-followed, whoever puts one there meanwhile.
+holds a manifest that we wrote, ``vmcore.incomplete``, or ``vmcore`` beside registers, or the same encrypted. Of it go
+the files that a save makes, and the directory when nothing else is in it. All is done through open directories, so that
+no symbolic link is followed, whoever puts one there meanwhile.
 
 Whatever fails here costs a line on the console and nothing else.
 """
@@ -33,13 +33,15 @@ _NAME = re.compile(
 )
 """Host, day, time and number, as ``capture.boot.job`` puts them together. A host name has no colon there."""
 _FILE = re.compile(
-    r"(vmcore-dmesg\.txt|registers\.(txt|json)|vmcore|capture-log(-[0-9]{1,2})?\.txt|manifest\.json)(\.incomplete)?",
+    r"((vmcore-dmesg\.txt|registers\.(txt|json)|capture-log(-[0-9]{1,2})?\.txt)(\.age)?"
+    r"|vmcore|vmcore\.flat\.age|manifest\.json|manifest-full\.json\.age)(\.incomplete)?",
     re.ASCII,
 )
 _WRITTEN_BY = b'"written_by": "vmcapture '
 _MANIFEST_START = 512  # bytes; the second line of it says who wrote it
-_UNFINISHED = f"vmcore{INCOMPLETE_SUFFIX}"
-_LAST = {"vmcore": -1, _UNFINISHED: 1, MANIFEST: 2}
+_DUMPS = {"vmcore": ("registers.txt", "registers.json"), "vmcore.flat.age": ("registers.txt.age", "registers.json.age")}
+"""What a dump is called, plain and encrypted, and what lies beside it."""
+_LAST = {**dict.fromkeys(_DUMPS, -1), **{f"{dump}{INCOMPLETE_SUFFIX}": 1 for dump in _DUMPS}, MANIFEST: 2}
 """In which order files go: last what a directory is known by, so that the next save goes on with one that was begun."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _POLL = 0.1
@@ -151,8 +153,9 @@ class _Pruning:
                 return False  # another file system is mounted there
             with os.scandir(folder) as entries:
                 files = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
-            if _UNFINISHED in files or ("vmcore" in files and files & {"registers.txt", "registers.json"}):
-                return True
+            for dump, beside in _DUMPS.items():
+                if f"{dump}{INCOMPLETE_SUFFIX}" in files or (dump in files and files.intersection(beside)):
+                    return True
             return MANIFEST in files and _WRITTEN_BY in _start(folder, MANIFEST)
         except OSError as error:
             self._failed(name, error, "looking into it failed")

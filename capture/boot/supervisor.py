@@ -167,7 +167,7 @@ def _at_target(
                 str(found.directory),
                 tuple(found.failures),
                 settled=found.complete,
-                log_saved=any(file.name == job.LOG for file in found.files),
+                log_saved=found.log_saved,
             )
         )
 

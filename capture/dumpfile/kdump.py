@@ -15,6 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 SIGNATURE = b"KDUMP   "
+WRAPPED = {
+    b"age-encryption.org/v1": "is encrypted: decrypt it where the key is (age -d -i KEY FILE | vmcapture dump - OUT)",
+    b"makedumpfile\0": "is a flattened dump: put it together first (vmcapture dump FILE OUT)",
+}
+"""How files begin that become dumps, and what to do first."""
 HEADER_VERSION = 6
 
 COMPRESSED_ZLIB = 0x1
@@ -76,6 +81,11 @@ UNREADABLE = 0x5643_4B32
 def checksum(stored: bytes | memoryview) -> int:
     """Return the ``page_flags`` of a page that is stored so."""
     return CHECKED << 32 | zlib.crc32(stored)
+
+
+def wrapped(start: bytes) -> str | None:
+    """Return what to do first with a file that begins so, None when it is nothing that becomes a dump."""
+    return next((advice for signature, advice in WRAPPED.items() if start.startswith(signature)), None)
 
 
 class Layout(NamedTuple):

@@ -14,12 +14,17 @@ import errno
 import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from capture import pulse
 from capture.errors import TargetError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MANIFEST = "manifest.json"
 """The file in which the digests of the others stand."""
@@ -29,6 +34,11 @@ INCOMPLETE_SUFFIX = ".incomplete"
 """Behind the name of a file until everything is in it."""
 _IOV_MAX = 1024
 _READ_BACK = 1 << 20
+_TABLE_BLOCK = 1 << 12
+"""Rows of a table that are written together where they do not follow each other."""
+
+Pieces = Sequence[bytes | memoryview]
+"""Bytes to be written one after another."""
 
 
 class TargetFullError(TargetError):
@@ -46,6 +56,107 @@ def target_error(path: Path | str, doing: str, error: OSError) -> TargetError:
         errno.EEXIST: "; remove it, or use --force",
     }.get(error.errno or 0, "")
     return TargetError(f"{path}: {doing} failed: {error.strerror}{remedy}")
+
+
+def unfinished_path(path: Path, *, replace: bool, resume: bool) -> Path:
+    """Return the name that a dump at ``path`` has until it is finished; make way for it when ``replace``.
+
+    With ``resume`` it may be there already.
+
+    Raises:
+        TargetError: ``path`` is there already, or cannot be a file.
+    """
+    try:
+        if not path.name or path.is_dir():
+            raise TargetError(f"{path}: is a directory; name the file to write")
+        unfinished = path.with_name(path.name + INCOMPLETE_SUFFIX)
+        if replace and not resume:
+            unfinished.unlink(missing_ok=True)
+        elif path.exists() or path.is_symlink():
+            raise TargetError(f"{path}: exists already; remove it, or use --force")
+    except OSError as error:
+        raise target_error(path, "looking for it", error) from None
+    return unfinished
+
+
+def named(unfinished: Path, path: Path) -> TargetError | None:
+    """Give what is finished its name; return why that cannot be, None when it is done."""
+    try:
+        with pulse.at_target():
+            unfinished.rename(path)
+    except OSError as error:
+        return target_error(path, f"renaming {unfinished.name}", error)
+    return None
+
+
+class Output(Protocol):
+    """What a dump is written to: an OutputFile, or a stream that becomes one (capture.dumpfile.flattened)."""
+
+    sequential: bool
+    """Whether all that was written before is there when something written later is: writes are bytes in a row."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+
+    @property
+    def full(self) -> bool:
+        """Whether there is room for what makes the dump readable only: no page data, please."""
+
+    def write(self, pieces: Pieces, offset: int) -> int:
+        """Write all ``pieces`` one after another at ``offset``; return how many bytes that were."""
+
+    def write_bitmap(self, bits: bytes, offset: int) -> None:
+        """Write bytes that will be read back."""
+
+    def write_rows(self, numbers: NDArray[np.int64], rows: NDArray[np.void], at: int) -> Iterator[int]:
+        """Write rows of the table that begins at ``at`` to their places, ``numbers`` ascending; yield how many are
+        written, again and again, whatever happens."""
+
+    def read_back(self, offset: int, length: int) -> bytes:
+        """Return bytes written before; what was never written reads as zeros."""
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Make sure that there are ``length`` bytes at ``offset``, which read as zeros until they are written."""
+
+    def truncate(self, length: int) -> None:
+        """Forget what lies behind ``length`` bytes of the dump, as far as that is possible."""
+
+    def sync(self) -> None:
+        """Bring everything written so far to the disk."""
+
+    def forget(self, offset: int, length: int) -> None:
+        """Let the page cache drop bytes that are on the disk."""
+
+    def end(self) -> None:
+        """Tell readers that this is all; nothing is written after that."""
+
+    def digests(self) -> list[str]:
+        """Return the SHA-256 of each block of 64 MiB, hexadecimal; none where nobody asked for them."""
+
+    def close(self) -> None:
+        """Close it, whatever it lacks."""
+
+
+def put_all(put: Callable[[Pieces], int], pieces: Pieces) -> None:
+    """Give all ``pieces`` to ``put``, which writes as many bytes as it can and says how many.
+
+    Raises:
+        OSError: of ``put``.
+    """
+    queue = list(pieces)
+    first = 0
+    while first < len(queue):
+        written = put(queue[first : first + _IOV_MAX])
+        while first < len(queue) and written >= len(queue[first]):
+            written -= len(queue[first])
+            first += 1
+        if written:
+            queue[first] = memoryview(queue[first])[written:]
 
 
 class OutputFile:
@@ -72,34 +183,67 @@ class OutputFile:
         self._lock = threading.Lock()
         """Around ``size`` and the hashes."""
 
-    def write(self, pieces: Sequence[bytes | memoryview], offset: int) -> int:
+    sequential = False
+    full = False
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        return str(self.path)
+
+    def write(self, pieces: Pieces, offset: int) -> int:
         """Write all ``pieces`` one after another at ``offset``; return how many bytes that were."""
-        start = offset
+        position = offset
+
+        def put(some: Pieces) -> int:
+            nonlocal position
+            with pulse.at_target():
+                written = os.pwritev(self._fd, some, position)
+            position += written
+            return written
+
         if self._hashes is not None:
             with self._lock:
                 self._hashes.feed(pieces, offset)
-        offset += sum(map(len, pieces))
-        queue = list(pieces)
-        position = start
-        first = 0
         try:
-            while first < len(queue):
-                with pulse.at_target():
-                    written = os.pwritev(self._fd, queue[first : first + _IOV_MAX], position)
-                position += written
-                while first < len(queue) and written >= len(queue[first]):
-                    written -= len(queue[first])
-                    first += 1
-                if written:
-                    queue[first] = memoryview(queue[first])[written:]
+            put_all(put, pieces)
         except OSError as error:
             with self._lock:
                 self._forget_hashes(position)
                 self.size = os.fstat(self._fd).st_size
             raise target_error(self.path, f"writing at {position}", error) from None
         with self._lock:
-            self.size = max(self.size, offset)
-        return offset - start
+            self.size = max(self.size, position)
+        return position - offset
+
+    def append(self, pieces: Pieces) -> int:
+        """Write all ``pieces`` behind what is there; return how many bytes that were."""
+        return self.write(pieces, self.size)
+
+    def write_bitmap(self, bits: bytes, offset: int) -> None:
+        """Write bytes that will be read back: all of a file can be."""
+        self.write([bits], offset)
+
+    def write_rows(self, numbers: NDArray[np.int64], rows: NDArray[np.void], at: int) -> Iterator[int]:
+        """Write rows of a table to their places, block by block: one that has gaps is read back first."""
+        import numpy as np  # the set-up side asks this module for names only
+
+        bounds = np.flatnonzero(np.diff(numbers // _TABLE_BLOCK)) + 1
+        for start, end in pairwise([0, *bounds.tolist(), len(numbers)]):
+            first, last = int(numbers[start]), int(numbers[end - 1])
+            place = at + first * rows.itemsize
+            part = rows[start:end]
+            if last - first + 1 > end - start:
+                block = np.frombuffer(self.read_back(place, (last - first + 1) * rows.itemsize), rows.dtype)
+                part = block.copy()
+                part[numbers[start:end] - first] = rows[start:end]
+            try:
+                self.write([part.tobytes()], place)
+            except TargetError:
+                there = np.frombuffer(self.read_back(place, part.nbytes), rows.dtype)
+                yield int(np.count_nonzero((there == part)[numbers[start:end] - first]))
+                raise
+            yield end - start
 
     def _forget_hashes(self, offset: int) -> None:
         if self._hashes is not None:
@@ -145,6 +289,9 @@ class OutputFile:
                 os.fdatasync(self._fd)
         except OSError as error:
             raise target_error(self.path, "syncing", error) from None
+
+    def end(self) -> None:
+        """Do nothing: a file ends where it ends."""
 
     def forget(self, offset: int, length: int) -> None:
         """Let the page cache drop bytes that are on the disk: what it would drop instead is needed."""
@@ -192,7 +339,7 @@ class _BlockHashes:
         self._dirty = set(range(-(-size // HASH_BLOCK)))
         self._hole: str | None = None
 
-    def feed(self, pieces: Sequence[bytes | memoryview], offset: int) -> None:
+    def feed(self, pieces: Pieces, offset: int) -> None:
         for piece in pieces:
             view = memoryview(piece)
             while len(view):
@@ -256,6 +403,22 @@ def _hash_block(fd: int, offset: int, length: int) -> str:
         offset += len(data)
         length -= len(data)
     return state.hexdigest()
+
+
+def unnamed_file(directory: Path) -> int:
+    """Return a descriptor of a new file that has no name in ``directory``, and is gone with the process.
+
+    Raises:
+        OSError: there can be none.
+    """
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, FILE_MODE)
+    except OSError:  # not every file system knows that
+        import tempfile  # with all that stands behind it
+
+        fd, name = tempfile.mkstemp(prefix=".order-", dir=directory)
+        Path(name).unlink()
+        return fd
 
 
 def sync_directory(path: Path) -> None:

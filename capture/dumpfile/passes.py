@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from capture.dumpfile.output import target_error
+from capture import pulse
+from capture.dumpfile.output import target_error, unnamed_file
 from capture.dumpfile.writer import KdumpWriter
 from capture.errors import TargetError
 from capture.kernel.pages import LAST
@@ -39,7 +40,7 @@ class Passes:
         self._fd = -1
         self.failure: str | None = None
         try:
-            self._fd = _unnamed_file(directory)
+            self._fd = unnamed_file(directory)
         except OSError as error:
             self.failure = f"a file in {directory}: {error.strerror}"
 
@@ -48,7 +49,9 @@ class Passes:
         try:
             for number, pages in enumerate(passes if self.failure is None else ()):
                 bits = np.packbits(pages, bitorder="little").tobytes()
-                if os.pwrite(self._fd, bits, number * self._bytes + first_pfn // 8) < len(bits):
+                with pulse.at_target():
+                    written = os.pwrite(self._fd, bits, number * self._bytes + first_pfn // 8)
+                if written < len(bits):
                     self.failure = "no room for the order of pages"
         except OSError as error:
             self.failure = f"the order of pages cannot be written: {error.strerror}"
@@ -68,7 +71,8 @@ class Passes:
         done[pfns - first] = True
         try:
             bits = np.packbits(done, bitorder="little").tobytes()
-            written = os.pwrite(self._fd, bits, _DONE * self._bytes + first // 8)
+            with pulse.at_target():
+                written = os.pwrite(self._fd, bits, _DONE * self._bytes + first // 8)
         except OSError as error:
             raise TargetError(f"{self._directory}: what is saved already cannot be noted: {error.strerror}") from None
         if written < len(bits):
@@ -112,7 +116,8 @@ class Passes:
         length = -(-pages // 8)
         room = max(0, min(length, self._bytes - first_pfn // 8))
         try:
-            raw = os.pread(self._fd, room, number * self._bytes + first_pfn // 8)
+            with pulse.at_target():
+                raw = os.pread(self._fd, room, number * self._bytes + first_pfn // 8)
         except OSError as error:
             raise target_error(self._directory, "reading the order of pages back", error) from None
         bits = np.frombuffer(raw.ljust(length, b"\0"), dtype=np.uint8)  # (nothing was noted behind the file's end)
@@ -123,14 +128,3 @@ class Passes:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _unnamed_file(directory: Path) -> int:
-    try:
-        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError:  # not every file system knows that
-        import tempfile  # with all that stands behind it
-
-        fd, name = tempfile.mkstemp(prefix=".order-", dir=directory)
-        Path(name).unlink()
-        return fd

@@ -199,7 +199,8 @@ class KdumpFile:
 
     def _check_header(self) -> None:
         if self.header["signature"] != kdump.SIGNATURE.rstrip(b"\0"):
-            raise SourceError(f"{self.path}: not a kdump-compressed dump")
+            advice = kdump.wrapped(self._read(0, kdump.DISK_DUMP_HEADER.itemsize, "header"))
+            raise SourceError(f"{self.path}: {advice or 'not a kdump-compressed dump'}")
         version = int(self.header["header_version"])
         if version < kdump.HEADER_VERSION:
             raise SourceError(f"{self.path}: header version {version}: only {kdump.HEADER_VERSION} is read")

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from capture import footprint
 from capture.dumpfile import kdump
-from capture.dumpfile.output import OutputFile, TargetFullError
+from capture.dumpfile.output import Output, TargetFullError
 from capture.errors import TargetError
 from capture.notes.elfnote import Notes
 
@@ -33,8 +33,6 @@ SYNC_BYTES = 16 << 20
 LEAST_SYNC_BYTES = 2 << 20
 _SYNC_SHARE = 16
 """With less memory a step is smaller: this part of what is available. Two of them may be dirty."""
-_TABLE_BLOCK = 1 << 12
-"""Descriptors (24 bytes each) that are written together where pages do not follow each other."""
 SYNC_PAGES = 1 << 15
 """Descriptors held back between two syncs (24 bytes each)."""
 FIRST_SYNC_BYTES = 4 << 20
@@ -122,7 +120,7 @@ class KdumpWriter:
         TargetError: from every method; what was written before stays readable after ``finish(complete=False)``.
     """
 
-    def __init__(self, output: OutputFile, plan: DumpPlan) -> None:
+    def __init__(self, output: Output, plan: DumpPlan) -> None:
         self._output = output
         self._plan = plan
         self.pages = 0
@@ -199,7 +197,7 @@ class KdumpWriter:
         before = int(np.count_nonzero(part))
         part[described[: len(part)] == to] = to
         self.pages += int(np.count_nonzero(part)) - before
-        self._output.write([np.packbits(bits, bitorder="little").tobytes()], start)
+        self._output.write_bitmap(np.packbits(bits, bitorder="little").tobytes(), start)
 
     def _bitmap_bytes(self, first_pfn: int, pages: int) -> tuple[int, int]:
         """Return where in the file the bits of bitmap 2 for some pages lie; cut off at its end."""
@@ -273,6 +271,8 @@ class KdumpWriter:
 
     def append(self, packed: PackedPages) -> None:
         """Write the data of the next pages; their descriptors follow with the next sync."""
+        if self._output.full:
+            raise TargetFullError(f"{self._output.name}: no room left; make room or choose another target")
         try:
             with self._on_the_disk():
                 written = self._output.write(packed.pieces, self._position)
@@ -309,46 +309,42 @@ class KdumpWriter:
 
     def _finish_step(self, batch: _Batch) -> None:
         """Bring a step to the disk; the one place outside of the caller's thread."""
+        described = self.pages_written
+        if self._output.sequential:  # behind its data: that is there when they are
+            self._describe_step(batch)
         started = time.monotonic()
         if batch.unsynced:
-            self._output.sync()
+            try:
+                self._output.sync()
+            except TargetError:
+                self.pages_written = described
+                raise
             if self._full_step < SYNC_BYTES:
                 self._output.forget(self._kept_to, batch.end - self._kept_to)
         synced = time.monotonic()
         self._kept_to = batch.end  # whatever becomes of the descriptors: some of them may be written
-        if batch.descriptors:  # none: the disk was full, and they were given back
-            self._describe(
-                np.concatenate([part.numbers for part in batch.descriptors]),
-                np.concatenate([part.table for part in batch.descriptors]),
-            )
+        if not self._output.sequential:
+            self._describe_step(batch)
         if batch.unsynced and self.on_step is not None:
             since, blocked = self._blocked_since, self._blocked
             blocked += synced - since if since is not None else 0.0
             self.on_step(Step(batch.unsynced, synced - started, synced - self._last_step, blocked - self._last_blocked))
             self._last_step, self._last_blocked = synced, blocked
 
+    def _describe_step(self, batch: _Batch) -> None:
+        if batch.descriptors:  # none: the disk was full, and they were given back
+            self._describe(
+                np.concatenate([part.numbers for part in batch.descriptors]),
+                np.concatenate([part.table for part in batch.descriptors]),
+            )
+
     def _describe(self, numbers: NDArray[np.int64], table: NDArray[np.void]) -> None:
-        """Write descriptors to their places, block by block of the table: one that has gaps is read back first."""
+        """Write descriptors to their places, and count their pages."""
         if len(numbers) > 1 and not (np.diff(numbers) > 0).all():  # a step in which one pass ends and another begins
             order = np.argsort(numbers, kind="stable")
             numbers, table = numbers[order], table[order]
-        bounds = np.flatnonzero(np.diff(numbers // _TABLE_BLOCK)) + 1
-        width = kdump.PAGE_DESCRIPTOR.itemsize
-        for start, end in pairwise([0, *bounds.tolist(), len(numbers)]):
-            first, last = int(numbers[start]), int(numbers[end - 1])
-            at = self.layout.descriptor_table + first * width
-            part = table[start:end]
-            if last - first + 1 > end - start:
-                block = np.frombuffer(self._output.read_back(at, (last - first + 1) * width), kdump.PAGE_DESCRIPTOR)
-                part = block.copy()
-                part[numbers[start:end] - first] = table[start:end]
-            try:
-                self._output.write([part.tobytes()], at)
-            except TargetError:
-                there = np.frombuffer(self._output.read_back(at, part.nbytes), kdump.PAGE_DESCRIPTOR)
-                self.pages_written += int(np.count_nonzero((there == part)[numbers[start:end] - first]))
-                raise
-            self.pages_written += end - start
+        for written in self._output.write_rows(numbers, table, self.layout.descriptor_table):
+            self.pages_written += written
 
     def _settle(self) -> None:
         """Wait for the step that is under way.
@@ -393,8 +389,11 @@ class KdumpWriter:
                 raise
 
     def _give_back(self) -> None:
-        """On a full disk, drop the newest pages that have no descriptor yet: the manifest needs some room as well."""
-        if self._pending:
+        """On a full disk, drop the newest pages that have no descriptor yet: the manifest needs some room as well.
+
+        What went into a stream stays there, and it has kept room.
+        """
+        if self._pending and not self._output.sequential:
             dropped = self._pending.pop().table
             self._pending_pages -= len(dropped)
             own = dropped["offset"] != self._zero_page
@@ -448,7 +447,7 @@ class KdumpWriter:
         bits = 0
         for first_pfn, window in windows:
             room = self.layout.bitmap_bytes - first_pfn // 8
-            self._output.write([np.packbits(window, bitorder="little").tobytes()[:room]], start + first_pfn // 8)
+            self._output.write_bitmap(np.packbits(window, bitorder="little").tobytes()[:room], start + first_pfn // 8)
             bits += int(np.count_nonzero(window))
         return bits
 

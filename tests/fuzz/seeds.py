@@ -195,6 +195,21 @@ def _descriptor_fields(table: int, count: int) -> tuple[Field, ...]:
 
 
 @cache
+def flattened_seeds() -> list[Seed]:
+    """Dumps cut into records of a thousand bytes, the last ones first."""
+    seeds = []
+    for seed in kdump_seeds()[::2]:
+        stream, fields = bytearray(b"makedumpfile\0\0\0\0" + struct.pack(">qq", 1, 1)), []
+        stream = stream.ljust(4096, b"\0")
+        for offset in range((len(seed.data) - 1) // 1000 * 1000, -1, -1000):
+            fields += [(len(stream), 8), (len(stream) + 8, 8)]
+            record = seed.data[offset : offset + 1000]
+            stream += struct.pack(">qq", offset, len(record)) + record
+        seeds.append(Seed(bytes(stream + struct.pack(">qq", -1, -1)), (*fields, (len(stream), 8), (16, 8), (24, 8))))
+    return seeds
+
+
+@cache
 def kernel_seeds() -> list[Seed]:
     """A small kernel of each era, in each way that leads to mem_map, of each architecture."""
     kernels = [

@@ -20,6 +20,7 @@ from capture import cli, report
 from capture.boot import config, job
 from capture.console import Console, printable
 from capture.dump import write_dump
+from capture.dumpfile.assemble import assemble
 from capture.dumpfile.codec import codec
 from capture.dumpfile.output import INCOMPLETE_SUFFIX, MANIFEST
 from capture.dumpfile.reader import KdumpFile
@@ -50,6 +51,7 @@ from tests.fuzz.seeds import (
     command_line_seeds,
     core_seeds,
     elf_seeds,
+    flattened_seeds,
     kdump_seeds,
     kernel_seeds,
     note_seeds,
@@ -201,6 +203,19 @@ def run_survey(path: Path) -> list[str]:
         return report.survey_text(values).splitlines()
 
 
+def run_flattened(path: Path) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        made = assemble(str(path), Path(folder) / "dump", progress=False)
+        if (made.path.name == "dump") != (made.failure is None):
+            raise FindingError(f"{made.failure}: but it is called {made.path.name}")
+        if made.failure is None:
+            return []
+        with KdumpFile(made.path) as dump:
+            if not dump.incomplete:
+                raise FindingError(f"{made.failure}: but it is not marked incomplete")
+        return [made.failure.replace(str(path), "")]
+
+
 def run_dump_as_source(path: Path) -> list[str]:
     with open_vmcore(str(path)) as vmcore:
         _every_page(vmcore.image)
@@ -332,6 +347,7 @@ TARGETS: dict[str, Target] = {
         Target("survey", run_survey, kernel_seeds),
         Target("save", run_save, core_seeds),
         Target("kdump", run_kdump, kdump_seeds),
+        Target("flattened", run_flattened, flattened_seeds),
         Target("dump as source", run_dump_as_source, kdump_seeds, seconds=15),
         Target("resume", run_resume, resume_seeds),
         Target("verify", run_verify, verify_seeds, seconds=15),

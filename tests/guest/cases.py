@@ -86,6 +86,12 @@ RESERVATION_CASES: tuple[Case, ...] = (
 # Where a person has to help, or the power fails: one small machine.
 RESCUE = Case("rescue", LINUX_6_1)
 
+# Saved encrypted, and uncompressed: what is in memory would be seen on the disk as it is.
+ENCRYPTED_CASES: tuple[Case, ...] = (
+    Case("encrypted-6.1-128M", LINUX_6_1, 2, LA48, memory="1G", crashkernel="128M", append="vmcapture.compress=none"),
+    Case("encrypted-6.12-112M", LINUX_6_12, 1, LA57, memory="1G", crashkernel="112M", append="vmcapture.compress=none"),
+)
+
 # Looked at with debug symbols as well, which are a download of about 300 MB a kernel.
 WITH_DEBUGINFO = ("6.1-la57-smp-file", "6.12-la57-smp-load")
 DEBUGINFO_CASES: tuple[Case, ...] = tuple(case for case in CASES if case.name in WITH_DEBUGINFO)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from initramfs.encryption import Encryption, encryption
 from initramfs.image import ImageRequest, build_image
 from tests.guest import cache, disk, host
 from tests.guest.cache import Kernel
@@ -161,8 +162,10 @@ class ImageStore:
         *,
         squashfs: bool | None = None,
         more: Callable[[Kernel, Path], object] | None = None,
+        recipients: Path | None = None,
     ) -> None:
         self.folder = folder
+        self.recipients = recipients  # whom saves are encrypted to
         self.squashfs = squashfs  # None: as the builder decides
         self.more = more  # puts more files into the folder that becomes the healthy machine's disk
         self._built: dict[str, Images] = {}
@@ -179,6 +182,7 @@ class ImageStore:
         contents = folder / "disk"
         contents.mkdir(parents=True, exist_ok=True)
         images = Images(contents / "capture.img", folder / "healthy.img", folder / "healthy-disk.ext4")
+        encrypted = Encryption() if self.recipients is None else encryption(self.recipients)  # not this machine's own
         capture = ImageRequest(
             output=images.capture,
             kernel_release=kernel.release,
@@ -187,6 +191,8 @@ class ImageStore:
             welcome_modules=("softdog",),
             watchdog_modules=WATCHDOG_MODULES,
             squashfs=self.squashfs,
+            binaries=encrypted.binaries,
+            files=encrypted.files,
         )
         build_image(capture)
         build_image(
@@ -198,6 +204,7 @@ class ImageStore:
                 optional_modules=HEALTHY_MODULES,
                 launcher_module="initramfs",
                 binaries=(host.find("kexec"), host.find("blkid")),
+                files=(),
             )
         )
         shutil.copy(kernel.vmlinuz, contents / "vmlinuz")
@@ -313,13 +320,15 @@ def crash(
     workdir: Path,
     *,
     append: str = "",
+    before: tuple[str, ...] = (),
     saver: Saver | None = None,
     timeout: float = SAVE_TIMEOUT,
     steps: Steps | None = None,
 ) -> Saved:
     """Crash a machine, let the capture kernel save and power off, and bring what it saved to ``workdir``.
 
-    ``saver`` is us where nobody else is named; it has ``timeout`` seconds from its first line on the console.
+    ``before`` are commands for the healthy machine. ``saver`` is us where nobody else is named; it has ``timeout``
+    seconds from its first line on the console.
 
     Raises:
         GuestError: a step did not end as it should.
@@ -327,7 +336,7 @@ def crash(
     """
     steps = steps or Steps()
     saver = saver or OURS
-    with panicked(case, store, workdir, append=append, saver=saver, steps=steps) as machine:
+    with panicked(case, store, workdir, append=append, before=before, saver=saver, steps=steps) as machine:
         with steps.step("the capture kernel boots"):
             machine.expect(rf"^{saver.name}: ", BOOT_TIMEOUT)
         with steps.step("it saves and powers off"):
@@ -504,6 +513,12 @@ def rescue_shell(
 def target_image(workdir: Path) -> Path:
     """The image of the disk that the crash is saved to."""
     return workdir / "target.ext4"
+
+
+def only_crash(image: Path, into: Path) -> Path:
+    """The folder of the one crash on a target, copied to ``into``."""
+    (name,) = disk.names(image, TARGET_FOLDER)
+    return disk.extract(image, f"{TARGET_FOLDER}/{name}", into)
 
 
 def memory_bytes(size: str) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGES: Mapping[str, str] = {
+    "age": "age",
+    "age-keygen": "age",
     "apt-get": "apt",
     "blkid": "util-linux",
     "busybox": "busybox-static",
@@ -31,7 +33,8 @@ PACKAGES: Mapping[str, str] = {
 }
 """Program → the Debian package that has it."""
 
-CYCLE = sorted(PACKAGES.keys() - {"crash", "losetup", "makedumpfile", "mount", "qemu-storage-daemon", "umount"})
+_NOT_ALWAYS = {"age", "age-keygen", "crash", "losetup", "makedumpfile", "mount", "qemu-storage-daemon", "umount"}
+CYCLE = sorted(PACKAGES.keys() - _NOT_ALWAYS)
 """What a whole crash cycle needs on the host; the others only look at what it left."""
 
 # An ordinary user's PATH has no sbin on Debian, where mke2fs, debugfs, depmod and kexec live.

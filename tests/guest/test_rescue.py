@@ -24,6 +24,7 @@ from tests.guest.crash import (
     ImageStore,
     Saver,
     demand,
+    only_crash,
     panicked,
     rescue_shell,
     target_image,
@@ -38,12 +39,6 @@ Kernels = Callable[[str], Kernel]
 def case(kernels: Kernels) -> Case:
     kernels(RESCUE.kernel)  # skips here, where it can say why
     return RESCUE
-
-
-def only_crash(image: Path, into: Path) -> Path:
-    """The folder of the one crash on a target, copied to ``into``."""
-    (name,) = disk.names(image, TARGET_FOLDER)
-    return disk.extract(image, f"{TARGET_FOLDER}/{name}", into)
 
 
 def test_a_save_by_hand_completes_once_the_missing_target_is_attached(

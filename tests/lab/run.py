@@ -20,7 +20,7 @@ import capture.boot.save  # everything that a job imports, before the fork
 import capture.dump
 from capture import cli
 from capture.boot import job
-from capture.dumpfile import writer
+from capture.dumpfile import output, writer
 from capture.memory import image
 from tests.builders import PAGE
 from tests.lab.faults import FAULTS, Fault
@@ -46,7 +46,7 @@ def small_steps() -> None:
     writer.SYNC_BYTES = 12 * PAGE
     writer.FIRST_SYNC_BYTES = 6 * PAGE
     writer.LEAST_SYNC_BYTES = 12 * PAGE
-    writer._TABLE_BLOCK = 8
+    output._TABLE_BLOCK = 8
     job._WRITE_SIZE = 64
 
 

@@ -10,6 +10,7 @@ import pytest
 import zstandard
 
 from capture.cli import main
+from tests.encryption import Key, make_key
 from tests.outcome import Ran, Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -55,6 +56,12 @@ def vmcore_file(tmp_path: Path) -> Callable[[bytes], str]:
         return str(tmp_path / name)
 
     return write
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Key:
+    """A key pair to encrypt to."""
+    return make_key(tmp_path)
 
 
 @pytest.fixture

@@ -438,12 +438,6 @@ def test_a_directory_or_device_is_not_a_dump(
     assert list((tmp_path / "here").iterdir()) == []
 
 
-def test_standard_output_is_refused_clearly(run: Run, vmcore_file: WriteFile) -> None:
-    line = one_line(run("dump", vmcore_file(CORE), "-"), 2)
-    assert "flattened" in line
-    assert "name a file" in line
-
-
 # --- output
 
 

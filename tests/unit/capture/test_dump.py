@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pty
 import random
 import re
 import signal
@@ -56,7 +57,16 @@ from tests.faults import PowerCut, failing, failing_codec, file_size_limit, inte
 from tests.kernels import MEM_MAP_PAGES, MEM_MAP_PFN, SmallKernel, busy_kernel
 from tests.kernels import PAGES as PAGES_OF_KERNEL
 from tests.outcome import Run, dump_options, read_back, sha256_blocks
-from tests.readers import ElfPages, by_hand, drgn_reader, makedumpfile, mapped, model, read_by_drgn
+from tests.readers import (
+    ElfPages,
+    by_hand,
+    drgn_reader,
+    makedumpfile,
+    makedumpfile_rearrange,
+    mapped,
+    model,
+    read_by_drgn,
+)
 
 WriteFile = Callable[..., str]
 
@@ -290,11 +300,34 @@ def test_a_read_only_disk_is_refused_in_a_line(source: str, tmp_path: Path, run:
     assert ran.err.count("\n") == 1
 
 
-def test_standard_output_is_refused(source: str, run: Run) -> None:
-    ran = run("dump", source, "-")
-    assert ran.status == 2
-    assert "not supported yet" in ran.err
-    assert ran.out == ""
+def test_to_standard_output_goes_the_dump_flattened_and_nothing_else(source: str, tmp_path: Path) -> None:
+    """Also at a level that has to be found first: messages go to standard error."""
+    command = [sys.executable, "-m", "capture", "dump", "-d", "1,31", source, "-"]
+    ran = subprocess.run(command, capture_output=True, check=True)
+    makedumpfile_rearrange(ran.stdout, tmp_path / "dump")
+    assert by_hand(tmp_path / "dump").pages == PAGES
+    last = ran.stderr.decode().splitlines()[-1]
+    assert re.fullmatch(rf"vmcapture: standard output: level 1, 24 of 24 pages, {len(ran.stdout)} bytes", last)
+
+
+def test_a_reader_of_standard_output_that_goes_away_costs_one_line(source: str) -> None:
+    command = f"{sys.executable} -m capture dump {source} - | head -c 5000 > /dev/null; exit ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert ran.returncode in (3, 5)
+    assert ran.stderr.count("\n") == 1
+    assert "Broken pipe" in ran.stderr
+
+
+def test_a_dump_is_not_written_to_a_terminal(source: str) -> None:
+    controller, terminal = pty.openpty()
+    ran = subprocess.run(
+        [sys.executable, "-m", "capture", "dump", source, "-"],
+        stdout=terminal, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(terminal)
+    os.close(controller)
+    assert ran.returncode == 2
+    assert "standard output is a terminal" in ran.stderr
 
 
 def test_a_source_that_is_no_vmcore_leaves_no_file(vmcore_file: WriteFile, tmp_path: Path, run: Run) -> None:

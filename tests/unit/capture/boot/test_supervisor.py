@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -249,6 +250,7 @@ def test_a_job_that_was_killed_goes_on_where_it_was_with_as_little_as_can_be(
 
     def job(*arguments: Any, careful: bool) -> None:
         if not careful:  # (it is forked: what changes here is its own)
+            faulthandler.disable()  # (pytest's: nobody needs to see where it was)
             writes = 0
 
             def pwritev(*writing: Any) -> int:

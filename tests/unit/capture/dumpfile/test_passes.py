@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from capture.dumpfile import passes, writer
+from capture.dumpfile import output, passes, writer
 from capture.dumpfile.output import OutputFile
 from capture.dumpfile.passes import Passes
 from capture.dumpfile.writer import KdumpWriter
@@ -126,7 +126,7 @@ def test_a_dump_is_the_same_in_whatever_order_it_was_written(
     """Each page has a pass, and is selected or not."""
     pages = {pfn: filled(chr(97 + pfn % 26)) for pfn, (_, kept) in enumerate(what) if kept}
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "_TABLE_BLOCK", table_block)
+        patch.setattr(output, "_TABLE_BLOCK", table_block)
         patch.setattr(writer, "_NUMBER_WINDOW", number_window)
         patch.setattr(writer, "SYNC_BYTES", step)
         folder = Path(name)

@@ -50,7 +50,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks and many rounds of descriptors in a small vmcore."""
     monkeypatch.setattr(image_module, "CHUNK_PAGES", 2)
     monkeypatch.setattr(writer_module, "SYNC_PAGES", 5)
-    monkeypatch.setattr(writer_module, "_TABLE_BLOCK", 8)
+    monkeypatch.setattr(output_module, "_TABLE_BLOCK", 8)
 
 
 @pytest.fixture

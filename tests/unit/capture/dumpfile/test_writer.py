@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capture.dumpfile import kdump, writer
-from capture.dumpfile.output import OutputFile
+from capture.dumpfile import kdump, output, writer
+from capture.dumpfile.output import Output, OutputFile
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile
 from capture.dumpfile.writer import DumpPlan, KdumpWriter, PackedPages
 from capture.errors import TargetError
@@ -80,7 +80,7 @@ def created(path: Path) -> closing[OutputFile]:
     return closing(OutputFile(path))
 
 
-def write_pages(file: OutputFile, pages: dict[int, bytes], plan: DumpPlan = PLAN, *, at_once: int = 3) -> KdumpWriter:
+def write_pages(file: Output, pages: dict[int, bytes], plan: DumpPlan = PLAN, *, at_once: int = 3) -> KdumpWriter:
     """Write ``pages`` (by PFN) whole, ``at_once`` in a call."""
     plan = plan._replace(max_mapnr=max([*pages, plan.max_mapnr - 1]) + 1)
     made = KdumpWriter(file, plan)
@@ -309,7 +309,7 @@ def test_where_descriptors_find_no_room_those_that_did_keep_their_data(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file system that never writes in place may have no room for a table that was reserved."""
-    monkeypatch.setattr(writer, "_TABLE_BLOCK", 2)
+    monkeypatch.setattr(output, "_TABLE_BLOCK", 2)
     real = os.pwritev
     with created(tmp_path / "dump") as file:
         made = KdumpWriter(file, PLAN)
