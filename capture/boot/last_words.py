@@ -7,12 +7,14 @@ firmware has been bricked by variables that filled its memory.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 
 from capture.boot.supervisor import Watch
 from capture.boot.watchdog import Watchdog
 from capture.console import Console, print_line, printable
 from capture.errors import CaptureError
+from capture.options import RECIPIENTS
 
 LINES = 100
 """Lines of the log, its last: at 115,200 baud about a second."""
@@ -21,7 +23,13 @@ LIMIT = 60
 
 
 def print_last_words(console: Console, dog: Watchdog | None = None) -> None:
-    """Print the end of the dead kernel's log and every CPU's registers; says why where that cannot be had."""
+    """Print the end of the dead kernel's log and every CPU's registers; says why where that cannot be had.
+
+    Not where saves are encrypted: whoever reads the console need not be who has the key.
+    """
+    if os.path.lexists(RECIPIENTS):
+        console.say("no disk took the log; it is not printed, because saves are encrypted: vmcapture dmesg")
+        return
     with Watch(LIMIT, console, dog) as watch:
         _, end = watch.run(lambda _tell: _print(console))
     if end.hung or end.signal is not None:
