@@ -184,7 +184,7 @@ def test_a_target_that_is_too_small_keeps_what_fits(
         assert "no room left" in line
         status, said = machine.run("vmcapture save --recipients /etc/passwd /tmp")
         assert (status, "the recipients cannot be read" in said) == (2, True)
-        assert "Kernel panic" in demand(machine, "vmcapture dmesg | tail -n 30")
+        demand(machine, "vmcapture dmesg | grep 'Kernel panic'")
         machine.send("poweroff -f")
         machine.wait_exit(BOOT_TIMEOUT)
     saved = only_crash(target_image(tmp_path), tmp_path / "saved")
