@@ -56,10 +56,12 @@ def save(target: Target, inputs: Sequence[Seed], folder: Path = FOLDER) -> int:
     return len(packed)
 
 
-def fewest(inputs: Sequence[tuple[Seed, NDArray[np.bool_]]], covered: NDArray[np.bool_]) -> list[Seed]:
-    """Return inputs that together reach all that ``inputs`` reach beyond what is ``covered``: the greedy choice.
+def fewest(
+    inputs: Sequence[tuple[Seed, NDArray[np.bool_]]], covered: NDArray[np.bool_]
+) -> tuple[list[Seed], NDArray[np.bool_]]:
+    """Return inputs that together reach all that ``inputs`` reach beyond what is ``covered``, and all that is then.
 
-    Of two that reach as much, the shorter one.
+    It is the greedy choice; of two that reach as much, the shorter one.
     """
     left = sorted(inputs, key=lambda pair: len(pair[0].data))
     covered = covered.copy()
@@ -72,7 +74,7 @@ def fewest(inputs: Sequence[tuple[Seed, NDArray[np.bool_]]], covered: NDArray[np
         seed, reached = left.pop(best)
         covered |= reached
         chosen.append(seed)
-    return chosen
+    return chosen, covered
 
 
 def _file(target: Target, folder: Path) -> Path:
