@@ -45,12 +45,12 @@ def load(target: Target, folder: Path = FOLDER) -> list[Seed]:
     return found
 
 
-def save(target: Target, inputs: Sequence[Seed], folder: Path = FOLDER) -> int:
+def save(target: Target, inputs: Sequence[Seed], folder: Path = FOLDER, *, level: int = _LEVEL) -> int:
     """Write the inputs of a target, those that are alike side by side; return the size of the file in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     ordered = sorted(inputs, key=lambda entry: (entry.origin, len(entry.data)))
     data = b"".join(_HEAD.pack(entry.origin, len(entry.data)) + entry.data for entry in ordered)
-    parameters = zstandard.ZstdCompressionParameters.from_level(_LEVEL, window_log=24, enable_ldm=True)
+    parameters = zstandard.ZstdCompressionParameters.from_level(level, window_log=24, enable_ldm=True)
     packed = zstandard.ZstdCompressor(compression_params=parameters).compress(data)
     _file(target, folder).write_bytes(packed)
     return len(packed)

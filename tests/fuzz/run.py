@@ -156,7 +156,7 @@ class _Work:
         if self._kept:
             known = {entry.data for entry in corpus.load(self._target, folder)}
             fresh = [entry for entry in self._kept if entry.data not in known]
-            corpus.save(self._target, [*corpus.load(self._target, folder), *fresh], folder)
+            corpus.save(self._target, [*corpus.load(self._target, folder), *fresh], folder, level=3)
             self._kept.clear()
 
     def line(self) -> str:
