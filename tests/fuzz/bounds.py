@@ -51,8 +51,7 @@ class Overdue(BaseException):  # not an Exception: nothing that is fuzzed may ca
 class Target:
     """``run`` takes a file with the input and returns the lines that a person would read.
 
-    ``seconds`` is what one input may take: where a few bytes of a bitmap stand for thousands of pages that are looked
-    at one by one, it is more.
+    ``seconds`` is what one input may take.
     """
 
     name: str

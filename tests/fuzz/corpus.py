@@ -45,21 +45,23 @@ def load(target: Target, folder: Path = FOLDER) -> list[Seed]:
     return found
 
 
-def save(target: Target, inputs: Sequence[Seed], folder: Path = FOLDER) -> int:
+def save(target: Target, inputs: Sequence[Seed], folder: Path = FOLDER, *, level: int = _LEVEL) -> int:
     """Write the inputs of a target, those that are alike side by side; return the size of the file in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     ordered = sorted(inputs, key=lambda entry: (entry.origin, len(entry.data)))
     data = b"".join(_HEAD.pack(entry.origin, len(entry.data)) + entry.data for entry in ordered)
-    parameters = zstandard.ZstdCompressionParameters.from_level(_LEVEL, window_log=24, enable_ldm=True)
+    parameters = zstandard.ZstdCompressionParameters.from_level(level, window_log=24, enable_ldm=True)
     packed = zstandard.ZstdCompressor(compression_params=parameters).compress(data)
     _file(target, folder).write_bytes(packed)
     return len(packed)
 
 
-def fewest(inputs: Sequence[tuple[Seed, NDArray[np.bool_]]], covered: NDArray[np.bool_]) -> list[Seed]:
-    """Return inputs that together reach all that ``inputs`` reach beyond what is ``covered``: the greedy choice.
+def fewest(
+    inputs: Sequence[tuple[Seed, NDArray[np.bool_]]], covered: NDArray[np.bool_]
+) -> tuple[list[Seed], NDArray[np.bool_]]:
+    """Return inputs that together reach all that ``inputs`` reach beyond what is ``covered``, and all that is then.
 
-    Of two that reach as much, the shorter one.
+    It is the greedy choice; of two that reach as much, the shorter one.
     """
     left = sorted(inputs, key=lambda pair: len(pair[0].data))
     covered = covered.copy()
@@ -72,7 +74,7 @@ def fewest(inputs: Sequence[tuple[Seed, NDArray[np.bool_]]], covered: NDArray[np
         seed, reached = left.pop(best)
         covered |= reached
         chosen.append(seed)
-    return chosen
+    return chosen, covered
 
 
 def _file(target: Target, folder: Path) -> Path:

@@ -6,6 +6,7 @@ in vmalloc's part. Most of its 320 pages share bytes of the file: what a page ho
 
 from __future__ import annotations
 
+import enum
 import struct
 from collections.abc import Mapping
 
@@ -27,15 +28,40 @@ ROOTS, SECTIONS, NODE, RING, VARIABLES, NAMES, TOKENS, AREA, STACK = (
 TABLES_PFN = 0x100
 ALIASES = (0x20, 0x30, *range(0x60, TABLES_PFN, 0x10), 0x120, 0x130)
 """PFNs from which on memory has the same bytes in the file as the data pages."""
+MEM_MAP_SEGMENT = 2
+"""Behind the notes and the data pages."""
 COUNT_AT = 2048
-NAMES_OFFSET, PER_CPU_OFFSETS, NUMBERS = 0, 512, 1024
-"""In the page of variables: init_uts_ns.name, __per_cpu_offset, numbers of 8 bytes each."""
+NAMES_OFFSET, PER_CPU_OFFSETS, NUMBERS, NODES = 0, 512, 1024, 1536
+"""In the page of variables: init_uts_ns.name, __per_cpu_offset, numbers of 8 bytes each, node_data."""
 OFFSETS, TOKEN_INDEX = 2048, 2048
 """In the page of names: kallsyms_offsets. In that of tokens: kallsyms_token_index."""
 CPUS = 2
 
 MODELS = ("extreme", "array", "vmemmap", "flat")
 """Ways to mem_map: capture/kernel/memmap.py."""
+FAR_SECTIONS, FAR_PFN = (9, 18), 18 << 15
+"""Sections of 2^15 pages that have struct pages; of the last there is memory, too."""
+GIANT_ORDER = 14
+"""Of a compound page that reaches into the next block of struct pages."""
+
+
+class Oddity(enum.Flag):
+    """What a kernel may have on top."""
+
+    NONE = 0
+    NUMA = enum.auto()
+    """Nodes are found through an array of pointers."""
+    NO_KALLSYMS = enum.auto()
+    """The kernel image is known from a segment of its own only."""
+    POISONED_MEM_MAP = enum.auto()
+    FAR = enum.auto()
+    """Memory 2 GiB above all else."""
+    GIANT_SLAB = enum.auto()
+    GIANT_USER = enum.auto()
+    GIANT_POISONED = enum.auto()
+    """Page 0 is the head of a compound page of 64 MiB: slab, anonymous, hugetlb that is broken."""
+    DEEP_VMALLOC = enum.auto()
+    """A table of each level, over and over: every second page of vmalloc's 512 GiB is mapped."""
 
 
 class Places:
@@ -55,32 +81,58 @@ def format_of(machine: str) -> Format:
     return next(each for each in FORMATS if each.name == name)
 
 
-def kernel_seed(machine: str = "x86_64", era: Era = ERAS[-1], model: str = "extreme") -> Seed:
+def kernel_seed(
+    machine: str = "x86_64", era: Era = ERAS[-1], model: str = "extreme", oddity: Oddity = Oddity.NONE
+) -> Seed:
     """The vmcore of such a kernel, and where the numbers in it are."""
     places, tables = Places(machine), Tables(format_of(machine), next_table=TABLES_PFN * PAGE)
-    array = _struct_pages(era)
+    array = _struct_pages(era, oddity)
     data = _data_pages(machine, places, array, model)
+    if Oddity.FAR in oddity:
+        for section in FAR_SECTIONS:
+            at = (SECTIONS - DATA_PFN) * PAGE + 16 * section
+            data[at : at + 8] = struct.pack("<Q", places.vmemmap | 0b1111)
     for large in range(-(-PAGES * PAGE >> 21) or 1):
         tables.map(places.direct + (large << 21), large << 21, 21)
     for page in range(MEM_MAP_PAGES):
         tables.map(places.vmemmap + page * PAGE, (MEM_MAP_PFN + page) * PAGE, 12)
     for page in range(4):
         tables.map(places.vmalloc + (4 + page) * PAGE, (STACK + page) * PAGE, 12)
+    if Oddity.DEEP_VMALLOC in oddity:
+        _deepen(tables, places.vmalloc)
     notes = b"".join(_registers(machine, number, places) for number in range(CPUS))
+    aliases = [(places.direct + pfn * PAGE, pfn * PAGE, b"") for pfn in ALIASES]
+    if Oddity.FAR in oddity:
+        aliases.append((places.direct + FAR_PFN * PAGE, FAR_PFN * PAGE, b""))
+    if Oddity.NO_KALLSYMS in oddity:
+        aliases.append((places.image + DATA_PFN * PAGE, DATA_PFN * PAGE, b""))
     core = elf_core(
-        [notes + vmcoreinfo_note(_keys(machine, places, era, model))],
+        [notes + vmcoreinfo_note(_keys(machine, places, era, model, oddity))],
         [
             (places.direct + DATA_PFN * PAGE, DATA_PFN * PAGE, bytes(data)),
             (places.direct + MEM_MAP_PFN * PAGE, MEM_MAP_PFN * PAGE, bytes(array.data)),
             *((places.direct + at, at, bytes(table)) for at, table in sorted(tables.memory.items())),
-            *((places.direct + pfn * PAGE, pfn * PAGE, b"") for pfn in ALIASES),
+            *aliases,
         ],
         machine={"x86_64": 62, "aarch64": 183}[machine],
     )
-    return _aliased(core, 1, len(ALIASES), len(data))
+    return aliased(core, 1, len(aliases), len(data))
 
 
-def _aliased(core: bytes, first: int, count: int, length: int) -> Seed:
+def _deepen(tables: Tables, virtual: int) -> None:
+    """Let every entry of the tables on the way to ``virtual`` lead to the next one on it; of the last every second."""
+    form = tables.format
+    table, first = tables.path(virtual, form.shifts[0])
+    entry = tables.get(table, first)
+    for depth in range(1, len(form.shifts)):
+        table = next(at for at in tables.memory if form.entry(at, depth - 1, leaf=False) == entry)
+        entry = next(filter(None, (tables.get(table, index) for index in range(512))))
+        last = depth == len(form.shifts) - 1
+        for index in range(0, 512, 2 if last else 1):
+            tables.put(table, index, entry)
+
+
+def aliased(core: bytes, first: int, count: int, length: int) -> Seed:
     """Give the last ``count`` segments the bytes of the segment ``first``; mark the numbers of the file."""
     (segments,) = struct.unpack_from("<H", core, builders.E_PHNUM)
     (offset,) = struct.unpack_from("<Q", core, builders.program_header(first, builders.P_OFFSET))
@@ -99,8 +151,17 @@ def _numbers(data: bytearray, start: int) -> list[Field]:
     return [(at, 8) for at in words if at not in mem_map] + [(at, 8) for at in inside[:: 1 + len(inside) // 200]]
 
 
-def _struct_pages(era: Era) -> PageArray:
+def _struct_pages(era: Era, oddity: Oddity) -> PageArray:
     array = PageArray(era, PAGES)
+    giants = {Oddity.GIANT_SLAB: array.slab, Oddity.GIANT_USER: array.anonymous, Oddity.GIANT_POISONED: array.hugetlb}
+    for giant, make in giants.items():
+        if giant in oddity:
+            make(0, 1)
+            array.put(1, era.order_at, "<B", GIANT_ORDER)
+    if Oddity.GIANT_POISONED in oddity:
+        array.poison(0)
+    if Oddity.POISONED_MEM_MAP in oddity:
+        array.poison(MEM_MAP_PFN + 1)
     array.free(0x80, 5)
     array.free(0xC0, 4)
     for pfn in range(0x60, 0x68):
@@ -151,6 +212,7 @@ def _data_pages(machine: str, places: Places, array: PageArray, model: str) -> b
     symbols = _symbols(places)
     names, tokens, index, offsets = kallsyms(symbols, places.image)
     put(VARIABLES, struct.pack("<QQQQQ", CPUS, places.vmalloc, len(symbols), places.image, places.vmemmap), NUMBERS)
+    put(VARIABLES, struct.pack("<QQ", places.direct + NODE * PAGE, 0), NODES)
     put(NAMES, names)
     put(NAMES, offsets, OFFSETS)
     put(TOKENS, tokens)
@@ -210,7 +272,7 @@ def _registers(machine: str, number: int, places: Places) -> bytes:
     return prstatus_note(number * 8, first, registers=count)
 
 
-def _keys(machine: str, places: Places, era: Era, model: str) -> dict[str, str | int]:
+def _keys(machine: str, places: Places, era: Era, model: str, oddity: Oddity) -> dict[str, str | int]:
     def image(pfn: int, offset: int = 0) -> str:
         return f"{places.image + pfn * PAGE + offset:x}"
 
@@ -260,5 +322,10 @@ def _keys(machine: str, places: Places, era: Era, model: str) -> dict[str, str |
         keys["SYMBOL(vmemmap)"] = f"{places.vmemmap:x}"
     else:
         keys["SYMBOL(mem_map)"] = image(VARIABLES, NUMBERS + 32)
+    if Oddity.NUMA in oddity:
+        del keys["SYMBOL(contig_page_data)"]
+        keys |= {"SYMBOL(node_data)": image(VARIABLES, NODES), "LENGTH(node_data)": 2}
+    if Oddity.NO_KALLSYMS in oddity:
+        del keys["SYMBOL(kallsyms_names)"]
     return {**keys, **{key: value for key, value in era.info.keys.items() if key not in keys}, "SIZE(page)": SIZE,
             "LENGTH(zone.free_area)": MAX_ORDER}  # fmt: skip

@@ -27,7 +27,7 @@ _EXTREMES = (
     1 << 31, (1 << 32) - 1, 1 << 32, 1 << 40, (1 << 52) - 1, 1 << 52, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - PAGE,
     (1 << 64) - 1, DIRECT_MAP,
 )  # fmt: skip
-_TEXT_LINE = re.compile(rb"[A-Z]+(?:\([^()=\n]*\))?=[^\n]*")
+_TEXT_LINE = re.compile(rb"(?<![A-Z])[A-Z]{1,16}(?:\([^()=\n]{0,80}\))?=[^\n]*")
 _TEXT_NUMBER = re.compile(rb"(?<==)-?(?:0x)?[0-9a-f]+(?=\n)")
 MAX_INPUT = 1 << 20
 
@@ -72,8 +72,7 @@ def _swap_fields(data: bytearray, seed: Seed, _others: Sequence[Seed], rng: rand
 
 def _extreme_text(data: bytearray, _seed: Seed, _others: Sequence[Seed], rng: random.Random) -> None:
     """Replace a number of VMCOREINFO by another text of the same length where there is room, else move the rest."""
-    start = _text_start(data)
-    found = list(_TEXT_NUMBER.finditer(data, start, start + _TEXT_BYTES))
+    found = list(_TEXT_NUMBER.finditer(data, *_text(data)))
     if found:
         match = rng.choice(found)
         value = _extreme(len(data), rng)
@@ -86,8 +85,7 @@ def _extreme_text(data: bytearray, _seed: Seed, _others: Sequence[Seed], rng: ra
 
 def _hide_key(data: bytearray, _seed: Seed, _others: Sequence[Seed], rng: random.Random) -> None:
     """Take keys out of VMCOREINFO, the size of the text unchanged."""
-    start = _text_start(data)
-    found = list(_TEXT_LINE.finditer(data, start, start + _TEXT_BYTES))
+    found = list(_TEXT_LINE.finditer(data, *_text(data)))
     for match in rng.sample(found, min(len(found), rng.choice((1, 1, 2, 8)))):
         data[match.start()] = ord("#")
 
@@ -95,17 +93,19 @@ def _hide_key(data: bytearray, _seed: Seed, _others: Sequence[Seed], rng: random
 def _lend_line(data: bytearray, _seed: Seed, others: Sequence[Seed], rng: random.Random) -> None:
     """Put a line of another text over one of this, the size of the text unchanged."""
     other = rng.choice(others).data
-    start, start_there = _text_start(data), _text_start(other)
-    found = list(_TEXT_LINE.finditer(data, start, start + _TEXT_BYTES))
-    lent = list(_TEXT_LINE.finditer(other, start_there, start_there + _TEXT_BYTES))
+    found = list(_TEXT_LINE.finditer(data, *_text(data)))
+    lent = list(_TEXT_LINE.finditer(other, *_text(other)))
     if found and lent:
         match = rng.choice(found)
         length = match.end() - match.start()
         data[match.start() : match.end()] = rng.choice(lent)[0][:length].ljust(length, b"\n")
 
 
-def _text_start(data: bytes | bytearray) -> int:
-    return max(0, data.find(b"VMCOREINFO\0"))
+def _text(data: bytes | bytearray) -> tuple[int, int]:
+    """Return where there may be a text: behind the name of its note, else at the beginning; it has no zeros."""
+    start = max(0, data.find(b"VMCOREINFO\0"))
+    end = data.find(bytes(4), start)
+    return start, min(start + _TEXT_BYTES, end if end >= 0 else len(data))
 
 
 def _cut(data: bytearray, _seed: Seed, _others: Sequence[Seed], rng: random.Random) -> None:

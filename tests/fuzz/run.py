@@ -38,6 +38,8 @@ _TURN_SECONDS = 0.5
 """Of one target before the next has its turn."""
 _MEASURED = 64
 """Of so many inputs that reach nothing new, the memory of one is measured exactly."""
+_QUICK = 0.2
+"""Seconds of processor time: what an input of the kept corpus may take, unless it alone reaches something."""
 _SAVED_EVERY = 600.0
 """Seconds between two times that what was found is brought to the disk."""
 
@@ -154,7 +156,7 @@ class _Work:
         if self._kept:
             known = {entry.data for entry in corpus.load(self._target, folder)}
             fresh = [entry for entry in self._kept if entry.data not in known]
-            corpus.save(self._target, [*corpus.load(self._target, folder), *fresh], folder)
+            corpus.save(self._target, [*corpus.load(self._target, folder), *fresh], folder, level=3)
             self._kept.clear()
 
     def line(self) -> str:
@@ -203,20 +205,21 @@ def replay(target: Target, file: Path) -> int:
     return 0
 
 
-def _reached(target: Target, entries: Sequence[Seed], reach: Reach) -> list[tuple[Seed, NDArray[np.bool_]]]:
-    """Run inputs and return what each has reached; those that break are left out."""
+def _reached(target: Target, entries: Sequence[Seed], reach: Reach) -> list[tuple[Seed, NDArray[np.bool_], float]]:
+    """Run inputs; return what each has reached, and in how many seconds. Those that break are left out."""
     from tests.fuzz.bounds import FindingError, check, scratch_folder
 
     found = []
     with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
         for entry in entries:
             reach.clear()
+            started = time.process_time()
             try:
                 check(target, entry.data, Path(folder) / "input", measured=False)
             except FindingError as finding:
                 print(f"{target.name}: {finding}")
                 continue
-            found.append((entry, reach.found() != 0))
+            found.append((entry, reach.found() != 0, time.process_time() - started))
     return found
 
 
@@ -229,15 +232,17 @@ def _minimise(targets: Sequence[Target], reach: Reach, keep: Path) -> int:
     total = 0
     for target in targets:
         entries = [*corpus.load(target), *corpus.load(target, keep / "corpus")]
-        _reached(target, entries, reach)  # (what is imported only when it is needed has its counters from here on)
+        seeds = numbered(target.seeds())
+        _reached(target, [*seeds, *entries], reach)  # (what is imported only when it is needed has its counters now)
         covered = np.zeros(reach.branches, dtype=np.bool_)
-        for _, reached in _reached(target, numbered(target.seeds()), reach):
-            covered[: len(reached)] |= reached
-        found = [
-            (entry, np.pad(reached, (0, len(covered) - len(reached))))
-            for entry, reached in _reached(target, entries, reach)
-        ]
-        chosen = corpus.fewest(found, covered)
+        for _, reached, _ in _reached(target, seeds, reach):
+            covered |= reached
+        found = _reached(target, entries, reach)
+        chosen: list[Seed] = []
+        for quick in (True, False):  # one that takes long only for what no other reaches: `make test` runs them all
+            some = [(entry, reached) for entry, reached, seconds in found if (seconds < _QUICK) == quick]
+            more, covered = corpus.fewest(some, covered)
+            chosen += more
         size = corpus.save(target, chosen)
         total += size
         print(f"{target.name:<15}{len(entries):>7} inputs: {len(chosen)} kept in {size} bytes", flush=True)

@@ -18,7 +18,7 @@ from capture.selftest import elf_core, note
 from capture.vmcore import open_vmcore
 from tests import builders, dumps
 from tests.builders import DIRECT_MAP, PAGE, PrintkRing, filled, prstatus_note, raw_notes, simple_core, vmcoreinfo_note
-from tests.fuzz.kernel import MODELS, kernel_seed
+from tests.fuzz.kernel import MEM_MAP_SEGMENT, MODELS, Oddity, aliased, kernel_seed
 from tests.fuzz.mutation import Field, Seed
 from tests.pagetables import FORMATS, Format, Tables
 from tests.structpages import ERAS
@@ -137,6 +137,10 @@ _KDUMP_HEADER_FIELDS = tuple(
 )
 
 
+_LZO, _SNAPPY = 2, 4
+"""DUMP_DH_COMPRESSED_LZO, DUMP_DH_COMPRESSED_SNAPPY."""
+
+
 @cache
 def kdump_seeds() -> list[Seed]:
     """Our dumps, and pages compressed as makedumpfile can, by hand."""
@@ -146,14 +150,14 @@ def kdump_seeds() -> list[Seed]:
         core = simple_core(*"ab.cd.ea" * (8 if page_size > 4096 else 3), physical=0x10_0000, keys=keys)
         (seed,) = _dumps_of(core, (compression,), level=1)
         seeds += [seed] if page_size > 4096 or compression != "zstd" else [seed, _with_content_size(seed)]
+    lzo = bytes.fromhex("0278787878") + b"\x20" + bytes(15) + bytes.fromhex("da10000c") + b"x" * 15 + b"\x11\0\0"
+    snappy = b"\x80\x20\0x" + b"\xfe\x01\0" * 63 + b"\xfa\x01\0"
+    short = zstandard.ZstdCompressor(write_content_size=False).compress(b"x" * 100)
     packed = {
-        16: (dumps.ZLIB, b"x" * 20),
-        17: (2, b"lzo"),
-        18: (4, b"\x80\x20snappy"),
-        40: (0, b"r" * PAGE),
-        41: (8, b"?"),
-    }
-    for status in (dumps.ZLIB, 2, 4):
+        16: (dumps.ZLIB, b"x" * 20), 17: (_LZO, b"lzo"), 18: (_SNAPPY, b"\x80\x20snappy"), 19: (_LZO, lzo),
+        20: (_SNAPPY, snappy), 21: (dumps.ZSTD, short), 40: (0, b"r" * PAGE), 41: (8, b"?"),
+    }  # fmt: skip
+    for status in (dumps.ZLIB, _LZO, _SNAPPY):
         data = dumps.dump_of(packed, status=status)
         seeds.append(Seed(data, (*_KDUMP_HEADER_FIELDS, *_descriptor_fields(4 * PAGE, len(packed)))))
     text = builders.vmcoreinfo_text()
@@ -180,7 +184,7 @@ def _dumps_of(core: bytes, compressions: tuple[str, ...], *, level: int) -> list
                 write_dump(vmcore, target, options)
             with KdumpFile(target) as dump:
                 table, page_size = dump.descriptor_table, dump.page_size
-            sub_header = tuple((page_size + at, width) for at, width in ((8, 4), (48, 8), (56, 8), (96, 8)))
+            sub_header = tuple((page_size + at, width) for at, width in ((8, 4), (12, 4), (48, 8), (56, 8), (96, 8)))
             fields = (*_KDUMP_HEADER_FIELDS, *sub_header, *_descriptor_fields(table, 4)[::-1])
             seeds.append(Seed(target.read_bytes(), fields))
     return seeds
@@ -216,13 +220,49 @@ def kernel_seeds() -> list[Seed]:
         kernel_seed("aarch64" if number % 2 else "x86_64", era, MODELS[number % len(MODELS)])
         for number, era in enumerate((*ERAS, *ERAS[-1:], ERAS[0]))
     ]
-    return [Seed(seed.data, (*_elf_fields(seed.data)[9:], *seed.fields)) for seed in kernels]
+    odd = [
+        kernel_seed("aarch64" if number % 2 else "x86_64", ERAS[0 if number % 3 else -1], "extreme", oddity)
+        for number, oddity in enumerate(
+            (
+                Oddity.NUMA | Oddity.NO_KALLSYMS,
+                Oddity.FAR | Oddity.GIANT_POISONED,
+                Oddity.FAR | Oddity.GIANT_SLAB | Oddity.POISONED_MEM_MAP,
+                Oddity.FAR | Oddity.GIANT_USER,
+            )
+        )
+    ]
+    absent = builders.patched(kernels[-1].data, builders.program_header(MEM_MAP_SEGMENT, 0), "I", 0)  # PT_NULL
+    seeds = [*kernels, *odd, Seed(absent, kernels[-1].fields)]
+    return [Seed(seed.data, (*_elf_fields(seed.data)[9:], *seed.fields)) for seed in seeds]
+
+
+@cache
+def filter_seeds() -> list[Seed]:
+    """These, and one whose vmalloc takes half a second."""
+    deep = kernel_seed(oddity=Oddity.DEEP_VMALLOC)
+    return [*kernel_seeds(), Seed(deep.data, (*_elf_fields(deep.data)[9:], *deep.fields))]
 
 
 @cache
 def table_seeds() -> list[Seed]:
-    """Page tables of every format, alone in memory: an address mapped at each level that can map memory."""
-    return [_tables_seed(form) for form in FORMATS]
+    """Page tables of every format, alone in memory: an address mapped at each level that can map memory.
+
+    And a hundred tables below the first one, all of which have the same bytes in the file.
+    """
+    return [*(_tables_seed(form) for form in FORMATS), _many_tables()]
+
+
+def _many_tables() -> Seed:
+    form = FORMATS[0]
+    tables = Tables(form)
+    for number in range(100):
+        tables.map(form.first + (number << form.shifts[0]), 1 << 30, form.leaves[0])
+    root, *others = sorted(tables.memory)
+    core = elf_core(
+        [note(b"VMCOREINFO", 0, f"PAGESIZE={PAGE}\n{form.keys}".encode())],
+        [(0, at, bytes(tables.memory[at])) for at in (root, others[0])] + [(0, at, b"") for at in others[1:]],
+    )
+    return aliased(core, 2, len(others) - 1, PAGE)
 
 
 def _tables_seed(form: Format) -> Seed:
@@ -266,11 +306,14 @@ RESUMED = simple_core(*"ab.cd.ea" * 4, physical=0x10_0000)
 def verify_seeds() -> list[Seed]:
     """A manifest, a byte of zero, and the dump that it names."""
     seeds = []
-    for dump in _dumps_of(RESUMED, ("zstd", "none"), level=1):
+    large = simple_core(*"ab.cd.ea" * 4, physical=0x10_0000, keys={**builders.READABLE_BY_DRGN, "PAGESIZE": 16384})
+    for dump in (*_dumps_of(RESUMED, ("zstd", "none"), level=1), *_dumps_of(large, ("zstd",), level=1)):
         with builders.as_file(dump.data) as name:
-            said = {"size": len(dump.data), "sha256_blocks": digests_of(Path(name))}
-        for entry in (said, {"size": len(dump.data), "sha256": said["sha256_blocks"][0]}):  # type: ignore[index]
-            manifest = json.dumps({"files": {"vmcore": entry}, "hash_block": HASH_BLOCK}).encode() + b"\0"
+            digests = digests_of(Path(name))
+        said = {"size": len(dump.data), "sha256_blocks": digests}
+        other = {"size": len(dump.data) + 1, "sha256": digests[0]}
+        for entry, block in ((said, HASH_BLOCK), (other, HASH_BLOCK), (said, 1 << 20)):
+            manifest = json.dumps({"files": {"vmcore": entry}, "hash_block": block}).encode() + b"\0"
             fields = tuple((len(manifest) + at, width) for at, width in dump.fields)
             seeds.append(Seed(manifest + dump.data, fields))
     return seeds
@@ -287,6 +330,7 @@ def command_line_seeds() -> list[Seed]:
         Seed(
             b"vmcapture.compress=none vmcapture.path=/a/../b vmcapture.compress=zstd:auto vmcapture.level=32 \xc3\xa9"
         ),
+        Seed(b"vmcapture.level=" + b"1," * 40 + b"1 vmcapture.level vmcapture.compress=zstd:99 elfcorehdr=0x10Q"),
     ]
 
 
@@ -301,6 +345,31 @@ def _with_content_size(seed: Seed) -> Seed:
 
 
 ALL_CORES = (elf_seeds, note_seeds, printk_seeds, kernel_seeds)
+
+
+@cache
+def old_memory_seeds() -> list[Seed]:
+    """Physical memory as a file, the raw hand-over's header in it; the first 8 bytes say where."""
+    seeds = []
+    for header_at, notes in ((0x3000, 1), (0x3100, 3)):
+        memory = bytearray(filled(*"abcdefgh") * 2)
+        contents = [(prstatus_note(number, number) + vmcoreinfo_note()).ljust(1024, b"\0") for number in range(notes)]
+        count = notes + 3
+        header = b"\x7fELF\x02\x01\x01".ljust(16, b"\0") + struct.pack(
+            "<HHIQQQIHHHHHH", 4, 62, 1, 0, builders.EHDR, 0, 0, builders.EHDR, builders.PHDR, count, 0, 0, 0
+        )
+        table = b"".join(
+            struct.pack("<IIQQQQQQ", builders.PT_NOTE, 0, 0x5000 + 1024 * number, 0, 0, 1024, 1024, 0)
+            for number in range(notes)
+        )
+        for start, length in ((0, 0x2800), (0x8000, 0x3000), (0xF000, 0x4000)):  # (the last one ends beyond memory)
+            table += struct.pack("<IIQQQQQQ", builders.PT_LOAD, 0, start, DIRECT_MAP + start, start, length, length, 0)
+        memory[0x5000 : 0x5000 + 1024 * notes] = b"".join(contents)
+        memory[header_at : header_at + len(header) + len(table)] = header + table
+        memory[:8] = struct.pack("<Q", header_at)
+        fields = tuple((header_at + at, width) for at, width in _elf_fields(header + table))
+        seeds.append(Seed(bytes(memory), ((0, 8), *fields)))
+    return seeds
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +12,10 @@ from capture.options import DumpOptions
 from capture.vmcore import open_vmcore
 from tests import builders
 from tests.builders import patched
-from tests.fuzz.kernel import MEM_MAP_PAGES, MEM_MAP_PFN, kernel_seed
+from tests.fuzz.kernel import MEM_MAP_PAGES, MEM_MAP_PFN, MEM_MAP_SEGMENT, Oddity, kernel_seed
 from tests.readers import by_hand
-from tests.structpages import ERAS, FLAGS, SIZE
 
 WriteFile = Callable[..., str]
-MEM_MAP_SEGMENT = 2
-"""Behind the notes and the data pages."""
 
 
 def dumped(core: str, target: Path, *, exclude: bool) -> DumpReport:
@@ -38,9 +34,7 @@ def test_pages_of_mem_map_that_are_not_in_the_vmcore_stay_out(vmcore_file: Write
 
 @pytest.mark.parametrize("exclude", [False, True])
 def test_a_poisoned_page_of_mem_map_is_never_read(exclude: bool, vmcore_file: WriteFile, tmp_path: Path) -> None:
-    core, poisoned = kernel_seed().data, MEM_MAP_PFN + 1
-    (mem_map,) = struct.unpack_from("<Q", core, builders.program_header(MEM_MAP_SEGMENT, builders.P_OFFSET))
-    core = patched(core, mem_map + poisoned * SIZE + FLAGS, "Q", 1 << ERAS[-1].flags["hwpoison"])
+    core, poisoned = kernel_seed(oddity=Oddity.POISONED_MEM_MAP).data, MEM_MAP_PFN + 1
     assert dumped(vmcore_file(core), tmp_path / "out", exclude=exclude).whole
     pages = by_hand(tmp_path / "out").pages
     assert poisoned not in pages
