@@ -22,12 +22,12 @@ from typing import NamedTuple
 from tests.builders import PAGE, crashed_core, filled, numbered
 from tests.lab.faults import FAULTS, KILLED, Fault
 from tests.lab.invariants import (
+    OtherReader,
     Reference,
-    State,
+    Seen,
     directories,
+    look,
     reference_of,
-    state_of,
-    wrong,
     wrong_after_again,
     wrong_in_the_end,
 )
@@ -38,6 +38,7 @@ from tests.outcome import FILES, listing
 
 BELOW = Path("var/crash")
 """Where on the target crashes are saved; not there before the first one."""
+KEPT, UNDISTURBED = "kept", "undisturbed"
 
 
 class Point(NamedTuple):
@@ -75,11 +76,18 @@ def disk() -> Iterator[Path]:
 
 
 class Laboratory:
-    """A vmcore, an undisturbed save of it, and room in ``folder`` for disturbed ones."""
+    """A vmcore, an undisturbed save of it, and room in ``folder`` for disturbed ones.
 
-    def __init__(self, folder: Path, source: Path, *, small: bool = True) -> None:
+    What every ``keep_every``-th of them left stays below ``folder``/kept, and the undisturbed one, for whom to look at.
+    """
+
+    def __init__(
+        self, folder: Path, source: Path, other_reader: OtherReader | None, *, small: bool = True, keep_every: int = 0
+    ) -> None:
         self._folder = folder
         self._small = small
+        self._keep_every = keep_every
+        self._disturbed = 0
         self.source = source
         root = self.new_target()
         undisturbed = self.save(root)
@@ -87,7 +95,9 @@ class Laboratory:
             raise SystemExit(f"an undisturbed save ends with status {undisturbed.status}: {undisturbed.said}")
         self.operations = undisturbed.operations
         (saved,) = directories(root / BELOW)
-        self.reference: Reference = reference_of(self.source, saved)
+        self.reference: Reference = reference_of(self.source, saved, other_reader)
+        if keep_every:
+            self._keep(root, UNDISTURBED)
 
     def new_target(self) -> Path:
         """A file system for one save, in the place of the one before."""
@@ -95,6 +105,10 @@ class Laboratory:
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir()
         return root
+
+    def _keep(self, root: Path, name: str) -> None:
+        (self._folder / KEPT).mkdir(exist_ok=True)
+        shutil.copytree(root / BELOW, self._folder / KEPT / name)
 
     def save(self, root: Path, fault: Fault | None = None, at: int = 0, *, record: bool = False) -> Outcome:
         arguments: list[str | Path] = ["save", "--no-progress", "--threads", "2", "--source", self.source, root / BELOW]
@@ -128,37 +142,37 @@ class Laboratory:
         root = self._target(going_on=going_on)
         parent = root / BELOW
         outcome = self.save(root, fault, at)
-        broken = wrong(parent, self.reference)
+        seen = look(parent, self.reference)
+        broken = [*seen.wrong]
         if outcome.hit is None:
             if outcome.status != 0:
                 broken.append(f"nothing was disturbed, and the status is {outcome.status}")
         elif outcome.status not in fault.statuses:
             broken.append(f"status {outcome.status}: {outcome.said.splitlines()[-1:]}")
         if outcome.status != KILLED:
-            broken += wrong_in_the_end(parent, self.reference, outcome.status, outcome.said, going_on=going_on)
-        left = self._left(parent)
-        again = self._again(root, broken) if outcome.status != 0 else "not needed"
+            broken += wrong_in_the_end(seen, self.reference, outcome.status, outcome.said, going_on=going_on)
+        left = self._left(seen)
+        self._disturbed += 1
+        if self._keep_every and self._disturbed % self._keep_every == 0 and parent.exists():
+            self._keep(root, f"{fault.name}-{at}")
+        again = self._again(root, seen, broken) if outcome.status != 0 else "not needed"
         hit = outcome.hit
         return Point(
             fault.name, at, hit.describe() if hit else "none", hit.kind if hit else "none", outcome.status, left, again,
             broken,
         )  # fmt: skip
 
-    def _left(self, parent: Path) -> str:
-        folders = directories(parent)
-        if not folders:
+    def _left(self, seen: Seen) -> str:
+        if not seen.states:
             return "no directory"
-        files = len([name for name in listing(folders[-1]) if name in FILES and name != "vmcore"])
-        return f"{files} files, {state_of(folders[-1]).text(self.reference)}"
+        folder, state = list(seen.states.items())[-1]
+        files = len([name for name in listing(folder) if name in FILES and name != "vmcore"])
+        return f"{files} files, {state.text(self.reference)}"
 
-    def _again(self, root: Path, broken: list[str]) -> str:
+    def _again(self, root: Path, seen: Seen, broken: list[str]) -> str:
         """Save again, and add to ``broken`` what is not as promised then."""
-        parent = root / BELOW
-        before: list[tuple[Path, State]] = [
-            (folder, state_of(folder)) for folder in directories(parent) if folder.is_dir()
-        ]
         outcome = self.save(root)
-        broken += wrong_after_again(parent, self.reference, before, outcome.status)
+        broken += wrong_after_again(root / BELOW, self.reference, seen.states, outcome.status)
         return "went on, whole" if "cut short before" in outcome.said else "whole"
 
     def power_cuts(self, *, step: int = 1, seed: int = 0, going_on: bool = False) -> Iterator[Point]:
@@ -171,12 +185,13 @@ class Laboratory:
             shutil.rmtree(left, ignore_errors=True)
             disk_after(events, moment, random.Random(moment << 8 | seed), root, had, left)
             parent = left / BELOW
-            broken = wrong(parent, self.reference)
+            seen = look(parent, self.reference)
+            broken = [*seen.wrong]
             folders = directories(parent)
             there = listing(folders[0]) if folders else set()
             broken += [f"{name} is not on the disk" for name in promised(events, moment, FILES) if name not in there]
-            found = self._left(parent)
-            again = self._again(left, broken)
+            found = self._left(seen)
+            again = self._again(left, seen, broken)
             last = events[moment - 1] if moment else None
             what = f"{'after' if last.ended else 'in'} {last.operation.describe()}" if last else "at the start"
             yield Point("power-cut", moment, what, last.operation.kind if last else "none", None, found, again, broken)
@@ -248,12 +263,26 @@ def main() -> int:
     parser.add_argument("--real-steps", action="store_true", help="steps and chunks as large as they are")
     parser.add_argument("--only", action="append", metavar="FAULT", help="this fault alone, or power-cut; repeatable")
     parser.add_argument("--resumed", action="store_true", help="disturb the save that goes on with one cut short")
+    parser.add_argument("--folder", type=Path, help="an empty directory to save below (default: one in memory)")
+    parser.add_argument("--keep-every", type=int, default=0, metavar="N", help="leave what each N-th save left there")
+    parser.add_argument("--no-drgn", action="store_true", help="read dumps with our own reader only")
     options = parser.parse_args()
+    other_reader: OtherReader | None = None
+    if not options.no_drgn:
+        from tests.lab.drgn_view import wrong_for_drgn
+
+        other_reader = wrong_for_drgn
     started = time.monotonic()
     found: list[Point] = []
-    with tempfile.TemporaryDirectory(prefix="lab-") as folder, disk() as targets:
+    with tempfile.TemporaryDirectory(prefix="lab-") as folder, disk() as in_memory:
         source = options.vmcore or small_vmcore(Path(folder) / "vmcore.elf")
-        laboratory = Laboratory(targets, source, small=not options.real_steps)
+        laboratory = Laboratory(
+            options.folder or in_memory,
+            source,
+            other_reader,
+            small=not options.real_steps,
+            keep_every=options.keep_every,
+        )
         operations = laboratory.operations_of(going_on=options.resumed)
         plan = [*kill_points(operations, options.most), *fault_points(operations, options.most or 12)]
         for fault, at in plan:
