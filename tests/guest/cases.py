@@ -86,6 +86,9 @@ RESERVATION_CASES: tuple[Case, ...] = (
 # Where a person has to help, or the power fails: one small machine.
 RESCUE = Case("rescue", LINUX_6_1)
 
+# Much to do: what is saved first is far less than half of its dump.
+BUSY = Case("busy", LINUX_6_1, 1, LA48, memory="1G", workloads=("files", "processes"))
+
 # Looked at with debug symbols as well, which are a download of about 300 MB a kernel.
 WITH_DEBUGINFO = ("6.1-la57-smp-file", "6.12-la57-smp-load")
 DEBUGINFO_CASES: tuple[Case, ...] = tuple(case for case in CASES if case.name in WITH_DEBUGINFO)

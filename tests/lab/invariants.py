@@ -6,6 +6,7 @@ the capture image does not have: guests hold their own saves against it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import stat
@@ -91,8 +92,12 @@ def has_header(path: Path) -> bool:
         return file.read(5) == b"KDUMP"
 
 
-def look(parent: Path, reference: Reference) -> Seen:
-    """Hold everything below ``parent`` against what is promised; each dump is read once."""
+Known = dict[tuple[bytes, ...], tuple[list[str], State]]
+"""What was said of a dump that had the same name, bytes and manifest."""
+
+
+def look(parent: Path, reference: Reference, known: Known | None = None) -> Seen:
+    """Hold everything below ``parent`` against what is promised; a dump is read once, and not if it is ``known``."""
     seen = Seen([], {})
     for folder in directories(parent):
         if not folder.is_dir() or not folder.name.startswith(reference.folder):
@@ -102,7 +107,7 @@ def look(parent: Path, reference: Reference) -> Seen:
         seen.states[folder] = NO_DUMP
         for path in (folder / ("vmcore" + PARTLY), folder / "vmcore"):
             if path.exists():
-                lines, state = _look_at_dump(path, reference)
+                lines, state = _known_dump(path, reference, {} if known is None else known)
                 seen.wrong.extend(f"{folder.name}: {path.name}: {line}" for line in lines)
                 seen.states[folder] = state if state.dump is not None else seen.states[folder]
     return seen
@@ -146,6 +151,16 @@ def _wrong_with_manifest(folder: Path) -> Iterator[str]:
     dump = manifest["dump"]
     if dump is not None and not (folder / dump["file"]).exists():
         yield f"manifest.json: the dump is {dump['file']}, which is not there"
+
+
+def _known_dump(path: Path, reference: Reference, known: Known) -> tuple[list[str], State]:
+    beside = path.with_name("manifest.json")
+    manifest = beside.read_bytes() if beside.exists() else b""
+    with path.open("rb") as file:
+        key = (str(path).encode(), hashlib.file_digest(file, "sha256").digest(), manifest)
+    if key not in known:
+        known[key] = _look_at_dump(path, reference)
+    return known[key]
 
 
 def _look_at_dump(path: Path, reference: Reference) -> tuple[list[str], State]:

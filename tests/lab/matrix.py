@@ -33,12 +33,12 @@ from tests.lab.invariants import (
 )
 from tests.lab.powercut import before, disk_after, promised
 from tests.lab.run import Outcome, run
-from tests.lab.tap import Operation, boundary_within
+from tests.lab.tap import Operation, Visit, boundary_within
 from tests.outcome import FILES, listing
 
 BELOW = Path("var/crash")
 """Where on the target crashes are saved; not there before the first one."""
-KEPT, UNDISTURBED = "kept", "undisturbed"
+KEPT = "kept"
 
 
 class Point(NamedTuple):
@@ -78,16 +78,21 @@ def disk() -> Iterator[Path]:
 class Laboratory:
     """A vmcore, an undisturbed save of it, and room in ``folder`` for disturbed ones.
 
-    What every ``keep_every``-th of them left stays below ``folder``/kept, and the undisturbed one, for whom to look at.
+    ``codec`` is what they compress with, the default of a save where it is None.
     """
 
     def __init__(
-        self, folder: Path, source: Path, other_reader: OtherReader | None, *, small: bool = True, keep_every: int = 0
+        self,
+        folder: Path,
+        source: Path,
+        other_reader: OtherReader | None,
+        *,
+        small: bool = True,
+        codec: str | None = None,
     ) -> None:
         self._folder = folder
         self._small = small
-        self._keep_every = keep_every
-        self._disturbed = 0
+        self._options = ["--compress", codec] if codec else []
         self.source = source
         root = self.new_target()
         undisturbed = self.save(root)
@@ -96,8 +101,6 @@ class Laboratory:
         self.operations = undisturbed.operations
         (saved,) = directories(root / BELOW)
         self.reference: Reference = reference_of(self.source, saved, other_reader)
-        if keep_every:
-            self._keep(root, UNDISTURBED)
 
     def new_target(self) -> Path:
         """A file system for one save, in the place of the one before."""
@@ -106,13 +109,24 @@ class Laboratory:
         root.mkdir()
         return root
 
-    def _keep(self, root: Path, name: str) -> None:
-        (self._folder / KEPT).mkdir(exist_ok=True)
-        shutil.copytree(root / BELOW, self._folder / KEPT / name)
+    def keep(self, root: Path, name: str) -> None:
+        """Copy what was saved below ``root`` to a directory ``name`` below ``folder``/kept."""
+        there = self._folder / KEPT / name
+        shutil.rmtree(there, ignore_errors=True)
+        shutil.copytree(root / BELOW, there)
 
-    def save(self, root: Path, fault: Fault | None = None, at: int = 0, *, record: bool = False) -> Outcome:
-        arguments: list[str | Path] = ["save", "--no-progress", "--threads", "2", "--source", self.source, root / BELOW]
-        return run(arguments, root, fault, at, small=self._small, record=record)
+    def kept(self, name: str) -> Path:
+        """Return a new file system that has what was kept."""
+        root = self.new_target()
+        shutil.copytree(self._folder / KEPT / name, root / BELOW)
+        return root
+
+    def save(
+        self, root: Path, fault: Fault | None = None, at: int = 0, *, record: bool = False, visit: Visit | None = None
+    ) -> Outcome:
+        arguments: list[str | Path] = ["save", "--no-progress", "--threads", "2", *self._options]
+        arguments += ["--source", self.source, root / BELOW]
+        return run(arguments, root, fault, at, small=self._small, record=record, visit=visit)
 
     def _target(self, *, going_on: bool) -> Path:
         """A file system with nothing on it, or with a save that was cut short."""
@@ -151,25 +165,23 @@ class Laboratory:
             broken.append(f"status {outcome.status}: {outcome.said.splitlines()[-1:]}")
         if outcome.status != KILLED:
             broken += wrong_in_the_end(seen, self.reference, outcome.status, outcome.said, going_on=going_on)
-        left = self._left(seen)
-        self._disturbed += 1
-        if self._keep_every and self._disturbed % self._keep_every == 0 and parent.exists():
-            self._keep(root, f"{fault.name}-{at}")
-        again = self._again(root, seen, broken) if outcome.status != 0 else "not needed"
+        left = self.left(seen)
+        again = self.again(root, seen, broken) if outcome.status != 0 else "not needed"
         hit = outcome.hit
         return Point(
             fault.name, at, hit.describe() if hit else "none", hit.kind if hit else "none", outcome.status, left, again,
             broken,
         )  # fmt: skip
 
-    def _left(self, seen: Seen) -> str:
+    def left(self, seen: Seen) -> str:
+        """Return what there is, in words."""
         if not seen.states:
             return "no directory"
         folder, state = list(seen.states.items())[-1]
         files = len([name for name in listing(folder) if name in FILES and name != "vmcore"])
         return f"{files} files, {state.text(self.reference)}"
 
-    def _again(self, root: Path, seen: Seen, broken: list[str]) -> str:
+    def again(self, root: Path, seen: Seen, broken: list[str]) -> str:
         """Save again, and add to ``broken`` what is not as promised then."""
         outcome = self.save(root)
         broken += wrong_after_again(root / BELOW, self.reference, seen.states, outcome.status)
@@ -190,8 +202,8 @@ class Laboratory:
             folders = directories(parent)
             there = listing(folders[0]) if folders else set()
             broken += [f"{name} is not on the disk" for name in promised(events, moment, FILES) if name not in there]
-            found = self._left(seen)
-            again = self._again(left, seen, broken)
+            found = self.left(seen)
+            again = self.again(left, seen, broken)
             last = events[moment - 1] if moment else None
             what = f"{'after' if last.ended else 'in'} {last.operation.describe()}" if last else "at the start"
             yield Point("power-cut", moment, what, last.operation.kind if last else "none", None, found, again, broken)
@@ -257,47 +269,36 @@ def summary(found: Sequence[Point]) -> str:
 
 def main() -> int:
     """Print the table."""
+    from tests.lab.drgn_view import wrong_for_drgn  # guests use what is above, and have no drgn
+
     parser = argparse.ArgumentParser(prog="python -m tests.lab.matrix", description=__doc__)
     parser.add_argument("vmcore", nargs="?", type=Path, help="the vmcore to save (default: a small one, made here)")
     parser.add_argument("--most", type=int, default=None, help="points a fault, sampled (default: all; 12 for errors)")
     parser.add_argument("--real-steps", action="store_true", help="steps and chunks as large as they are")
     parser.add_argument("--only", action="append", metavar="FAULT", help="this fault alone, or power-cut; repeatable")
     parser.add_argument("--resumed", action="store_true", help="disturb the save that goes on with one cut short")
-    parser.add_argument("--folder", type=Path, help="an empty directory to save below (default: one in memory)")
-    parser.add_argument("--keep-every", type=int, default=0, metavar="N", help="leave what each N-th save left there")
-    parser.add_argument("--no-drgn", action="store_true", help="read dumps with our own reader only")
     options = parser.parse_args()
-    other_reader: OtherReader | None = None
-    if not options.no_drgn:
-        from tests.lab.drgn_view import wrong_for_drgn
-
-        other_reader = wrong_for_drgn
     started = time.monotonic()
     found: list[Point] = []
-    with tempfile.TemporaryDirectory(prefix="lab-") as folder, disk() as in_memory:
+    with tempfile.TemporaryDirectory(prefix="lab-") as folder, disk() as targets:
         source = options.vmcore or small_vmcore(Path(folder) / "vmcore.elf")
-        laboratory = Laboratory(
-            options.folder or in_memory,
-            source,
-            other_reader,
-            small=not options.real_steps,
-            keep_every=options.keep_every,
-        )
+        laboratory = Laboratory(targets, source, wrong_for_drgn, small=not options.real_steps)
         operations = laboratory.operations_of(going_on=options.resumed)
         plan = [*kill_points(operations, options.most), *fault_points(operations, options.most or 12)]
         for fault, at in plan:
             if not options.only or fault.name in options.only:
                 found.append(laboratory.disturbed(fault, at, going_on=options.resumed))
-                print(_row(found[-1]), flush=True)
+                print(row(found[-1]), flush=True)
         if not options.only or "power-cut" in options.only:
             for point in laboratory.power_cuts(going_on=options.resumed):
                 found.append(point)
-                print(_row(point), flush=True)
+                print(row(point), flush=True)
     print(f"\n{summary(found)}\n{time.monotonic() - started:.0f} s")
     return 1 if any(point.broken for point in found) else 0
 
 
-def _row(point: Point) -> str:
+def row(point: Point) -> str:
+    """Return a point's line of the table."""
     status = "" if point.status is None else point.status
     row = f"{point.fault:18} {point.at:4}  {point.operation:52} {status:>3}  {point.left:52} {point.again}"
     return row.rstrip() + "".join(f"\n    BROKEN: {line}" for line in point.broken)
