@@ -159,7 +159,11 @@ class PageFilter:
             self._tables = np.array(sorted(self._memory.tables.walked), dtype=np.int64)
 
     def _walk_to_known_places(self, vmcore: Vmcore) -> None:
-        """Walk the page tables of kernel text, fixmap and direct map, as a reader of the dump does to understand it."""
+        """Walk the page tables as a reader of the dump does to understand it: of all that the kernel maps.
+
+        Those of the text and of where segments begin come first, should there be more than are remembered. The direct
+        map's are many where the kernel has split it, and nothing else tells them: no page type, no symbol.
+        """
         tables = self._memory.tables
         if tables is None:
             return
@@ -169,6 +173,7 @@ class PageFilter:
             top = 1 << 64
             for _ in tables.mappings(top - _TEXT_AREA, top - 1, most_tables=_LOOKED_UP):
                 pass
+        tables.note_tables()
 
     @property
     def mem_map(self) -> MemMap | None:
