@@ -305,10 +305,15 @@ class KdumpWriter:
                 self._output.forget(self._kept_to, batch.end - self._kept_to)
         synced = time.monotonic()
         self._kept_to = batch.end  # whatever becomes of the descriptors: some of them may be written
-        if batch.descriptors:  # none: the disk was full, and they were given back
+        parts = batch.descriptors
+        if len(parts) > 1 and not self.pages_written:
+            # Page tables come first. Without their descriptors a reader finds none of the pages that have theirs.
+            self._describe(parts[0].numbers, parts[0].table)
+            self._output.sync()
+            parts = parts[1:]
+        if parts:  # none: the disk was full, and they were given back
             self._describe(
-                np.concatenate([part.numbers for part in batch.descriptors]),
-                np.concatenate([part.table for part in batch.descriptors]),
+                np.concatenate([part.numbers for part in parts]), np.concatenate([part.table for part in parts])
             )
         if batch.unsynced and self.on_step is not None:
             since, blocked = self._blocked_since, self._blocked

@@ -61,15 +61,16 @@ def dumps(
         demand(machine, f"mkdir /run/target /run/half && mount LABEL={TARGET_LABEL} /run/target")
         demand(machine, "vmcapture save /run/target/whole", SAVE_TIMEOUT)
         needed = int(demand(machine, "stat -c %s /run/target/whole/*/vmcore"))
-        half = disk.make(folder / "half.ext4", f"{(2 * needed >> 20) + 64}M", "half")
+        half = disk.make(folder / "half.ext4", f"{(needed >> 20) + 32}M", "half")
         machine.attach(Disk(half))
         demand(machine, "for i in $(seq 30); do mount LABEL=half /run/half && break; sleep 1; done")
         free = int(demand(machine, "df -k /run/half | awk 'NR == 2 { print $4 }'"))
-        demand(machine, f"dd if=/dev/zero of=/run/half/ballast bs=1k count={free - (needed >> 11)}")
+        ballast = -(-(free - (needed >> 11)) // 1024)
+        demand(machine, f"dd if=/dev/zero of=/run/half/ballast bs=1M count={ballast}", SAVE_TIMEOUT)
         status, said = machine.run("vmcapture save /run/half/saved", SAVE_TIMEOUT)
         assert status == 3, said
         assert "no room left" in said
-        demand(machine, "cp -a /run/half/saved /run/target/cut && rm /run/half/ballast")
+        demand(machine, "cp -a /run/half/saved /run/target/cut && rm /run/half/ballast", SAVE_TIMEOUT)
 
         said = demand(machine, "vmcapture save /run/half/saved", SAVE_TIMEOUT)
 

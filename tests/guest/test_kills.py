@@ -41,7 +41,7 @@ class Part(NamedTuple):
 
 
 SAMPLE = Part(12, 4, 4)
-PARTS = 4
+PARTS = 2
 WHOLE = [Part(PARTS, first, 6) for first in range(1, PARTS + 1)]
 """All operations, in parts that take minutes each."""
 
