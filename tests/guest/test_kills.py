@@ -23,7 +23,7 @@ from tests.guest.crash import (
 )
 from tests.guest.qemu import BOOT_TIMEOUT
 from tests.lab.drgn_view import wrong_for_drgn
-from tests.lab.invariants import directories, look, reference_of
+from tests.lab.invariants import Reference, Seen, directories, look, reference_of
 from tests.lab.walk import UNDISTURBED
 
 WALK_TIMEOUT = 1500.0
@@ -40,6 +40,8 @@ class Part(NamedTuple):
         return f"{self.first}-of-{self.every}"
 
 
+MOST_TABLES = 500
+"""More than the page tables of a small machine: they are saved, and described, before all other pages."""
 SAMPLE = Part(12, 4, 4)
 PARTS = 2
 WHOLE = [Part(PARTS, first, 6) for first in range(1, PARTS + 1)]
@@ -76,6 +78,14 @@ def test_killed_at_any_operation_a_save_leaves_what_is_promised_and_goes_on(
     (undisturbed,) = directories(kept / UNDISTURBED)
     reference = reference_of(undisturbed / "vmcore", undisturbed, wrong_for_drgn)
     left = [folder for folder in sorted(kept.iterdir()) if folder.name != UNDISTURBED]
-    seen = {folder.name: look(folder, reference) for folder in left}
+    seen = {folder.name: looked_at(folder, reference) for folder in left}
     assert {name: found.wrong for name, found in seen.items() if found.wrong} == {}
     assert any(state.pages > 0 for found in seen.values() for state in found.states.values()), "dumps, not only logs"
+
+
+def looked_at(folder: Path, reference: Reference) -> Seen:
+    """Hold what a kill left against what is promised, with drgn once it can read: it needs all of the page tables."""
+    seen = look(folder, reference._replace(other_reader=None))
+    if seen.wrong or all(state.pages <= MOST_TABLES for state in seen.states.values()):
+        return seen
+    return look(folder, reference)
