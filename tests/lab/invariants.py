@@ -6,6 +6,7 @@ the capture image does not have: guests hold their own saves against it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -13,6 +14,8 @@ import stat
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from capture.dumpfile.reader import KdumpFile
 from capture.errors import CaptureError
@@ -93,7 +96,8 @@ def has_header(path: Path) -> bool:
 
 
 Known = dict[tuple[bytes, ...], tuple[list[str], State]]
-"""What was said of a dump that had the same name, bytes and manifest."""
+"""What was said of a dump that had the same name, manifest, and bytes as far as a reader sees them."""
+DESCRIPTOR_WORDS = np.dtype([("offset", "<i8"), ("size", "<u4"), ("flags", "<u4"), ("page_flags", "<u8")])
 
 
 def look(parent: Path, reference: Reference, known: Known | None = None) -> Seen:
@@ -107,7 +111,8 @@ def look(parent: Path, reference: Reference, known: Known | None = None) -> Seen
         seen.states[folder] = NO_DUMP
         for path in (folder / ("vmcore" + PARTLY), folder / "vmcore"):
             if path.exists():
-                lines, state = _known_dump(path, reference, {} if known is None else known)
+                looked = _look_at_dump(path, reference) if known is None else _known_dump(path, reference, known)
+                lines, state = looked
                 seen.wrong.extend(f"{folder.name}: {path.name}: {line}" for line in lines)
                 seen.states[folder] = state if state.dump is not None else seen.states[folder]
     return seen
@@ -156,11 +161,20 @@ def _wrong_with_manifest(folder: Path) -> Iterator[str]:
 def _known_dump(path: Path, reference: Reference, known: Known) -> tuple[list[str], State]:
     beside = path.with_name("manifest.json")
     manifest = beside.read_bytes() if beside.exists() else b""
-    with path.open("rb") as file:
-        key = (str(path).encode(), hashlib.file_digest(file, "sha256").digest(), manifest)
+    key = (str(path).encode(), manifest, _seen_by_readers(path, whole=bool(manifest)))
     if key not in known:
         known[key] = _look_at_dump(path, reference)
     return known[key]
+
+
+def _seen_by_readers(path: Path, *, whole: bool) -> bytes:
+    """SHA-256 of a dump, up to the end of the data that its descriptors point to unless ``whole``."""
+    data = path.read_bytes()
+    if not whole and has_header(path):
+        with contextlib.suppress(CaptureError), KdumpFile(path) as dump:
+            table = np.frombuffer(data, DESCRIPTOR_WORDS, dump.page_count(), dump.descriptor_table)
+            data = data[: int((table["offset"] + table["size"]).max(initial=dump.descriptor_table + table.nbytes))]
+    return hashlib.sha256(data).digest()
 
 
 def _look_at_dump(path: Path, reference: Reference) -> tuple[list[str], State]:
