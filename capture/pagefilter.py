@@ -64,6 +64,9 @@ largest block is 1024 pages."""
 _PROTECTED_SLACK, _PROTECTED_SHARE = 16, 0.001
 _POISONED_SLACK, _POISONED_SHARE = 4096, 0.001
 """More poisoned pages than any machine goes on running with."""
+_PER_CPU_PAGES = 16
+"""Pages behind a CPU's own variables that have what was allocated while the kernel booted (8 KiB for modules and 28 KiB,
+include/linux/percpu.h): crash notes, which drgn reads for a stack. In their turn only: what is behind was given back."""
 MAX_POISONED_PROTECTED = 16
 """Pages of the kernel's own that are left out because they are marked poisoned: reading one may cost the whole dump;
 believing a damaged mem_map would."""
@@ -295,6 +298,9 @@ class PageFilter:
             part, there = window.kinds[start:end], window.there[start:end]
             turns = window.turns[start:end]
             turns[:] = np.minimum(turns, TYPED) if kind == protect.VMALLOC else FIRST  # (vmalloc has stacks, modules)
+            if kind == protect.PER_CPU:
+                after = window.turns[end : end + _PER_CPU_PAGES]
+                after[:] = np.minimum(after, TYPED)
             if not part.any():  # all of them KERNEL, as it should be
                 census.protected[kind, KERNEL] += end - start
                 continue
