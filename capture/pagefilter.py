@@ -65,8 +65,8 @@ _PROTECTED_SLACK, _PROTECTED_SHARE = 16, 0.001
 _POISONED_SLACK, _POISONED_SHARE = 4096, 0.001
 """More poisoned pages than any machine goes on running with."""
 _PER_CPU_PAGES = 16
-"""Pages behind a CPU's own variables that have what was allocated while the kernel booted (8 KiB for modules and 28 KiB,
-include/linux/percpu.h): crash notes, which drgn reads for a stack. In their turn only: what is behind was given back."""
+"""Pages behind a CPU's own variables that have what was allocated while the kernel booted (8 KiB for modules and 28
+KiB, include/linux/percpu.h), which drgn reads for stacks. Their turn only: what is behind was given back."""
 MAX_POISONED_PROTECTED = 16
 """Pages of the kernel's own that are left out because they are marked poisoned: reading one may cost the whole dump;
 believing a damaged mem_map would."""
