@@ -7,14 +7,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help venv guest-host readers-host demo test test-unit test-guest test-debuginfo bench bench-filter bench-memory bench-reservation fuzz fuzz-coverage check format clean
+.PHONY: help venv guest-host readers-host demo test test-unit test-guest test-debuginfo test-long bench bench-filter bench-memory bench-reservation fuzz fuzz-coverage check format clean
 
 help:
 	@echo 'make demo            crash a real kernel in QEMU, save it, show what was saved'
-	@echo 'make test            all tests but those that need debug symbols'
+	@echo 'make test            all tests but those that need debug symbols or an hour'
 	@echo 'make test-unit       those that need no QEMU'
 	@echo 'make test-guest      those that crash real kernels'
 	@echo 'make test-debuginfo  crash and drgn on real dumps; downloads about 600 MB of debug symbols once'
+	@echo 'make test-long       ten crashes in a row, and a save killed at every write, in guests: an hour'
 	@echo 'make check           ruff, mypy --strict'
 	@echo "make bench           whole dumps against makedumpfile, cp and zstd, on guests of 2 and 8 GiB"
 	@echo "make bench-filter    the page filter's speed against makedumpfile's, on a 4 GiB guest"
@@ -44,16 +45,19 @@ demo: guest-host venv
 	@$(BIN)/python -m tests.guest.demo
 
 test: guest-host readers-host venv
-	$(PYTEST) -m 'not debuginfo'
+	$(PYTEST) -m 'not debuginfo and not long'
 
 test-unit: venv
 	$(PYTEST) tests/unit tests/fuzz
 
 test-guest: guest-host readers-host venv
-	$(PYTEST) -m 'not debuginfo' tests/guest
+	$(PYTEST) -m 'not debuginfo and not long' tests/guest
 
 test-debuginfo: guest-host readers-host venv
-	$(PYTEST) -m debuginfo
+	$(PYTEST) -m 'debuginfo and not long'
+
+test-long: guest-host readers-host venv
+	$(PYTEST) -m long
 
 # BENCH="--memory 2G --repeat 1" and the like: what to give the benchmark.
 BENCH ?=

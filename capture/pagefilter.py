@@ -64,6 +64,9 @@ largest block is 1024 pages."""
 _PROTECTED_SLACK, _PROTECTED_SHARE = 16, 0.001
 _POISONED_SLACK, _POISONED_SHARE = 4096, 0.001
 """More poisoned pages than any machine goes on running with."""
+_PER_CPU_PAGES = 16
+"""Pages behind a CPU's own variables that have what was allocated while the kernel booted (8 KiB for modules and 28
+KiB, include/linux/percpu.h), which drgn reads for stacks. Their turn only: what is behind was given back."""
 MAX_POISONED_PROTECTED = 16
 """Pages of the kernel's own that are left out because they are marked poisoned: reading one may cost the whole dump;
 believing a damaged mem_map would."""
@@ -159,7 +162,11 @@ class PageFilter:
             self._tables = np.array(sorted(self._memory.tables.walked), dtype=np.int64)
 
     def _walk_to_known_places(self, vmcore: Vmcore) -> None:
-        """Walk the page tables of kernel text, fixmap and direct map, as a reader of the dump does to understand it."""
+        """Walk the page tables as a reader of the dump does to understand it: of all that the kernel maps.
+
+        Those of the text and of where segments begin come first, should there be more than are remembered. The direct
+        map's are many where the kernel has split it, and nothing else tells them: no page type, no symbol.
+        """
         tables = self._memory.tables
         if tables is None:
             return
@@ -169,6 +176,7 @@ class PageFilter:
             top = 1 << 64
             for _ in tables.mappings(top - _TEXT_AREA, top - 1, most_tables=_LOOKED_UP):
                 pass
+        tables.note_tables()
 
     @property
     def mem_map(self) -> MemMap | None:
@@ -290,6 +298,9 @@ class PageFilter:
             part, there = window.kinds[start:end], window.there[start:end]
             turns = window.turns[start:end]
             turns[:] = np.minimum(turns, TYPED) if kind == protect.VMALLOC else FIRST  # (vmalloc has stacks, modules)
+            if kind == protect.PER_CPU:
+                after = window.turns[end : end + _PER_CPU_PAGES]
+                after[:] = np.minimum(after, TYPED)
             if not part.any():  # all of them KERNEL, as it should be
                 census.protected[kind, KERNEL] += end - start
                 continue

@@ -211,6 +211,14 @@ def drgn_reader(path: Path) -> Callable[[int, int], bytes]:
     return read
 
 
+def drgn_program(core: Path, vmlinux: Path) -> drgn.Program:
+    """Open a dump with drgn, with the kernel's debug symbols."""
+    opened = drgn.Program()
+    opened.set_core_dump(core)
+    opened.load_debug_info([vmlinux])
+    return opened
+
+
 def read_by_drgn(path: Path, pfns: Iterable[int]) -> dict[int, bytes]:
     read = drgn_reader(path)
     return {pfn: read(pfn * PAGE, PAGE) for pfn in pfns}

@@ -332,10 +332,16 @@ class KdumpWriter:
             self._last_step, self._last_blocked = synced, blocked
 
     def _describe_step(self, batch: _Batch) -> None:
-        if batch.descriptors:  # none: the disk was full, and they were given back
+        parts = batch.descriptors
+        if len(parts) > 1 and not self.pages_written:
+            # Page tables come first. Without their descriptors a reader finds none of the pages that have theirs.
+            self._describe(parts[0].numbers, parts[0].table)
+            if not self._output.sequential:
+                self._output.sync()
+            parts = parts[1:]
+        if parts:  # none: the disk was full, and they were given back
             self._describe(
-                np.concatenate([part.numbers for part in batch.descriptors]),
-                np.concatenate([part.table for part in batch.descriptors]),
+                np.concatenate([part.numbers for part in parts]), np.concatenate([part.table for part in parts])
             )
 
     def _describe(self, numbers: NDArray[np.int64], table: NDArray[np.void]) -> None:

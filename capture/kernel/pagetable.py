@@ -119,6 +119,25 @@ class PageTables:
             base = geometry.first >> (top := geometry.levels[0]).shift + top.bits << top.shift + top.bits
             yield from self._below(geometry.root, 0, base, first, last, [most_tables])
 
+    def note_tables(self, most: int = MAX_WALKED) -> None:
+        """Add every table to ``walked`` while there are fewer than ``most``; those of the last level are not read."""
+        geometry, tables = self.geometry, {self.geometry.root}
+        for level in geometry.levels[:-1]:
+            below: set[int] = set()
+            for table in sorted(tables):
+                entries = self._table(table, level)
+                if entries is None:
+                    continue
+                leads_on = (entries & np.uint64(geometry.table_mask)) == geometry.table_value
+                leads_on &= (entries & np.uint64(geometry.present_mask)) == geometry.present_value
+                leads_on &= (entries & np.uint64(level.leaf_mask)) != np.uint64(level.leaf_value)
+                below.update(geometry.address(entry) for entry in entries[leads_on].tolist())
+                if len(below) >= most:
+                    break
+            tables = below
+        for table in sorted(tables)[: max(0, most - len(self.walked))]:
+            self.walked.add(table // geometry.page_size)
+
     def _below(self, table: int, depth: int, base: int, first: int, last: int, budget: list[int]) -> Iterator[Mapping]:
         geometry, level = self.geometry, self.geometry.levels[depth]
         if budget[0] <= 0:

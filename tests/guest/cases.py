@@ -91,6 +91,8 @@ ENCRYPTED_CASES: tuple[Case, ...] = (
     Case("encrypted-6.1-128M", LINUX_6_1, 2, LA48, memory="1G", crashkernel="128M", append="vmcapture.compress=none"),
     Case("encrypted-6.12-112M", LINUX_6_12, 1, LA57, memory="1G", crashkernel="112M", append="vmcapture.compress=none"),
 )
+# Much to do: what is saved first is far less than half of its dump.
+BUSY = Case("busy", LINUX_6_1, 1, LA48, memory="1G", workloads=("files", "processes"))
 
 # Looked at with debug symbols as well, which are a download of about 300 MB a kernel.
 WITH_DEBUGINFO = ("6.1-la57-smp-file", "6.12-la57-smp-load")

@@ -28,6 +28,7 @@ MODULES = ("virtio_pci", "virtio_blk", "ext4")  # a dump disk in QEMU; what is b
 WATCHDOG_MODULES = ("i6300esb",)  # where the kernel has it
 HEALTHY_MODULES = ("virtio_balloon", *WATCHDOG_MODULES)  # more for the healthy system, where its kernel has them
 WORKLOAD_PROGRAM = Path(__file__).with_name("workload.py")
+TESTS = Path(__file__).parents[1]  # the fault laboratory runs in the capture kernel, too
 
 TARGET_LABEL = "crash"
 TARGET_FOLDER = "/var/crash"
@@ -54,6 +55,8 @@ PROOFS = {
     "plain": (r"AnonPages [1-9]\d{3}",),
     "thp": (r"AnonHugePages [1-9]\d{3}",),
     "hugetlb": (r"HugePages_Total 12", r"HugePages_Free 6"),
+    "files": (r"SReclaimable \d{4}",),
+    "processes": (r"KernelStack [2-9]\d{3}",),
     "swap": (r"SwapCached [1-9]\d{2}", r"swapped [1-9]\d{3}"),
     "poison": (r"HardwareCorrupted [1-9]",),
 }
@@ -209,6 +212,11 @@ class ImageStore:
         )
         shutil.copy(kernel.vmlinuz, contents / "vmlinuz")
         shutil.copy(WORKLOAD_PROGRAM, contents)
+        for package in (TESTS, TESTS / "lab"):
+            into = contents / package.relative_to(TESTS.parent)
+            into.mkdir()
+            for module in package.glob("*.py"):
+                shutil.copy(module, into)
         if self.more is not None:
             self.more(kernel, contents)
         disk.make(images.disk, "256M", "healthy", content=contents)
@@ -222,13 +230,15 @@ def healthy(
     workdir: Path,
     *,
     target_attached: bool = True,
+    target_kept: bool = False,
     more_disks: tuple[Disk, ...] = (),
     steps: Steps | None = None,
 ) -> Iterator[Machine]:
     """A machine that runs well: at a shell, with kernel and capture image below /run/healthy.
 
     Without ``target_attached`` the target disk is missing;
-    ``machine.attach(Disk(target_image(workdir)))`` plugs it in. ``more_disks`` come after it.
+    ``machine.attach(Disk(target_image(workdir)))`` plugs it in. ``more_disks`` come after it. The target disk is a new
+    one unless ``target_kept``.
     """
     steps = steps or Steps()
     kernel = cache.kernel(case.kernel)
@@ -236,7 +246,8 @@ def healthy(
     workdir.mkdir(parents=True, exist_ok=True)
     if case.filesystem != "ext4":
         raise HostError(f"case {case.name}: no target with {case.filesystem} can be made yet")
-    disk.make(target_image(workdir), case.target_size, TARGET_LABEL)
+    if not target_kept:
+        disk.make(target_image(workdir), case.target_size, TARGET_LABEL)
     hardware = Hardware(
         kernel=kernel.vmlinuz,
         initrd=images.healthy,
@@ -287,6 +298,7 @@ def panicked(
     final: str = "poweroff",
     target: str = f"LABEL={TARGET_LABEL}",
     target_attached: bool = True,
+    target_kept: bool = False,
     more_disks: tuple[Disk, ...] = (),
     append: str = "",
     before: tuple[str, ...] = (),
@@ -299,8 +311,15 @@ def panicked(
     """
     steps = steps or Steps()
     saver = saver or OURS
-    started = healthy(case, store, workdir, target_attached=target_attached, more_disks=more_disks, steps=steps)
-    with started as machine:
+    with healthy(
+        case,
+        store,
+        workdir,
+        target_attached=target_attached,
+        target_kept=target_kept,
+        more_disks=more_disks,
+        steps=steps,
+    ) as machine:
         with steps.step("giving it something to remember"):
             if case.workloads:
                 make_workloads(machine, case)
@@ -432,8 +451,7 @@ def make_workloads(machine: Machine, case: Case) -> None:
         GuestError: one had no effect.
     """
     wanted = [name for name in case.workloads if name not in HOST_WORKLOADS]
-    python = "/run/python"
-    demand(machine, f'sed \'s/-m [a-z.]* "$@"/"$@"/\' $(command -v vmcapture) > {python} && chmod 755 {python}')
+    python = image_python(machine)
     if "offline" in case.workloads:
         demand(machine, "echo offline > /sys/devices/system/memory/auto_online_blocks")
         machine.qmp("object-add", **{"qom-type": "memory-backend-ram", "id": "added", "size": HOTPLUG_BYTES})
@@ -459,6 +477,14 @@ def make_workloads(machine: Machine, case: Case) -> None:
         demand(machine, BALLOON_FILLED, timeout=BOOT_TIMEOUT)
     demand(machine, f"{python} /run/healthy/workload.py kinds", timeout=SAVE_TIMEOUT)
     demand(machine, "sed 's/^/meminfo /' /proc/meminfo")
+
+
+def image_python(machine: Machine) -> str:
+    """Have a command that is the image's own interpreter, with the tests' packages of the healthy machine's disk."""
+    python = "/run/python"
+    any_module, and_ours = 's/-m [a-z.]* "$@"/"$@"/', "s|^export PYTHONPATH='|&/run/healthy:|"
+    demand(machine, f"sed -e '{any_module}' -e \"{and_ours}\" $(command -v vmcapture) > {python}; chmod 755 {python}")
+    return python
 
 
 def old_memory_commands(case: Case) -> tuple[str, ...]:

@@ -63,6 +63,16 @@ def stat(image: Path, path: str) -> Stat:
     return Stat(found[1], int(found[2], 8), int(found[3]))
 
 
+def room(image: Path) -> tuple[int, int]:
+    """Bytes free, and bytes in all, of a file system that was left clean; both without what it needs for itself."""
+    said = _debugfs(image, "stats")
+    found = dict(re.findall(r"^(Block count|Free blocks|Block size|Overhead clusters): +(\d+)", said, re.MULTILINE))
+    if len(found) < 4:
+        raise HostError(f"debugfs does not say how much room there is in {image}: {said.strip()[:200]!r}")
+    blocks, overhead, free, size = map(int, found.values())  # in the order in which debugfs prints them
+    return free * size, (blocks - overhead) * size
+
+
 def extract(image: Path, folder: str, into: Path) -> Path:
     """Copy a folder out of the image into ``into``, a new folder, and return the copy's path."""
     into.mkdir(parents=True)

@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import drgn
 import pytest
 from drgn.helpers.linux.list import list_for_each_entry
 from drgn.helpers.linux.pid import for_each_task
@@ -21,6 +20,7 @@ from tests.guest.cases import DEBUGINFO_CASES
 from tests.guest.conftest import unavailable
 from tests.guest.crash import Crashed
 from tests.readers import bitmaps
+from tests.readers import drgn_program as program
 
 pytestmark = [pytest.mark.debuginfo, pytest.mark.parametrize("crashed", DEBUGINFO_CASES, indirect=True, ids=str)]
 
@@ -41,13 +41,6 @@ CRASH_COMMANDS = tuple(SHOWN)
 @pytest.fixture
 def vmlinux(crashed: Crashed, debug_vmlinux: Callable[[Kernel], Path]) -> Path:
     return debug_vmlinux(crashed.kernel)
-
-
-def program(core: Path, vmlinux: Path) -> drgn.Program:
-    opened = drgn.Program()
-    opened.set_core_dump(core)
-    opened.load_debug_info([vmlinux])
-    return opened
 
 
 @pytest.mark.parametrize("command", CRASH_COMMANDS)

@@ -6,6 +6,7 @@ stays. It has the few modules of the image's Python: no argparse, no subprocess.
 
 import contextlib
 import mmap
+import os
 import signal
 import sys
 import time
@@ -15,6 +16,8 @@ MAP_HUGETLB = 0x40000
 MADV_PAGEOUT, MADV_HWPOISON = 21, 100
 HUGE = 2 << 20
 MIB = 1 << 20
+FILES = 20_000
+PROCESSES, PIPES, PIPE_BYTES = 160, 10, 64 << 10
 held: list[mmap.mmap] = []
 
 
@@ -68,6 +71,31 @@ def hugetlb() -> str:
         pool.write("12")
     touch(anonymous(6 * HUGE, MAP_HUGETLB))
     return f"HugePages_Total {meminfo('HugePages_Total')} HugePages_Free {meminfo('HugePages_Free')}"
+
+
+def files() -> str:
+    """Many small files: inodes and directory entries."""
+    folder = "/run/workload-files"
+    os.mkdir(folder)  # noqa: PTH102
+    for number in range(FILES):
+        os.mknod(f"{folder}/a-file-of-some-service-{number:06}")
+    return f"SUnreclaim {meminfo('SUnreclaim')} SReclaimable {meminfo('SReclaimable')}"
+
+
+def processes() -> str:
+    """Many processes, each with its stacks and page tables, and with bytes that wait in its pipes."""
+    free_before = meminfo("MemFree")
+    for _ in range(PROCESSES):
+        if os.fork() == 0:
+            for _ in range(PIPES):
+                os.write(os.pipe()[1], os.urandom(PIPE_BYTES))
+            while True:
+                time.sleep(3600)
+    deadline = time.monotonic() + 120
+    wanted = PROCESSES * PIPES * PIPE_BYTES >> 10
+    while meminfo("MemFree") > free_before - wanted and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return f"KernelStack {meminfo('KernelStack')} PageTables {meminfo('PageTables')} waiting {wanted}"
 
 
 def swap() -> str:

@@ -1,28 +1,27 @@
 """What a directory has to be like, whatever became of the job that made it: the promises of docs/format.md, checked.
 
-Nothing is asserted here: what is wrong is returned in lines, so that a table can have them.
+Nothing is asserted here: what is wrong is returned in lines, so that a table can have them. Nothing is imported that
+the capture image does not have: guests hold their own saves against it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import re
 import stat
-import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import drgn
+import numpy as np
 
 from capture.dumpfile.reader import KdumpFile
 from capture.errors import CaptureError
 from capture.verify import verify
 from capture.vmcore import open_vmcore
-from tests.builders import PAGE
-from tests.dumps import INCOMPLETE, STATUS
 from tests.outcome import FILES, listing, manifest_of, read_back, sha256_blocks
-from tests.readers import drgn_reader
 
 SMALL = FILES[:3]
 """What has the same bytes in every save of a crash."""
@@ -32,20 +31,33 @@ NAMES = re.compile("|".join([*(re.escape(name) + f"({re.escape(PARTLY)})?" for n
 """Every name that is documented; anything else is a stray file."""
 
 
+OtherReader = Callable[[Path, dict[int, bytes], Collection[int]], Iterator[str]]
+"""Another reader of dumps: told of one, its pages and the PFNs without data, it says what it reads otherwise."""
+
+
 class Reference(NamedTuple):
-    """A save that nothing disturbed: its small files, and the pages of its dump by PFN."""
+    """A save that nothing disturbed: its small files, and how many pages its dump has.
+
+    With ``other_reader`` there are ``pages``, by PFN, too; without, the source alone says what is in a page: memory is
+    scarce in a capture kernel.
+    """
 
     source: Path
     small: dict[str, bytes]
-    pages: dict[int, bytes]
+    page_count: int
     folder: str
+    other_reader: OtherReader | None
+    pages: dict[int, bytes]
 
 
-def reference_of(source: Path, folder: Path) -> Reference:
+def reference_of(source: Path, folder: Path, other_reader: OtherReader | None = None) -> Reference:
     """Take what ``folder`` has as what is right; whether it is, the tests of the job itself say."""
-    pages, bad = read_back(folder / "vmcore")
+    small = {name: (folder / name).read_bytes() for name in SMALL}
+    with KdumpFile(folder / "vmcore") as dump:
+        page_count = dump.page_count()
+    pages, bad = read_back(folder / "vmcore") if other_reader is not None else ({}, {})
     assert not bad
-    return Reference(source, {name: (folder / name).read_bytes() for name in SMALL}, pages, folder.name)
+    return Reference(source, small, page_count, folder.name, other_reader, pages)
 
 
 class State(NamedTuple):
@@ -58,7 +70,17 @@ class State(NamedTuple):
     def text(self, reference: Reference) -> str:
         if self.dump is None:
             return "no dump yet"
-        return f"{self.dump.name}, {self.pages} of {len(reference.pages)} pages"
+        return f"{self.dump.name}, {self.pages} of {reference.page_count} pages"
+
+
+NO_DUMP = State(None, 0, False)
+
+
+class Seen(NamedTuple):
+    """What was seen below a directory of crashes: what is not as promised at every instant, and each one's state."""
+
+    wrong: list[str]
+    states: dict[Path, State]
 
 
 def directories(parent: Path) -> list[Path]:
@@ -67,39 +89,41 @@ def directories(parent: Path) -> list[Path]:
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
-def state_of(folder: Path) -> State:
-    for name in ("vmcore", "vmcore" + PARTLY):
-        path = folder / name
-        if path.exists() and has_header(path):
-            right, _ = readable(path)
-            return State(path, len(right), bool(struct.unpack_from("<I", path.read_bytes(), STATUS)[0] & INCOMPLETE))
-    return State(None, 0, False)
-
-
-def readable(path: Path) -> tuple[dict[int, bytes], dict[int, str]]:
-    try:
-        return read_back(path)
-    except CaptureError:
-        return {}, {}
-
-
 def has_header(path: Path) -> bool:
     """Whether the second sync, or what comes before it, has brought a header: from there on it is a dump."""
     with path.open("rb") as file:
         return file.read(5) == b"KDUMP"
 
 
+Known = dict[tuple[bytes, ...], tuple[list[str], State]]
+"""What was said of a dump that had the same name, manifest, and bytes as far as a reader sees them."""
+DESCRIPTOR_WORDS = np.dtype([("offset", "<i8"), ("size", "<u4"), ("flags", "<u4"), ("page_flags", "<u8")])
+
+
+def look(parent: Path, reference: Reference, known: Known | None = None) -> Seen:
+    """Hold everything below ``parent`` against what is promised; a dump is read once, and not if it is ``known``."""
+    seen = Seen([], {})
+    for folder in directories(parent):
+        if not folder.is_dir() or not folder.name.startswith(reference.folder):
+            seen.wrong.append(f"{folder.name}: a stray file")
+            continue
+        seen.wrong.extend(f"{folder.name}: {line}" for line in _wrong_with_directory(folder, reference))
+        seen.states[folder] = NO_DUMP
+        for path in (folder / ("vmcore" + PARTLY), folder / "vmcore"):
+            if path.exists():
+                looked = _look_at_dump(path, reference) if known is None else _known_dump(path, reference, known)
+                lines, state = looked
+                seen.wrong.extend(f"{folder.name}: {path.name}: {line}" for line in lines)
+                seen.states[folder] = state if state.dump is not None else seen.states[folder]
+    return seen
+
+
 def wrong(parent: Path, reference: Reference) -> list[str]:
     """Everything below ``parent`` that is not as promised at every instant, a line each."""
-    return [
-        f"{folder.name}: {line}" for folder in directories(parent) for line in _wrong_with_directory(folder, reference)
-    ]
+    return look(parent, reference).wrong
 
 
 def _wrong_with_directory(folder: Path, reference: Reference) -> Iterator[str]:
-    if not folder.is_dir() or not folder.name.startswith(reference.folder):
-        yield "a stray file"
-        return
     if (mode := stat.S_IMODE(folder.stat().st_mode)) != 0o700:
         yield f"mode {mode:o}"
     for path in sorted(folder.iterdir()):
@@ -111,9 +135,6 @@ def _wrong_with_directory(folder: Path, reference: Reference) -> Iterator[str]:
             yield f"{path.name}: not what an undisturbed save has"
     if (folder / "manifest.json").exists():
         yield from _wrong_with_manifest(folder)
-    for path in (folder / "vmcore", folder / ("vmcore" + PARTLY)):
-        if path.exists():
-            yield from (f"{path.name}: {line}" for line in _wrong_with_dump(path, reference))
 
 
 def _wrong_with_manifest(folder: Path) -> Iterator[str]:
@@ -137,64 +158,64 @@ def _wrong_with_manifest(folder: Path) -> Iterator[str]:
         yield f"manifest.json: the dump is {dump['file']}, which is not there"
 
 
-def _wrong_with_dump(path: Path, reference: Reference) -> Iterator[str]:
+def _known_dump(path: Path, reference: Reference, known: Known) -> tuple[list[str], State]:
+    beside = path.with_name("manifest.json")
+    manifest = beside.read_bytes() if beside.exists() else b""
+    key = (str(path).encode(), manifest, _seen_by_readers(path, whole=bool(manifest)))
+    if key not in known:
+        known[key] = _look_at_dump(path, reference)
+    return known[key]
+
+
+def _seen_by_readers(path: Path, *, whole: bool) -> bytes:
+    """SHA-256 of a dump, up to the end of the data that its descriptors point to unless ``whole``."""
+    data = path.read_bytes()
+    if not whole and has_header(path):
+        with contextlib.suppress(CaptureError), KdumpFile(path) as dump:
+            table = np.frombuffer(data, DESCRIPTOR_WORDS, dump.page_count(), dump.descriptor_table)
+            data = data[: int((table["offset"] + table["size"]).max(initial=dump.descriptor_table + table.nbytes))]
+    return hashlib.sha256(data).digest()
+
+
+def _look_at_dump(path: Path, reference: Reference) -> tuple[list[str], State]:
+    """What is wrong with a dump, and what it has."""
     finished = path.name == "vmcore"
     if not has_header(path):
-        if finished:
-            yield "no header"
-        return
+        return (["no header"] if finished else []), NO_DUMP
     try:
         with KdumpFile(path) as dump, open_vmcore(str(reference.source)) as vmcore:
             report = verify(dump, vmcore.image, progress=False)
     except CaptureError as error:
-        yield str(error)
-        return
-    if report.different or report.damaged or report.extra or report.absent:
-        yield report.text().splitlines()[0]
+        return [str(error)], NO_DUMP
+    lines = []
+    if report.different or report.damaged or report.extra or report.absent or report.changed:
+        lines.append(report.text().splitlines()[0])
+    if report.pages != reference.page_count:
+        lines.append(f"{report.pages} pages, an undisturbed save has {reference.page_count}")
     if finished and report.incomplete:
-        yield "has its name and is marked incomplete"
+        lines.append("has its name and is marked incomplete")
     if not report.incomplete and report.unwritten:
-        yield f"is not marked incomplete, and lacks {report.unwritten} pages"
-    right, bad = readable(path)
-    if {pfn: reference.pages[pfn] for pfn in right} != right or len(right) + len(bad) != len(reference.pages):
-        yield "its pages are not those of an undisturbed dump"
-    if not report.damaged:  # (a reader that maps the file may die of a descriptor that points outside of it)
-        yield from _wrong_for_drgn(path, right, bad)
-
-
-def _wrong_for_drgn(path: Path, right: dict[int, bytes], bad: Collection[int]) -> Iterator[str]:
-    try:
-        read = drgn_reader(path)
-    except Exception as error:  # (whatever it raises, it does not open)
-        yield f"drgn does not open it: {error}"
-        return
-    for pfn, page in right.items():
-        try:
-            if read(pfn * PAGE, PAGE) != page:
-                yield f"drgn reads PFN {pfn:#x} otherwise"
-        except drgn.FaultError as error:
-            yield f"drgn does not read PFN {pfn:#x}: {error}"
-    for pfn in list(bad)[:3]:
-        try:
-            read(pfn * PAGE, PAGE)
-            yield f"drgn reads PFN {pfn:#x}, which was not written"
-        except drgn.FaultError:
-            pass
+        lines.append(f"is not marked incomplete, and lacks {report.unwritten} pages")
+    if reference.other_reader is not None:
+        right, bad = read_back(path)
+        if {pfn: reference.pages[pfn] for pfn in right} != right or len(right) + len(bad) != len(reference.pages):
+            lines.append("its pages are not those of an undisturbed dump")
+        if not report.damaged:  # (a reader that maps the file may die of a descriptor that points outside of it)
+            lines += reference.other_reader(path, right, bad)
+    return lines, State(path, report.pages - report.unwritten - report.damaged, report.incomplete)
 
 
 # --- of a job that ended by itself
 
 
-def wrong_in_the_end(
-    parent: Path, reference: Reference, status: int, said: str, *, going_on: bool = False
-) -> list[str]:
+def wrong_in_the_end(seen: Seen, reference: Reference, status: int, said: str, *, going_on: bool = False) -> list[str]:
     """What exit status, console and manifest do not say as it is, a line each.
 
     A save that was ``going_on`` has another's capture log beside its own.
     """
     lines = [f"it says {word!r}" for word in ("Traceback", "internal error", "escaped") if word in said]
-    found = directories(parent)
-    names = listing(found[0]) if found else set()
+    found = next(iter(seen.states), None)
+    names = listing(found) if found else set()
     if going_on:
         names = {name.replace("log-2", "log") for name in names}
     if status == 5:
@@ -203,22 +224,22 @@ def wrong_in_the_end(
         return lines
     if status not in (0, 3):
         return [*lines, f"status {status} is none that is documented for a save"]
-    if "manifest.json" not in names:
+    if found is None or "manifest.json" not in names:
         if status == 0 or "manifest.json: " not in said:
             lines.append(f"status {status}, no manifest, and the console does not say why")
         return lines
-    manifest = manifest_of(found[0])
+    manifest = manifest_of(found)
     if status == 0 and (names != set(FILES) or manifest["failures"]):
         lines.append(f"status 0 with {sorted(names)} and failures {manifest['failures']}")
     if (
         status == 3 and manifest["complete"] and "manifest.json: " not in said
     ):  # (its own name comes after it is written)
         lines.append("status 3, and the manifest says that all is there")
-    return [*lines, *_wrong_story(found[0], manifest, names, reference, going_on=going_on)]
+    return [*lines, *_wrong_story(found, seen.states[found], manifest, names, reference, going_on=going_on)]
 
 
 def _wrong_story(
-    folder: Path, manifest: dict[str, Any], names: set[str], reference: Reference, *, going_on: bool
+    folder: Path, state: State, manifest: dict[str, Any], names: set[str], reference: Reference, *, going_on: bool
 ) -> Iterator[str]:
     failures, dump = manifest["failures"], manifest["dump"]
     blamed = {failure.split(":")[0].replace("log-2", "log") for failure in failures}
@@ -233,7 +254,6 @@ def _wrong_story(
         unlisted -= {"capture-log.txt"}
     if unlisted - {name + PARTLY for name in blamed if name != "vmcore"}:
         yield f"the manifest does not list {sorted(unlisted)}"
-    state = state_of(folder)
     if dump is None:
         if state.dump is not None and not (going_on and "vmcore" in blamed):  # (nothing was added to it)
             yield f"the manifest knows of no dump, and there is {state.text(reference)}"
@@ -242,22 +262,23 @@ def _wrong_story(
         yield f"the manifest says {dump['file']}, there is {state.text(reference)}"
     elif dump["pages_written"] != state.pages:
         yield f"the manifest counts {dump['pages_written']} pages, there are {state.pages}"
-    if dump["whole"] != (state.pages == len(reference.pages) and not state.marked):
+    if dump["whole"] != (state.pages == reference.page_count and not state.marked):
         yield f"the manifest says whole: {dump['whole']}, there is {state.text(reference)}"
 
 
 # --- of a save that was asked for again
 
 
-def wrong_after_again(parent: Path, reference: Reference, before: list[tuple[Path, State]], status: int) -> list[str]:
+def wrong_after_again(parent: Path, reference: Reference, before: dict[Path, State], status: int) -> list[str]:
     """What is wrong when a second save, undisturbed, has ended: it has to be whole, and to have gone on."""
     lines = [] if status == 0 else [f"the second save ends with status {status}"]
-    last = directories(parent)[-1]
-    unfinished = [folder for folder, state in before if state.dump is not None and state.dump.name != "vmcore"]
+    seen = look(parent, reference)
+    last = list(seen.states)[-1]
+    unfinished = [folder for folder, state in before.items() if state.dump is not None and state.dump.name != "vmcore"]
     if unfinished and last != unfinished[-1]:
         lines.append(f"the second save did not go on in {unfinished[-1].name}")
-    state = state_of(last)
-    if state.pages != len(reference.pages) or state.dump is None or state.dump.name != "vmcore" or state.marked:
+    state = seen.states[last]
+    if state.pages != reference.page_count or state.dump is None or state.dump.name != "vmcore" or state.marked:
         lines.append(f"after the second save: {state.text(reference)}")
     missing = set(FILES) - listing(last)
     if missing:
@@ -268,4 +289,4 @@ def wrong_after_again(parent: Path, reference: Reference, before: list[tuple[Pat
             lines.append("after the second save the manifest is not that of a whole one")
     if any(name.endswith(PARTLY) for name in listing(last)):
         lines.append(f"after the second save there is still {sorted(listing(last))}")
-    return [*lines, *wrong(parent, reference)]
+    return [*lines, *seen.wrong]

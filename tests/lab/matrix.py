@@ -22,22 +22,23 @@ from typing import NamedTuple
 from tests.builders import PAGE, crashed_core, filled, numbered
 from tests.lab.faults import FAULTS, KILLED, Fault
 from tests.lab.invariants import (
+    OtherReader,
     Reference,
-    State,
+    Seen,
     directories,
+    look,
     reference_of,
-    state_of,
-    wrong,
     wrong_after_again,
     wrong_in_the_end,
 )
 from tests.lab.powercut import before, disk_after, promised
 from tests.lab.run import Outcome, run
-from tests.lab.tap import Operation, boundary_within
+from tests.lab.tap import Operation, Visit, boundary_within
 from tests.outcome import FILES, listing
 
 BELOW = Path("var/crash")
 """Where on the target crashes are saved; not there before the first one."""
+KEPT = "kept"
 
 
 class Point(NamedTuple):
@@ -75,11 +76,23 @@ def disk() -> Iterator[Path]:
 
 
 class Laboratory:
-    """A vmcore, an undisturbed save of it, and room in ``folder`` for disturbed ones."""
+    """A vmcore, an undisturbed save of it, and room in ``folder`` for disturbed ones.
 
-    def __init__(self, folder: Path, source: Path, *, small: bool = True) -> None:
+    ``codec`` is what they compress with, the default of a save where it is None.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        source: Path,
+        other_reader: OtherReader | None,
+        *,
+        small: bool = True,
+        codec: str | None = None,
+    ) -> None:
         self._folder = folder
         self._small = small
+        self._options = ["--compress", codec] if codec else []
         self.source = source
         root = self.new_target()
         undisturbed = self.save(root)
@@ -87,7 +100,7 @@ class Laboratory:
             raise SystemExit(f"an undisturbed save ends with status {undisturbed.status}: {undisturbed.said}")
         self.operations = undisturbed.operations
         (saved,) = directories(root / BELOW)
-        self.reference: Reference = reference_of(self.source, saved)
+        self.reference: Reference = reference_of(self.source, saved, other_reader)
 
     def new_target(self) -> Path:
         """A file system for one save, in the place of the one before."""
@@ -96,9 +109,24 @@ class Laboratory:
         root.mkdir()
         return root
 
-    def save(self, root: Path, fault: Fault | None = None, at: int = 0, *, record: bool = False) -> Outcome:
-        arguments: list[str | Path] = ["save", "--no-progress", "--threads", "2", "--source", self.source, root / BELOW]
-        return run(arguments, root, fault, at, small=self._small, record=record)
+    def keep(self, root: Path, name: str) -> None:
+        """Copy what was saved below ``root`` to a directory ``name`` below ``folder``/kept."""
+        there = self._folder / KEPT / name
+        shutil.rmtree(there, ignore_errors=True)
+        shutil.copytree(root / BELOW, there)
+
+    def kept(self, name: str) -> Path:
+        """Return a new file system that has what was kept."""
+        root = self.new_target()
+        shutil.copytree(self._folder / KEPT / name, root / BELOW)
+        return root
+
+    def save(
+        self, root: Path, fault: Fault | None = None, at: int = 0, *, record: bool = False, visit: Visit | None = None
+    ) -> Outcome:
+        arguments: list[str | Path] = ["save", "--no-progress", "--threads", "2", *self._options]
+        arguments += ["--source", self.source, root / BELOW]
+        return run(arguments, root, fault, at, small=self._small, record=record, visit=visit)
 
     def _target(self, *, going_on: bool) -> Path:
         """A file system with nothing on it, or with a save that was cut short."""
@@ -128,37 +156,35 @@ class Laboratory:
         root = self._target(going_on=going_on)
         parent = root / BELOW
         outcome = self.save(root, fault, at)
-        broken = wrong(parent, self.reference)
+        seen = look(parent, self.reference)
+        broken = [*seen.wrong]
         if outcome.hit is None:
             if outcome.status != 0:
                 broken.append(f"nothing was disturbed, and the status is {outcome.status}")
         elif outcome.status not in fault.statuses:
             broken.append(f"status {outcome.status}: {outcome.said.splitlines()[-1:]}")
         if outcome.status != KILLED:
-            broken += wrong_in_the_end(parent, self.reference, outcome.status, outcome.said, going_on=going_on)
-        left = self._left(parent)
-        again = self._again(root, broken) if outcome.status != 0 else "not needed"
+            broken += wrong_in_the_end(seen, self.reference, outcome.status, outcome.said, going_on=going_on)
+        left = self.left(seen)
+        again = self.again(root, seen, broken) if outcome.status != 0 else "not needed"
         hit = outcome.hit
         return Point(
             fault.name, at, hit.describe() if hit else "none", hit.kind if hit else "none", outcome.status, left, again,
             broken,
         )  # fmt: skip
 
-    def _left(self, parent: Path) -> str:
-        folders = directories(parent)
-        if not folders:
+    def left(self, seen: Seen) -> str:
+        """Return what there is, in words."""
+        if not seen.states:
             return "no directory"
-        files = len([name for name in listing(folders[-1]) if name in FILES and name != "vmcore"])
-        return f"{files} files, {state_of(folders[-1]).text(self.reference)}"
+        folder, state = list(seen.states.items())[-1]
+        files = len([name for name in listing(folder) if name in FILES and name != "vmcore"])
+        return f"{files} files, {state.text(self.reference)}"
 
-    def _again(self, root: Path, broken: list[str]) -> str:
+    def again(self, root: Path, seen: Seen, broken: list[str]) -> str:
         """Save again, and add to ``broken`` what is not as promised then."""
-        parent = root / BELOW
-        before: list[tuple[Path, State]] = [
-            (folder, state_of(folder)) for folder in directories(parent) if folder.is_dir()
-        ]
         outcome = self.save(root)
-        broken += wrong_after_again(parent, self.reference, before, outcome.status)
+        broken += wrong_after_again(root / BELOW, self.reference, seen.states, outcome.status)
         return "went on, whole" if "cut short before" in outcome.said else "whole"
 
     def power_cuts(self, *, step: int = 1, seed: int = 0, going_on: bool = False) -> Iterator[Point]:
@@ -171,12 +197,13 @@ class Laboratory:
             shutil.rmtree(left, ignore_errors=True)
             disk_after(events, moment, random.Random(moment << 8 | seed), root, had, left)
             parent = left / BELOW
-            broken = wrong(parent, self.reference)
+            seen = look(parent, self.reference)
+            broken = [*seen.wrong]
             folders = directories(parent)
             there = listing(folders[0]) if folders else set()
             broken += [f"{name} is not on the disk" for name in promised(events, moment, FILES) if name not in there]
-            found = self._left(parent)
-            again = self._again(left, broken)
+            found = self.left(seen)
+            again = self.again(left, seen, broken)
             last = events[moment - 1] if moment else None
             what = f"{'after' if last.ended else 'in'} {last.operation.describe()}" if last else "at the start"
             yield Point("power-cut", moment, what, last.operation.kind if last else "none", None, found, again, broken)
@@ -242,6 +269,8 @@ def summary(found: Sequence[Point]) -> str:
 
 def main() -> int:
     """Print the table."""
+    from tests.lab.drgn_view import wrong_for_drgn  # guests use what is above, and have no drgn
+
     parser = argparse.ArgumentParser(prog="python -m tests.lab.matrix", description=__doc__)
     parser.add_argument("vmcore", nargs="?", type=Path, help="the vmcore to save (default: a small one, made here)")
     parser.add_argument("--most", type=int, default=None, help="points a fault, sampled (default: all; 12 for errors)")
@@ -253,22 +282,23 @@ def main() -> int:
     found: list[Point] = []
     with tempfile.TemporaryDirectory(prefix="lab-") as folder, disk() as targets:
         source = options.vmcore or small_vmcore(Path(folder) / "vmcore.elf")
-        laboratory = Laboratory(targets, source, small=not options.real_steps)
+        laboratory = Laboratory(targets, source, wrong_for_drgn, small=not options.real_steps)
         operations = laboratory.operations_of(going_on=options.resumed)
         plan = [*kill_points(operations, options.most), *fault_points(operations, options.most or 12)]
         for fault, at in plan:
             if not options.only or fault.name in options.only:
                 found.append(laboratory.disturbed(fault, at, going_on=options.resumed))
-                print(_row(found[-1]), flush=True)
+                print(row(found[-1]), flush=True)
         if not options.only or "power-cut" in options.only:
             for point in laboratory.power_cuts(going_on=options.resumed):
                 found.append(point)
-                print(_row(point), flush=True)
+                print(row(point), flush=True)
     print(f"\n{summary(found)}\n{time.monotonic() - started:.0f} s")
     return 1 if any(point.broken for point in found) else 0
 
 
-def _row(point: Point) -> str:
+def row(point: Point) -> str:
+    """Return a point's line of the table."""
     status = "" if point.status is None else point.status
     row = f"{point.fault:18} {point.at:4}  {point.operation:52} {status:>3}  {point.left:52} {point.again}"
     return row.rstrip() + "".join(f"\n    BROKEN: {line}" for line in point.broken)

@@ -13,8 +13,9 @@ import pickle
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import capture.boot.save  # everything that a job imports, before the fork
 import capture.dump
@@ -24,7 +25,7 @@ from capture.dumpfile import output, writer
 from capture.memory import image
 from tests.builders import PAGE
 from tests.lab.faults import FAULTS, Fault
-from tests.lab.tap import Event, Operation, Tap
+from tests.lab.tap import Event, Operation, Tap, Visit
 
 assert capture.boot.save
 assert capture.dump
@@ -38,6 +39,7 @@ class Outcome(NamedTuple):
     hit: Operation | None
     operations: list[Operation]
     events: list[Event]
+    visited: list[Any]
 
 
 def small_steps() -> None:
@@ -58,8 +60,12 @@ def run(
     *,
     small: bool = True,
     record: bool = False,
+    visit: Visit | None = None,
 ) -> Outcome:
-    """Run the command line in a child; its ``at``-th operation below ``root`` that ``fault`` is about is disturbed."""
+    """Run the command line in a child; its ``at``-th operation below ``root`` that ``fault`` is about is disturbed.
+
+    ``visit`` is called in the child.
+    """
     hits_from, hits_to = os.pipe()
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as told:
         child = os.fork()
@@ -73,10 +79,11 @@ def run(
                 sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
                 if small:
                     small_steps()
-                tap = Tap(root, fault, at, hit=lambda hit: os.write(hits_to, pickle.dumps(hit)), record=record)
+                tell = partial(_tell, hits_to)
+                tap = Tap(root, fault, at, hit=tell, record=record, visit=visit)
                 with tap.listening():
                     status = cli.main([str(argument) for argument in arguments])
-                told.write(pickle.dumps((tap.operations, tap.events)))
+                told.write(pickle.dumps((tap.operations, tap.events, tap.visited)))
                 told.flush()
             except SystemExit as error:
                 status = error.code if isinstance(error.code, int) else 1
@@ -92,8 +99,12 @@ def run(
         said.seek(0)
         told.seek(0)
         whole = told.read()
-        operations, events = pickle.loads(whole) if whole else ([], [])
-        return Outcome(status, said.read().decode(errors="replace"), hit, operations, events)
+        operations, events, visited = pickle.loads(whole) if whole else ([], [], [])
+        return Outcome(status, said.read().decode(errors="replace"), hit, operations, events, visited)
+
+
+def _tell(pipe: int, hit: Operation) -> None:
+    os.write(pipe, pickle.dumps(hit))
 
 
 def main() -> int:

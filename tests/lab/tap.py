@@ -12,7 +12,8 @@ import errno
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,10 +60,16 @@ class Event(NamedTuple):
     target: str = ""
 
 
+Attempt = Callable[[Fault], int]
+"""Has a copy of the job die of a fault that kills, at the operation that is to come; returns its exit status."""
+Visit = Callable[[Operation, Attempt], Iterable[Any]]
+
+
 class Tap:
     """Watches operations below ``root``; with ``fault``, disturbs the ``at``-th of those that it is about.
 
-    ``hit`` is told of the operation just before it is disturbed. ``events`` records all when ``record``.
+    ``hit`` is told of the operation just before it is disturbed. ``events`` records all when ``record``. ``visit`` is
+    told of each operation before it is done, while the job stands still; what it returns is added to ``visited``.
     """
 
     def __init__(
@@ -73,12 +80,14 @@ class Tap:
         *,
         hit: Callable[[Operation], object] = lambda _operation: None,
         record: bool = False,
+        visit: Visit | None = None,
     ) -> None:
         self._root = str(root.resolve())
         self._fault = fault
         self._at = at
         self._hit = hit
         self._record = record
+        self._visit = visit
         self._lock = threading.Lock()
         self._matched = 0
         self._cut = ""
@@ -86,6 +95,7 @@ class Tap:
         self._made: dict[int, int] = {}
         self.operations: list[Operation] = []
         self.events: list[Event] = []
+        self.visited: list[Any] = []
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Tap]:
@@ -140,6 +150,9 @@ class Tap:
                 short = self._disturb(operation, function, arguments, data)
                 if short is not None:
                     return short
+            if self._visit is not None:
+                attempt = partial(_killed_copy, operation, function, arguments, options, data)
+                self.visited += self._visit(operation, attempt)
             target = str(Path(arguments[1]).absolute()) if kind in ("rename", "replace") else ""
             inode = self._inode(arguments[0]) if kind in BY_DESCRIPTOR else 0
             self._note(Event(False, operation, inode, data, target))
@@ -194,6 +207,28 @@ class Tap:
             os_write(operation.kind, function, arguments, data[:part])
             return part
         return None
+
+
+def _killed_copy(
+    operation: Operation,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    data: bytes,
+    fault: Fault,
+) -> int:
+    """Fork; the child does as much of the operation as it had done when the signal came, and dies of it."""
+    child = os.fork()
+    if not child:
+        try:
+            if fault.action == "kill within":
+                os_write(operation.kind, function, arguments, data[: boundary_within(operation)])
+            if fault.action == "kill after":
+                function(*arguments, **options)
+            _kill()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def boundary_within(operation: Operation) -> int:

@@ -52,7 +52,7 @@ from tests.builders import (
     simple_core,
     vmcoreinfo_note,
 )
-from tests.dumps import ZLIB, ZSTD, stored_checksum
+from tests.dumps import DESCRIPTOR_BYTES, ZLIB, ZSTD, stored_checksum
 from tests.faults import PowerCut, failing, failing_codec, file_size_limit, interrupted_after, raising, tmpfs, umask
 from tests.kernels import MEM_MAP_PAGES, MEM_MAP_PFN, SmallKernel, busy_kernel
 from tests.kernels import PAGES as PAGES_OF_KERNEL
@@ -667,6 +667,7 @@ def test_a_dump_that_is_cut_short_has_what_a_crash_is_explained_with(tmp_path: P
         )
         with file_size_limit(last + PAGE):
             part = write_dump(vmcore, tmp_path / "part", level31)
+        linear_maps = vmcore.image.linear_maps
     assert part.failure is not None
     written = written_pages(part.path)
     assert min(map(len, turns[FIRST:])) > 1000
@@ -674,6 +675,41 @@ def test_a_dump_that_is_cut_short_has_what_a_crash_is_explained_with(tmp_path: P
     assert precious <= set(written)
     assert len(written) < whole.pages
     assert len(precious) + 500 > len(written)
+    # To read them where the kernel had them, drgn goes through the page tables of the direct map.
+    reader = drgn.Program()
+    reader.set_core_dump(str(part.path))
+    for linear in linear_maps:
+        for pfn in sorted(precious & {*range(linear.physical // PAGE, (linear.physical + linear.size) // PAGE)}):
+            virtual = linear.virtual + pfn * PAGE - linear.physical
+            assert reader.read(virtual, PAGE) == written[pfn], hex(virtual)
+
+
+def test_drgn_reads_what_there_is_when_a_dump_is_killed_while_it_describes_its_first_pages(
+    tmp_path: Path, corpus_vmcore: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Page tables are described before all else, wherever in the table they lie."""
+    offsets: list[int] = []
+
+    class Noted(OutputFile):
+        def write(self, pieces: Sequence[bytes | memoryview], offset: int) -> int:
+            offsets.append(offset)
+            return super().write(pieces, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "OutputFile", Noted)
+        whole = by_hand(dumped(str(corpus_vmcore), tmp_path / "whole").path)
+    table = range(whole.data_start - DESCRIPTOR_BYTES * len(whole.descriptors), whole.data_start)
+    described = [number for number, offset in enumerate(offsets, 1) if offset in table]
+    seen = set()
+    for after in described[1:12]:
+        left = killed(str(corpus_vmcore), tmp_path / "dump", after, torn=False)
+        pages = written_pages(left)
+        seen.add(len(pages))
+        if len(pages) > 500:  # others than page tables
+            some = [*pages][:: len(pages) // 50]
+            assert read_by_drgn(left, some) == {pfn: pages[pfn] for pfn in some}, after
+    assert len(seen) > 4
+    assert max(seen) > 500
 
 
 @pytest.mark.parametrize("room", [1 << 18, 1 << 20, 4 << 20])

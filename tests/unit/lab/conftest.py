@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.lab.drgn_view import wrong_for_drgn
 from tests.lab.matrix import Laboratory, disk, small_vmcore
 
 
@@ -13,4 +14,4 @@ from tests.lab.matrix import Laboratory, disk, small_vmcore
 def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
     source = small_vmcore(tmp_path_factory.mktemp("laboratory") / "vmcore.elf")
     with disk() as targets:
-        yield Laboratory(targets, source)
+        yield Laboratory(targets, source, wrong_for_drgn)

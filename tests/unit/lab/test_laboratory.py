@@ -20,7 +20,7 @@ from tests.builders import PAGE
 from tests.dumps import INCOMPLETE, STATUS
 from tests.faults import raising
 from tests.lab.faults import FAULTS, KILLED
-from tests.lab.invariants import directories, wrong, wrong_after_again, wrong_in_the_end
+from tests.lab.invariants import directories, look, wrong, wrong_after_again, wrong_in_the_end
 from tests.lab.matrix import BELOW, Laboratory, matching, points
 from tests.lab.tap import Operation, Tap, boundary_within
 from tests.outcome import FILES, listing
@@ -195,9 +195,9 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def test_a_manifest_that_does_not_say_what_is_there_is_found(change: Break, words: str, laboratory: Laboratory) -> None:
     root = laboratory.new_target()
     assert laboratory.save(root).status == 0
-    assert wrong_in_the_end(root / BELOW, laboratory.reference, 0, "") == []
+    assert wrong_in_the_end(look(root / BELOW, laboratory.reference), laboratory.reference, 0, "") == []
     change(directories(root / BELOW)[0])
-    found = wrong_in_the_end(root / BELOW, laboratory.reference, 0, "")
+    found = wrong_in_the_end(look(root / BELOW, laboratory.reference), laboratory.reference, 0, "")
     assert any(words in line for line in found), found
 
 
@@ -205,9 +205,11 @@ def test_a_status_that_is_not_true_is_found(laboratory: Laboratory) -> None:
     root = laboratory.new_target()
     assert laboratory.save(root).status == 0
     for status in (1, 3, 5):
-        assert wrong_in_the_end(root / BELOW, laboratory.reference, status, "")
-    assert wrong_in_the_end(root / BELOW, laboratory.reference, 0, "internal error: KeyError")
-    assert wrong_after_again(root / BELOW, laboratory.reference, [], 3)
+        assert wrong_in_the_end(look(root / BELOW, laboratory.reference), laboratory.reference, status, "")
+    assert wrong_in_the_end(
+        look(root / BELOW, laboratory.reference), laboratory.reference, 0, "internal error: KeyError"
+    )
+    assert wrong_after_again(root / BELOW, laboratory.reference, {}, 3)
 
 
 def test_a_job_that_does_not_sync_its_directory_loses_files(

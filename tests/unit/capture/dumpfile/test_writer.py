@@ -281,6 +281,18 @@ def test_descriptors_are_written_only_when_their_data_is_on_the_disk(tmp_path: P
     assert seen == len(MANY)
 
 
+def test_what_is_appended_first_has_its_descriptors_on_the_disk_before_all_others(tmp_path: Path) -> None:
+    """It is page tables: without them a reader finds no other page."""
+    steps, layout = recorded_steps(tmp_path / "dump", MANY, sync_pages=24)
+    described = [
+        number for number, step in enumerate(steps)
+        if step.what == "write" and layout.descriptor_table <= step.offset < layout.data and any(step.data)
+    ]  # fmt: skip
+    first, second = described[:2]
+    assert len(steps[first].data) == 3 * 24
+    assert "sync" in {step.what for step in steps[first:second]}
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
 def test_pages_whose_sync_failed_never_get_a_descriptor(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -459,7 +471,7 @@ def test_only_the_first_step_is_a_small_one(watched: bool, tmp_path: Path, monke
                 PackedPages(np.array([pfn]), np.array([PAGE]), np.zeros(1, np.uint32), np.zeros(1, np.uint64), [page])
             )
         made.checkpoint()
-    assert syncs == [0, 2, 10, 18, 26]
+    assert syncs == [0, 1, 2, 10, 18, 26]  # (the second: descriptors of what was appended first, before others)
     assert [step.size // PAGE for step in looked_at] == [2, 8, 8, 8, 8] * watched
 
 

@@ -219,6 +219,22 @@ def test_walked_tables_are_named_by_their_frame(form: Format) -> None:
     assert pages.walked == {address // form.page_size for address in tables.memory}
 
 
+def test_all_tables_are_noted_whether_they_were_read_or_not(form: Format) -> None:
+    """Those of small pages next to each other and far apart; large pages, which are no tables, beside them."""
+    tables, last = Tables(form), form.shifts[-1]
+    for offset in (0, 1 << last, 5 << form.shifts[-2]):
+        tables.map(form.first + offset, 0x7 << 16, last)
+    tables.map(ALL_ONES + 1 - (1 << last), 0x7 << 16, last)
+    for shift in form.leaves[:-1]:
+        tables.map(form.first + (9 << shift), 0x3 << shift, shift)
+    pages = walker(tables)
+    pages.note_tables()
+    assert pages.walked == {address // form.page_size for address in tables.memory}
+    few = walker(tables)
+    few.note_tables(len(form.shifts))
+    assert few.walked < pages.walked
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(FORMATS), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
 def test_random_tables_never_raise_and_never_map_what_cannot_be(form: Format, seed: int, address: int) -> None:
