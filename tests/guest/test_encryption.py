@@ -60,7 +60,13 @@ def encrypting_store(key: Key, guest_folder: Path) -> ImageStore:
     return ImageStore(guest_folder / "encrypting-images", recipients=key.recipients)
 
 
-@pytest.fixture(scope="session", params=ENCRYPTED_CASES, ids=str)
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(case, marks=() if case.crashkernel == "112M" else pytest.mark.long) for case in ENCRYPTED_CASES
+    ],
+    ids=str,
+)
 def saved(
     request: pytest.FixtureRequest,
     encrypting_store: ImageStore,
@@ -152,6 +158,7 @@ def log_of(saved: Path, key: Key) -> str:
     return key.open(saved / "vmcore-dmesg.txt.age")[1].decode()
 
 
+@pytest.mark.long
 def test_a_power_cut_leaves_a_dump_whose_written_pages_are_all_right(
     encrypting_store: ImageStore, kernels: Callable[[str], Any], key: Key, tmp_path: Path
 ) -> None:

@@ -111,7 +111,7 @@ def test_a_watchdog_that_ran_before_the_crash_is_fed_until_all_is_saved(
     assert json.loads((saved / "manifest.json").read_text())["complete"]
 
 
-@pytest.mark.parametrize("case", [HARDWARE, SOFTWARE], ids=str)
+@pytest.mark.parametrize("case", [HARDWARE, pytest.param(SOFTWARE, marks=pytest.mark.long)], ids=str)
 def test_a_save_that_hangs_is_cut(case: Case, kernels: Kernels, image_store: ImageStore, tmp_path: Path) -> None:
     """The disk takes no more bytes, and answers nothing: a person may wait for ever, and so would the job."""
     kernels(case.kernel)
@@ -125,6 +125,7 @@ def test_a_save_that_hangs_is_cut(case: Case, kernels: Kernels, image_store: Ima
     assert ("softdog: Initiating system reboot" in machine.console) == (case is SOFTWARE)
 
 
+@pytest.mark.long
 def test_a_person_at_the_shell_is_not_cut(kernels: Kernels, image_store: ImageStore, tmp_path: Path) -> None:
     kernels(HARDWARE.kernel)
     case = replace(HARDWARE, append="vmcapture.wait=0")
@@ -138,6 +139,7 @@ def test_a_person_at_the_shell_is_not_cut(kernels: Kernels, image_store: ImageSt
         assert "WATCHDOG" not in machine.events()
 
 
+@pytest.mark.long
 def test_what_cannot_be_disarmed_is_fed_behind_the_shell(
     kernels: Kernels, image_store: ImageStore, tmp_path: Path
 ) -> None:
