@@ -238,6 +238,9 @@ class KdumpWriter:
         )
         self.layout = self.layout._replace(descriptors=pages)
         self._zero_page = self._position = self._kept_to = self.layout.data
+        torn = (self._output.size - self.layout.descriptor_table) % kdump.PAGE_DESCRIPTOR.itemsize
+        if torn and self._output.size < self.layout.data:  # the file ends within a descriptor, which would come whole
+            self._output.truncate(self._output.size - torn)
         if not status & kdump.INCOMPLETE:
             self._write_header(incomplete=True)
             self._output.sync()

@@ -26,7 +26,7 @@ from capture.options import DumpOptions
 from capture.selftest import elf_core
 from capture.vmcore import open_vmcore
 from tests.builders import DIRECT_MAP, PAGE, READABLE_BY_DRGN, filled, patched, prstatus_note, vmcoreinfo_note
-from tests.dumps import INCOMPLETE, STATUS, SUB_HDR_SIZE
+from tests.dumps import DESCRIPTOR_BYTES, INCOMPLETE, STATUS, SUB_HDR_SIZE
 from tests.faults import file_size_limit
 from tests.outcome import Run, sha256_blocks
 from tests.readers import HandRead, bitmaps, by_hand, model, read_by_drgn
@@ -290,14 +290,17 @@ def test_a_dump_whose_header_points_elsewhere_is_left_alone(name: str, tmp_path:
     assert unfinished.read_bytes() == damaged
 
 
-def test_data_that_lies_among_the_descriptors_is_saved_again(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", [False, True], ids=["", "cut off within a descriptor"])
+def test_data_that_lies_among_the_descriptors_is_saved_again(torn: bool, name: str, tmp_path: Path) -> None:
     """Bits that the bitmaps had not make the table longer: over data of the first pages, which are written over."""
     unfinished = cut(name, tmp_path / "out", 100_000)
     data = bytearray(unfinished.read_bytes())
     with KdumpFile(unfinished) as dump:
-        bitmaps_at = (dump.bitmap1, dump.bitmap2)
+        bitmaps_at, table = (dump.bitmap1, dump.bitmap2), dump.descriptor_table
     for start in bitmaps_at:
         data[start + 0x200 // 8 : start + 0x700 // 8] = b"\xff" * 0xA0
+    if torn:  # that of a page that there is not
+        data[table + 50 * DESCRIPTOR_BYTES :] = b"\xff" * 12
     unfinished.write_bytes(data)
     report = dumped(name, tmp_path / "out")
     assert report.failure is not None  # pages that there are not cannot be saved
