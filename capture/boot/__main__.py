@@ -13,7 +13,7 @@ from capture.boot.last_words import print_last_words
 from capture.boot.supervisor import save_to_targets
 from capture.boot.watchdog import Watchdog, open_watchdogs
 from capture.console import Console, open_standard_streams
-from capture.errors import CaptureError
+from capture.errors import CaptureError, SourceError
 from capture.memory.source import COMMAND_LINE, is_crash_boot
 
 SHELL = 64
@@ -37,7 +37,7 @@ def _save_and_act(boot: config.BootConfig, console: Console, dog: Watchdog) -> i
     try:
         saved = save_to_targets(boot, console, dog=dog)
         outcome, action = saved.line, boot.final if saved.complete else boot.failure
-        log_saved = saved.log_saved
+        log_saved = saved.log_saved or saved.status == SourceError.exit_status  # (then there is none to be had)
     except CaptureError as error:
         outcome, action, log_saved = f"not saved: {error}", boot.failure, False
     except Exception as error:  # (whatever it is, a person or the failure action must get the machine)

@@ -30,8 +30,12 @@ def print_last_words(console: Console, dog: Watchdog | None = None) -> None:
     if os.path.lexists(RECIPIENTS):
         console.say("no disk took the log; it is not printed, because saves are encrypted: vmcapture dmesg")
         return
-    with Watch(LIMIT, console, dog) as watch:
-        _, end = watch.run(lambda _tell: _print(console))
+    try:
+        with Watch(LIMIT, console, dog) as watch:
+            _, end = watch.run(lambda _tell: _print(console))
+    except OSError as error:  # (no process can be made any more)
+        console.say(f"last words: {error.strerror}")
+        return
     if end.hung or end.signal is not None:
         console.say(f"last words: {end.line}")
 

@@ -131,7 +131,7 @@ def _save(
         what = "saved in part" if watch.pulse.log_saved else "not saved"
         status = IncompleteError.exit_status if watch.pulse.log_saved else TargetError.exit_status
         return Outcome(target, status, what, reasons=(f"{target}: {ended.line}",), log_saved=watch.pulse.log_saved)
-    if ended.hung:
+    if ended.hung or ended.signal is not None:
         console.say(f"{target}: {ended.line}, after the save")
     return Outcome(**{**found, "reasons": tuple(found["reasons"])})
 
