@@ -182,6 +182,7 @@ def write_dump(
             failure = _copy(copier, writer, passes, vmcore, progress, taken or Footprint(), options.deadline)
             seconds = progress.seconds
         failure = _finish(writer, output, copier, vmcore, failure)
+        output.settle()
         report = DumpReport(
             path=path if failure is None else place.unfinished,
             size=output.size,

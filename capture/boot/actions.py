@@ -26,10 +26,13 @@ def perform(action: str, console: Console, dog: Watchdog | None = None) -> None:
     """
     if action == "shell":
         return
-    with Watch(SYNC_LIMIT, console, dog) as watch:
-        _, end = watch.run(lambda _tell: os.sync())
-    if end.hung:
-        console.say(f"a disk did not sync in {SYNC_LIMIT} s: going on without it")
+    try:
+        with Watch(SYNC_LIMIT, console, dog) as watch:
+            _, end = watch.run(lambda _tell: os.sync())
+        if end.hung:
+            console.say(f"a disk did not sync in {SYNC_LIMIT} s: going on without it")
+    except OSError as error:  # (no process can be made any more; what was saved is synced)
+        console.say(f"the disks were not synced: {error.strerror}")
     libc = ctypes.CDLL(None, use_errno=True)
     libc.reboot(ctypes.c_int(_COMMANDS[action] - (1 << 32) * (_COMMANDS[action] >> 31)))
     raise CaptureError(f"{action} was refused: {os.strerror(ctypes.get_errno())}; use the power button")

@@ -80,6 +80,8 @@ class SaveReport:
     dump: DumpReport | None = None
     panic: Panic = field(default_factory=Panic)
     seconds: dict[str, float] = field(default_factory=dict)
+    target_failed: bool = False
+    """Whether the target is a reason for what is missing: another one might take it."""
 
     @property
     def complete(self) -> bool:
@@ -99,13 +101,19 @@ class SaveReport:
         return "saved" if self.complete else "saved in part"
 
 
-def save(vmcore: Vmcore, parent: Path, options: DumpOptions, console: Console) -> SaveReport:
+def save(
+    vmcore: Vmcore, parent: Path, options: DumpOptions, console: Console, *, usual_recipients: bool = True
+) -> SaveReport:
     """Save ``vmcore`` into a new directory below ``parent``; or go on in one in which it was cut short.
+
+    Encrypted to the recipients in ``options``, else to those that are in their usual place, unless that is not to be
+    looked at: the self-test may run where there are some.
 
     Raises:
         TargetError: the directory cannot be made. What goes wrong after that is in the report.
     """
-    if options.recipients is None and os.path.lexists(RECIPIENTS):  # even one that leads nowhere: plain is no way out
+    # Even one that leads nowhere: plain is no way out.
+    if usual_recipients and options.recipients is None and os.path.lexists(RECIPIENTS):
         options = options._replace(recipients=RECIPIENTS)
     if options.recipients is not None:
         check_recipients(options.recipients)
@@ -195,6 +203,7 @@ class _Job:
         try:
             action(name)
         except CaptureError as error:
+            self._report.target_failed |= isinstance(error, TargetError)
             self._fail(name, str(error))
         except Exception as error:  # (a bug in one step must not cost the others)
             self._fail(name, f"internal error: {type(error).__name__}: {error}")
@@ -251,8 +260,10 @@ class _Job:
         )
         if result.failure is not None:
             self._report.failures.append(f"{name}: {result.failure}")
+            self._report.target_failed = True  # (or the deadline, or Ctrl-C: whoever tries targets knows)
         if result.name_failure is not None:
             self._fail(name, result.name_failure)
+            self._report.target_failed = True
 
     def _list(self, path: Path) -> None:
         """List a file that the save before this one made."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import deque
 
+from capture import pulse
 from capture.boot.supervisor import Watch
 from capture.boot.watchdog import Watchdog
 from capture.console import Console, print_line, printable
@@ -41,20 +42,26 @@ def print_last_words(console: Console, dog: Watchdog | None = None) -> None:
 
 
 def _print(console: Console) -> None:
-    from capture import report  # what takes memory is not for the process that watches
-    from capture.boot.job import default_source
-    from capture.vmcore import open_vmcore
+    def put(text: str) -> None:
+        print_line(printable(text))
+        pulse.beat()  # a serial console is slow
 
     try:
+        from capture import report  # what takes memory is not for the process that watches
+        from capture.boot.job import default_source
+        from capture.vmcore import open_vmcore
+
         with open_vmcore(default_source()) as vmcore:
             panic = report.find_panic(vmcore)
             console.say(f"no disk took the log; its last {LINES} lines, and the registers:")
             try:
                 for line in deque(report.log_lines(report.open_log(vmcore).records()), LINES):
-                    print_line(printable(line.decode("utf-8", "backslashreplace").rstrip("\n")))
+                    put(line.decode("utf-8", "backslashreplace").rstrip("\n"))
             except CaptureError as error:
                 console.say(str(error))
             for text in report.registers_text(vmcore, panic).splitlines():
-                print_line(printable(text))
+                put(text)
     except CaptureError as error:
         console.say(f"last words: {error}")
+    except Exception as error:  # (no memory, a bug)
+        console.say(f"last words: {type(error).__name__}: {error}")

@@ -11,7 +11,6 @@ Whatever fails here costs a line on the console and nothing else.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
@@ -22,7 +21,7 @@ from typing import NamedTuple
 
 from capture import pulse
 from capture.console import Console
-from capture.dumpfile.output import INCOMPLETE_SUFFIX, MANIFEST
+from capture.dumpfile.output import INCOMPLETE_SUFFIX, MANIFEST, sync_file_system
 from capture.errors import UsageError
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -191,7 +190,7 @@ class _Pruning:
             if free >= wanted or volume.f_bfree * volume.f_frsize >= self._expected or not self._polls:
                 return free
             self._polls -= 1
-            _sync_file_system(self._parent)
+            sync_file_system(self._parent)
             time.sleep(_POLL)
 
     def _remove(self, name: str, why: str) -> None:
@@ -253,12 +252,6 @@ def _start(folder: int, name: str) -> bytes:
         return os.read(fd, _MANIFEST_START)
     finally:
         os.close(fd)
-
-
-def _sync_file_system(directory: int) -> None:
-    """Bring everything of this one file system to its disk; another disk may hang (syncfs(2))."""
-    with pulse.at_target():
-        ctypes.CDLL(None).syncfs(ctypes.c_int(directory))
 
 
 def _mib(size: int) -> str:

@@ -38,6 +38,7 @@ def save_to_target(
     options: DumpOptions,
     source: str | None = None,
     *,
+    device: str | None = None,
     can_map: bool = True,
     tell: Callable[[SaveReport], None] = _nothing,
 ) -> SaveReport:
@@ -46,7 +47,8 @@ def save_to_target(
     Once that is whole and on the disk, older crashes go as ``boot.keep`` and ``boot.free`` say. ``tell`` is told what
     was saved before that, and before the target is unmounted: a disk may hang even then.
 
-    The directory in the report is as seen on the target's own file system. Without ``can_map`` the source is read.
+    ``device`` is where the target was found before, if it was. Without ``can_map`` the source is read. The directory in
+    the report is as seen on the target's own file system.
 
     Raises:
         SourceError: there is no usable vmcore.
@@ -54,7 +56,7 @@ def save_to_target(
     """
     with (
         open_vmcore(source or default_source(), can_map=can_map) as vmcore,
-        mounted_target(target, boot.wait, console) as root,
+        mounted_target(target, boot.wait, console, device) as root,
     ):
         saved = save(vmcore, _inside(root, boot.path, target), options, console)
         mounted = saved.directory

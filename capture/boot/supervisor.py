@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capture import pulse
 from capture.boot import targets
@@ -36,8 +36,13 @@ from capture.errors import CaptureError, IncompleteError, TargetError, UsageErro
 from capture.options import DumpOptions
 from capture.pulse import Pulse
 
+if TYPE_CHECKING:
+    from capture.boot.job import SaveReport
+
 TICK = 1.0
 """Seconds between two looks at the job."""
+_LOOK_UP = 60
+"""Seconds that looking for all targets may take, when there are several."""
 _DEATH = 5.0
 """Seconds that a killed process has to be gone; one that waits for a disk never is."""
 _SYS_PIDFD_OPEN, _SYS_PROCESS_MRELEASE = 434, 448
@@ -59,6 +64,7 @@ class Outcome(NamedTuple):
     reasons: tuple[str, ...] = ()
     settled: bool = False
     log_saved: bool = False
+    pages: int = 0
 
     @property
     def complete(self) -> bool:
@@ -72,9 +78,9 @@ class Outcome(NamedTuple):
         return f"{self.what}{where}" + (f": {'; '.join(self.reasons)}" if self.reasons else "")
 
     @property
-    def rank(self) -> tuple[bool, bool, bool]:
+    def rank(self) -> tuple[bool, bool, bool, int]:
         """The more is saved, the higher."""
-        return self.complete, self.log_saved, self.what != "not saved"
+        return self.complete, self.log_saved, self.what != "not saved", self.pages
 
 
 def save_to_targets(
@@ -99,29 +105,50 @@ def save_to_targets(
         options = DumpOptions(levels=boot.levels, compression=boot.compression, deadline=deadline)
     started = time.monotonic()
     outcomes: list[Outcome] = []
-    with _only_one(), Watch(boot.timeout, console, dog) as watch:
-        for number, target in enumerate(boot.targets, 1):
-            left = max(0, boot.wait - int(time.monotonic() - started))
-            outcome = _save(boot._replace(wait=left), target, console, options, source, watch)
-            outcomes.append(outcome)
-            over = options.deadline is not None and time.monotonic() >= options.deadline
-            if outcome.settled or over or watch.interrupted or number == len(boot.targets):
-                break
-            console.say(f"{outcome.line}; trying the next target, {boot.targets[number]}")
+    with _only_one():
+        devices = _devices(boot.targets, console, dog)
+        with Watch(boot.timeout, console, dog, "vmcapture.timeout=") as watch:
+            for number, target in enumerate(boot.targets, 1):
+                left = max(0, boot.wait - int(time.monotonic() - started))
+                outcome = _save(boot._replace(wait=left), target, devices.get(target), console, options, source, watch)
+                outcomes.append(outcome)
+                over = options.deadline is not None and time.monotonic() >= options.deadline
+                if outcome.settled or over or watch.interrupted or number == len(boot.targets):
+                    break
+                console.say(f"{outcome.line}; trying the next target, {boot.targets[number]}")
     best = max(outcomes, key=lambda outcome: outcome.rank)
+    if best.what != "not saved" and outcomes[-1] is not best:
+        console.say(outcomes[-1].line)
     if best.what == "not saved":
         return best._replace(reasons=tuple(dict.fromkeys(line for found in outcomes for line in found.reasons)))
     return best
 
 
+def _devices(names: tuple[str, ...], console: Console, dog: Watchdog | None) -> dict[str, str]:
+    """Return the devices of several targets; of one there is no need to know before it is its turn."""
+    if len(names) < 2:
+        return {}
+    with Watch(_LOOK_UP, console, dog) as watch:
+        found, end = watch.run(lambda tell: tell(targets.devices_of(names)))
+    if end.hung:
+        console.say(f"looking for the targets: {end.line}")
+    return found or {}
+
+
 def _save(
-    boot: BootConfig, target: str, console: Console, options: DumpOptions, source: str | None, watch: Watch
+    boot: BootConfig,
+    target: str,
+    device: str | None,
+    console: Console,
+    options: DumpOptions,
+    source: str | None,
+    watch: Watch,
 ) -> Outcome:
     """Save at one target; when that is killed, once more with as little as can be."""
 
     def job(*, careful: bool) -> Callable[[Tell], None]:
         chosen = options._replace(threads=1) if careful else options
-        return lambda tell: _at_target(boot, target, console, chosen, source, tell, careful=careful)
+        return lambda tell: _at_target(boot, target, device, console, chosen, source, tell, careful=careful)
 
     found, ended = watch.run(job(careful=False))
     if found is None and ended.signal is not None and not watch.interrupted:
@@ -138,12 +165,14 @@ def _save(
 
 # --- the job's process ----------------------------------------------------------------------------------------------
 
-Tell = Callable[[Outcome], None]
+Tell = Callable[[Any], None]
+"""Hands a value that JSON can have to the process that watches."""
 
 
 def _at_target(
     boot: BootConfig,
     target: str,
+    device: str | None,
     console: Console,
     options: DumpOptions,
     source: str | None,
@@ -152,33 +181,35 @@ def _at_target(
     careful: bool,
 ) -> None:
     """Save at one target, and tell what came of it."""
-    from capture.boot import job, save  # what takes memory is not for the process that watches
-
     told = False
 
-    def saved(found: job.SaveReport) -> None:
+    def saved(found: SaveReport) -> None:
         nonlocal told
         told = True
         tell(
             Outcome(
                 target,
-                job.exit_status(found),
+                exit_status(found),
                 found.outcome,
                 str(found.directory),
                 tuple(found.failures),
-                settled=found.complete,
+                settled=not found.target_failed,
                 log_saved=found.log_saved,
-            )
+                pages=found.dump.pages_written if found.dump is not None else 0,
+            )._asdict()
         )
 
     def failed(reason: str, status: int = CaptureError.exit_status, *, settled: bool = False) -> None:
         if told:  # what came after it: older crashes, unmounting
             console.say(reason)
         else:
-            tell(Outcome(target, status, "not saved", reasons=(reason,), settled=settled))
+            tell(Outcome(target, status, "not saved", reasons=(reason,), settled=settled)._asdict())
 
     try:
-        save.save_to_target(boot, target, console, options, source, can_map=not careful, tell=saved)
+        from capture.boot.job import exit_status  # what takes memory is not for the process that watches
+        from capture.boot.save import save_to_target
+
+        save_to_target(boot, target, console, options, source, device=device, can_map=not careful, tell=saved)
     except CaptureError as error:
         failed(str(error), error.exit_status, settled=not isinstance(error, TargetError))
     except KeyboardInterrupt:
@@ -208,11 +239,13 @@ class Watch:
     orderly way; on the second one it is killed.
     """
 
-    def __init__(self, limit: int, console: Console, dog: Watchdog | None = None) -> None:
+    def __init__(self, limit: int, console: Console, dog: Watchdog | None = None, word: str = "") -> None:
         self.pulse = Pulse()
         self.interrupted = 0
         """How many times somebody asked for an end."""
         self._limit = limit
+        self._word = f" ({word})" if word else ""
+        """What sets the limit, for a message."""
         self._console = console
         self._dog = dog or Watchdog([], console)
         self._child = 0
@@ -248,9 +281,9 @@ class Watch:
         end = self._ended(hung)
         self._child = 0
         with contextlib.suppress(ValueError):
-            outcome, said = json.loads(told)
+            value, said = json.loads(told)
             self._console.lines += said  # the log of the next job tells what happened before
-            return outcome, end
+            return value, end
         return None, end
 
     def _listen(self, reading: int) -> tuple[bytes, bool]:
@@ -275,14 +308,14 @@ class Watch:
     def _ended(self, hung: bool) -> _End:
         """Wait for the job's end and say how it was."""
         status = self._wait()
-        if status is None:
+        if hung or status is None:  # also where it could be killed: its mount may come through later
             targets.give_up_mount_points()
         if hung or self.interrupted > 1:
             who = "no answer from the disk" if self.pulse.waits_for_target else "nothing moved"
             alive = "" if status is not None else ", and cannot even be killed"
             if self.interrupted > 1:
                 return _End(f"interrupted{alive}", hung=True)
-            return _End(f"{who} for {self._limit} s (vmcapture.timeout=){alive}", hung=True)
+            return _End(f"{who} for {self._limit} s{self._word}{alive}", hung=True)
         code = 0 if status is None else os.waitstatus_to_exitcode(status)
         if code < 0:
             memory = " (out of memory)" if -code == signal.SIGKILL else ""
@@ -319,8 +352,8 @@ def _be_the_job(job: Callable[[Tell], None], writing: int, console: Console) -> 
     """Run ``job`` in this process, which was forked for it, and end."""
     heard = len(console.lines)
 
-    def tell(outcome: Outcome) -> None:
-        text = json.dumps([outcome._asdict(), console.lines[heard:]]).encode()
+    def tell(value: Any) -> None:  # noqa: ANN401
+        text = json.dumps([value, console.lines[heard:]]).encode()
         while text:
             text = text[os.write(writing, text) :]
 

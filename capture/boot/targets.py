@@ -6,10 +6,11 @@ system, and their one line of error is worth passing on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,13 +25,16 @@ _POLL = 0.5
 
 
 @contextmanager
-def mounted_target(target: str, wait: int, console: Console) -> Iterator[Path]:
+def mounted_target(target: str, wait: int, console: Console, device: str | None = None) -> Iterator[Path]:
     """Mount ``target`` (``LABEL=``, ``UUID=`` or a device path), waiting up to ``wait`` seconds for it to appear.
+
+    ``device`` is where it was found before (``devices_of``); where that is gone, it is looked for again.
 
     Raises:
         TargetError: it did not appear, or cannot be mounted read-write.
     """
-    device = find_device(target, wait, console)
+    if device is None or not Path(device).is_block_device():
+        device = find_device(target, wait, console)
     point = _mount_point()
     _run(["mount", "-o", "rw", device, str(point)], f"{target} ({device}) cannot be mounted")
     try:
@@ -73,6 +77,20 @@ def give_up_mount_points() -> None:
 
 def _given_up(point: Path) -> Path:
     return point.with_name(f"hangs-{point.name}")
+
+
+def devices_of(targets: Iterable[str]) -> dict[str, str]:
+    """Return the devices of those targets that are there now.
+
+    To look for one, all disks are read: to be done before any of them hangs.
+    """
+    found: dict[str, str] = {}
+    for target in targets:
+        with contextlib.suppress(TargetError):
+            device = _look_up(target)
+            if device is not None:
+                found[target] = device
+    return found
 
 
 def find_device(target: str, wait: int, console: Console) -> str:

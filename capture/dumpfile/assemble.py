@@ -6,6 +6,7 @@ The stream may be cut short or damaged: what came before that is kept, and the d
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from capture.dumpfile import kdump
 from capture.dumpfile.flattened import END, HEADER, HEADER_BYTES, RECORD, SIGNATURE, STANDARD_INPUT, TYPE, VERSION
 from capture.dumpfile.output import OutputFile, TargetFullError, named, sync_directory, unfinished_path
 from capture.dumpfile.reader import KdumpFile
-from capture.errors import SourceError
+from capture.errors import SourceError, TargetError
 from capture.progress import Progress
 
 _PIECE = 1 << 20
@@ -94,6 +95,10 @@ def _assemble(fd: int, name: str, output: OutputFile, *, progress: bool) -> Asse
                 meter.advance(stream.position - before)
         except TargetFullError as error:
             failure = str(error)
+        except TargetError as error:
+            if not isinstance(error.__context__, OSError) or error.__context__.errno != errno.EFBIG:
+                raise
+            failure = f"{name}: damaged before byte {stream.position}: a record that lies beyond what a file can have"
     incomplete = _mark(name, output, failure)
     return Assembled(output.path, output.size, records, incomplete, failure or None)
 

@@ -157,6 +157,10 @@ class EncryptedFile:
         if self._error is not None or self._age.returncode:
             raise self._failure()
 
+    def settle(self) -> None:
+        """Wait for age's end: ``size`` and ``digests`` do not change any more."""
+        self._end()
+
     def digests(self) -> list[str]:
         """Return the SHA-256 of each 64 MiB of the encrypted file, hexadecimal."""
         return self._file.digests()
@@ -227,7 +231,7 @@ class EncryptedFile:
             with contextlib.suppress(TargetFullError):
                 self._file.write([data], start)
                 return
-            os.sync()
+            self._file.sync_file_system()
             time.sleep(_PAUSE)
         self._file.write([data], start)
 

@@ -15,6 +15,7 @@ import stat
 import struct
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -83,6 +84,9 @@ class Stream(Protocol):
     def end(self) -> None:
         """Tell readers that this is all; nothing is written after that."""
 
+    def settle(self) -> None:
+        """Wait until all that was written is there: ``size`` and ``digests`` do not change any more."""
+
     def digests(self) -> list[str]:
         """Return the SHA-256 of each block of 64 MiB, as they are stored; none where nobody asked for them."""
 
@@ -107,13 +111,16 @@ class FlattenedOutput:
         self._directory = directory
         self._lock = threading.Lock()
         """Around the records of one write: two threads do."""
+        self._feeder = ThreadPoolExecutor(1, thread_name_prefix="feeder")
+        """Writes to the stream: Ctrl-C comes to the main thread, and must not cut a record in two."""
         try:
             self._bitmaps = unnamed_file(directory)
         except OSError as error:
             raise target_error(directory, "making a file for the bitmaps of a dump", error) from None
         try:
-            stream.append([HEADER.pack(SIGNATURE, TYPE, VERSION).ljust(HEADER_BYTES, b"\0")])
+            self._append([HEADER.pack(SIGNATURE, TYPE, VERSION).ljust(HEADER_BYTES, b"\0")])
         except BaseException:
+            self._feeder.shutdown()
             os.close(self._bitmaps)
             raise
 
@@ -140,9 +147,13 @@ class FlattenedOutput:
                 if offset > start and self._stream.full:  # so much was page data
                     raise TargetFullError(f"{self.name}: no room left; make room or choose another target")
                 length = sum(map(len, record))
-                self._stream.append([RECORD.pack(offset, length), *record])
+                self._append([RECORD.pack(offset, length), *record])
                 offset += length
         return offset - start
+
+    def _append(self, pieces: Pieces) -> None:
+        """Write to the stream, whole, behind all that came before; whoever waits for it may be interrupted."""
+        self._feeder.submit(self._stream.append, pieces).result()
 
     def write_bitmap(self, bits: bytes, offset: int) -> None:
         """Write bytes that will be read back."""
@@ -163,7 +174,7 @@ class FlattenedOutput:
         for start in range(0, len(numbers), _ROWS):
             records = _records(numbers[start : start + _ROWS], rows[start : start + _ROWS], at)
             with self._lock:
-                self._stream.append([records])
+                self._append([records])
             yield len(rows[start : start + _ROWS])
 
     def read_back(self, offset: int, length: int) -> bytes:
@@ -183,6 +194,7 @@ class FlattenedOutput:
 
     def sync(self) -> None:
         """Bring what was written to the disk, as far as that can be done."""
+        self._feeder.submit(_nothing).result()  # what somebody who was interrupted has left there
         self._stream.sync()
 
     def forget(self, _offset: int, _length: int) -> None:
@@ -192,9 +204,13 @@ class FlattenedOutput:
     def end(self) -> None:
         """Write the last record, and bring all of it to the disk; nothing is written after that."""
         with self._lock:
-            self._stream.append([END])
+            self._append([END])
         self._stream.end()
         self._stream.sync()
+
+    def settle(self) -> None:
+        """Wait until all that was written is there."""
+        self._feeder.submit(self._stream.settle).result()
 
     def digests(self) -> list[str]:
         """Return the SHA-256 of each block of 64 MiB, hexadecimal; none where nobody asked for them."""
@@ -202,6 +218,7 @@ class FlattenedOutput:
 
     def close(self) -> None:
         """Close the stream, whatever it lacks."""
+        self._feeder.shutdown()
         os.close(self._bitmaps)
         self._stream.close()
 
@@ -235,12 +252,19 @@ class PipeStream:
     def end(self) -> None:
         """Nothing is held back."""
 
+    def settle(self) -> None:
+        """Nothing is under way behind our back."""
+
     def digests(self) -> list[str]:
         """Return none."""
         return []
 
     def close(self) -> None:
         """Leave the descriptor to whom it belongs."""
+
+
+def _nothing() -> None:
+    pass
 
 
 def _records(numbers: NDArray[np.int64], rows: NDArray[np.void], at: int) -> bytes:

@@ -135,6 +135,9 @@ class Output(Protocol):
     def end(self) -> None:
         """Tell readers that this is all; nothing is written after that."""
 
+    def settle(self) -> None:
+        """Wait until all that was written is there: ``size`` and ``digests`` do not change any more."""
+
     def digests(self) -> list[str]:
         """Return the SHA-256 of each block of 64 MiB, hexadecimal; none where nobody asked for them."""
 
@@ -293,6 +296,13 @@ class OutputFile:
     def end(self) -> None:
         """Do nothing: a file ends where it ends."""
 
+    def sync_file_system(self) -> None:
+        """Bring everything of its file system to the disk: then room is given back."""
+        sync_file_system(self._fd)
+
+    def settle(self) -> None:
+        """Nothing is under way behind our back."""
+
     def forget(self, offset: int, length: int) -> None:
         """Let the page cache drop bytes that are on the disk: what it would drop instead is needed."""
         with contextlib.suppress(OSError):
@@ -419,6 +429,14 @@ def unnamed_file(directory: Path) -> int:
         fd, name = tempfile.mkstemp(prefix=".order-", dir=directory)
         Path(name).unlink()
         return fd
+
+
+def sync_file_system(fd: int) -> None:
+    """Bring everything of the file system of an open file to its disk (syncfs(2)); another disk may hang."""
+    import ctypes  # for those whose disk is full
+
+    with pulse.at_target():
+        ctypes.CDLL(None).syncfs(ctypes.c_int(fd))
 
 
 def sync_directory(path: Path) -> None:

@@ -77,6 +77,12 @@ def test_a_program_that_does_not_encrypt_is_not_taken_for_age(script: str, key: 
         encryption.encryption(key.recipients)
 
 
+def test_plugins_of_this_machine_are_not_tried(key: Key, fake_age: Path) -> None:
+    """The image has none: what needs one would be lost."""
+    fake_age.write_text('#!/bin/sh\necho "age-encryption.org/v1 $PATH"\n[ "$PATH" = /none ]\n')
+    assert encryption.encryption(key.recipients).files
+
+
 def test_an_age_that_lies_elsewhere_is_found_in_the_image(key: Key, fake_age: Path) -> None:
     fake_age.write_text("#!/bin/sh\necho age-encryption.org/v1\n")
     found = encryption.encryption(key.recipients)

@@ -15,6 +15,7 @@ from capture.boot import actions
 from capture.boot.config import ACTIONS
 from capture.console import Console
 from capture.errors import CaptureError
+from tests.faults import raising
 
 KERNEL_HEADER = Path("/usr/include/linux/reboot.h")
 GLIBC_HEADERS = "**/sys/reboot.h"
@@ -98,6 +99,16 @@ def test_a_disk_that_hangs_does_not_keep_the_machine(
     with pytest.raises(CaptureError, match="reboot was refused"):
         actions.perform("reboot", console)
     assert "did not sync in 1 s" in console.lines[-1]
+
+
+def test_a_machine_without_room_for_a_process_leaves_all_the_same(
+    harmless: type[_Libc], monkeypatch: pytest.MonkeyPatch, console: Console
+) -> None:
+    monkeypatch.setattr(os, "fork", raising(OSError(12, "Cannot allocate memory")))
+    with pytest.raises(CaptureError, match="reboot was refused"):
+        actions.perform("reboot", console)
+    assert len(harmless.asked) == 1
+    assert console.lines == ["the disks were not synced: Cannot allocate memory"]
 
 
 @pytest.mark.parametrize("action", NAMES)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from capture import selftest
 from capture.boot import job
 from capture.boot.config import parse
 from capture.boot.room import make_room
@@ -120,6 +121,12 @@ def test_recipients_of_the_image_need_not_be_named(
     monkeypatch.setattr(job, "RECIPIENTS", key.recipients)
     assert run("save", "--source", source, parent).status == 0
     assert listing(the_directory(parent)) == set(NAMES)
+
+
+def test_the_self_test_runs_where_this_machine_has_recipients(key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image is built with it: it must not depend on what the machine that builds it has."""
+    monkeypatch.setattr(job, "RECIPIENTS", key.recipients)
+    selftest.run()
 
 
 def test_recipients_that_cannot_be_read_are_no_reason_to_save_in_the_clear(

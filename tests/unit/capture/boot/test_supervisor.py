@@ -69,7 +69,7 @@ def test_the_first_target_that_takes_it_is_enough(
     assert found.line == f"saved in LABEL=one/{CRASH}"
     assert (found.status, found.complete, found.log_saved, found.settled) == (0, True, True, True)
     assert listing(root / CRASH) == set(FILES)
-    assert "two" not in (tmp_path / "calls").read_text()
+    assert "mount -o rw /dev/two" not in (tmp_path / "calls").read_text()
 
 
 def test_level_and_compression_come_from_the_command_line_of_the_kernel(
@@ -138,7 +138,48 @@ def test_a_source_that_is_no_vmcore_is_not_tried_again(
     (tmp_path / "none").write_bytes(b"no vmcore")
     found = save_to_targets(boot("one", "two"), console, QUIET, str(tmp_path / "none"))
     assert (found.status, found.what) == (4, "not saved")
-    assert not (tmp_path / "calls").exists()
+    assert "mount" not in (tmp_path / "calls").read_text()
+
+
+def test_what_the_source_lacks_is_no_reason_for_another_target(
+    disks: Callable[..., Path], vmcore_file: WriteFile, tmp_path: Path, console: Console
+) -> None:
+    disks(one="exit 0", two="exit 0")
+    found = save_to_targets(boot("one", "two"), console, QUIET, vmcore_file(crashed_core(drop=("SYMBOL(prb)",))))
+    assert (found.what, found.status, found.settled) == ("saved in part", 3, True)
+    assert "mount -o rw /dev/two" not in (tmp_path / "calls").read_text()
+
+
+def test_why_the_last_target_failed_is_said_where_another_one_has_a_part(
+    monkeypatch: pytest.MonkeyPatch, console: Console
+) -> None:
+    outcomes = {
+        "LABEL=a": Outcome("LABEL=a", 3, "saved in part", "/x", ("full",), log_saved=True, pages=5),
+        "LABEL=b": Outcome("LABEL=b", 3, "saved in part", "/x", ("fuller",), log_saved=True, pages=7),
+        "LABEL=c": Outcome("LABEL=c", 5, "not saved", reasons=("not there",)),
+    }
+    jobs(monkeypatch, lambda *arguments, **_options: arguments[-1](outcomes[arguments[1]]._asdict()))
+    monkeypatch.setattr(targets, "devices_of", lambda _names: {})
+    assert save_to_targets(boot("a", "b", "c"), console, QUIET) == outcomes["LABEL=b"]
+    assert console.lines[-1] == "not saved: not there"
+
+
+def test_targets_are_looked_for_before_any_disk_can_hang(
+    tools: Callable[..., Path], vmcore_file: WriteFile, tmp_path: Path, console: Console
+) -> None:
+    """findfs reads all disks: once one hangs, it does too."""
+    if os.geteuid() != 0:
+        pytest.skip("only root makes device nodes")
+    for name in ("one", "two"):
+        os.mknod(tmp_path / name, 0o060600, os.makedev(7, 0))
+    tools(
+        findfs=f'[ -e {tmp_path}/hangs ] && exec /bin/sleep 600; echo "{tmp_path}/${{1#LABEL=}}"',
+        mount=f"case $3 in *one) : > {tmp_path}/hangs; exec /bin/sleep 600;; esac",
+        umount="exit 0",
+    )
+    found = save_to_targets(boot("one", "two", timeout=1), console, QUIET, vmcore_file(crashed_core()))
+    subprocess.run(["/usr/bin/pkill", "-f", "sleep 600"], check=False)
+    assert found.line == f"saved in LABEL=two/{CRASH}"
 
 
 def test_targets_are_waited_for_from_the_start_on_not_each_anew(vmcore_file: WriteFile, console: Console) -> None:
@@ -191,6 +232,7 @@ def test_a_disk_that_hangs_in_mounting_is_given_up_and_the_next_one_taken(
     found = save_to_targets(boot("one", "two", timeout=1), console, QUIET, vmcore_file(crashed_core()))
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     assert found.line == f"saved in LABEL=two/{CRASH}"
+    assert f"/dev/two {targets.MOUNT_POINT}-2\n" in (tmp_path / "calls").read_text(), "the first may be mounted later"
     (line,) = [line for line in console.lines if "trying the next target" in line]
     assert "LABEL=one: no answer from the disk for 1 s (vmcapture.timeout=)" in line
 
@@ -234,7 +276,7 @@ def test_a_slow_disk_is_not_given_up(monkeypatch: pytest.MonkeyPatch, console: C
         for _ in range(30):
             time.sleep(0.1)
             pulse.beat()
-        arguments[-1](Outcome("LABEL=one", 0, "saved", "/x", settled=True))
+        arguments[-1](Outcome("LABEL=one", 0, "saved", "/x", settled=True)._asdict())
 
     jobs(monkeypatch, job)
     assert save_to_targets(boot("one", timeout=1), console, QUIET).complete

@@ -90,6 +90,16 @@ def test_a_stream_cut_anywhere_is_an_incomplete_dump_of_what_came(
     assert {pfn: PAGES[pfn] for pfn in dump.pages} == dump.pages
 
 
+def test_a_record_beyond_what_a_file_can_have_costs_what_follows_only(tmp_path: Path) -> None:
+    damaged = bytearray(STREAM)
+    *_, last = (data for offset, data in records(STREAM) if offset >= 0)
+    struct.pack_into(">q", damaged, len(STREAM) - 16 - len(last) - 16, 1 << 61)
+    found = put_together(bytes(damaged), tmp_path)
+    assert found.failure is not None
+    assert "damaged before byte" in found.failure
+    assert by_hand(found.path).incomplete
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, len(STREAM) - 1), st.integers(0, 255))
 def test_a_damaged_stream_costs_a_line_never_more(tmp_path_factory: pytest.TempPathFactory, at: int, byte: int) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import struct
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -70,6 +73,42 @@ def output(tmp_path: Path) -> Iterator[FlattenedOutput]:
         made = FlattenedOutput(PipeStream(file.fileno(), "test"), tmp_path)
         with closing(made):
             yield made
+
+
+def test_whoever_interrupts_cuts_no_record_in_two(tmp_path: Path) -> None:
+    """Ctrl-C comes while a slow reader is waited for: what was begun goes out whole, and what follows behind it."""
+    reading, writing = os.pipe()
+    said = bytearray()
+
+    def read_slowly() -> None:
+        while piece := os.read(reading, 1 << 14):
+            said.extend(piece)
+            time.sleep(0.005)
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    reader = threading.Thread(target=read_slowly)
+    reader.start()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with closing(FlattenedOutput(PipeStream(writing, "test"), tmp_path)) as output:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(KeyboardInterrupt):
+                output.write([b"a" * (1 << 20)], 0)
+            output.write([b"behind"], 1 << 20)
+            output.end()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        os.close(writing)
+        reader.join()
+        os.close(reading)
+    *begun, behind, last = records(bytes(said))
+    assert begun[0][0] == 0
+    assert {data for _, data in begun} == {b"a" * flattened.RECORD_BYTES}
+    assert behind == (1 << 20, b"behind")
+    assert last == (-1, b"")
 
 
 def test_the_stream_describes_the_file_that_is_written_otherwise(tmp_path: Path) -> None:
