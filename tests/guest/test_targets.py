@@ -51,7 +51,7 @@ def test_a_missing_a_broken_and_a_hanging_disk_are_passed_over(
         append=f"vmcapture.wait=3 vmcapture.timeout={TIMEOUT}",
     ) as machine:
         machine.expect(r"saving memory: +[3-8]\d%", BOOT_TIMEOUT + SAVE_TIMEOUT)
-        machine.qmp("qom-set", path=f"/objects/{HANGS}", property="limits", value={"bps-write": 1})
+        machine.qmp("qom-set", path=f"/objects/{HANGS}", property="limits", value={"bps-total": 1})
         machine.expect(r"trying the next target, LABEL=crash", BOOT_TIMEOUT)
         machine.expect(r"^vmcapture: saved in LABEL=crash", SAVE_TIMEOUT)
         machine.wait_exit(BOOT_TIMEOUT)
