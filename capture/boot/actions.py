@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 from capture.boot.supervisor import Watch
@@ -33,6 +32,8 @@ def perform(action: str, console: Console, dog: Watchdog | None = None) -> None:
             console.say(f"a disk did not sync in {SYNC_LIMIT} s: going on without it")
     except OSError as error:  # (no process can be made any more; what was saved is synced)
         console.say(f"the disks were not synced: {error.strerror}")
+    import ctypes  # when the job, which lacks what this process takes, is over
+
     libc = ctypes.CDLL(None, use_errno=True)
     libc.reboot(ctypes.c_int(_COMMANDS[action] - (1 << 32) * (_COMMANDS[action] >> 31)))
     raise CaptureError(f"{action} was refused: {os.strerror(ctypes.get_errno())}; use the power button")

@@ -15,7 +15,6 @@ to it stays in the kernel, signals or not. This process touches no disk. It look
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -325,6 +324,8 @@ class Watch:
     def _kill(self) -> None:
         """Kill the job, and give its memory back even where it waits for a disk in the kernel."""
         os.kill(self._child, signal.SIGKILL)
+        import ctypes  # not before it is needed: what this process takes, the job lacks
+
         libc = ctypes.CDLL(None)
         process = libc.syscall(_SYS_PIDFD_OPEN, self._child, 0)
         if process >= 0:
@@ -359,6 +360,8 @@ def _be_the_job(job: Callable[[Tell], None], writing: int, console: Console) -> 
 
     status = 1
     try:
+        import ctypes
+
         ctypes.CDLL(None).prctl(
             _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0
         )  # else two saves could work in one directory

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -121,6 +120,8 @@ def _look_up(target: str) -> str | None:
     if "=" not in target:
         return target if Path(target).is_block_device() else None
     try:
+        import subprocess  # the process that watches over the job has no need of it
+
         with pulse.at_target():
             answer = subprocess.run(["findfs", target], capture_output=True, text=True, check=False)
     except OSError as error:
@@ -130,6 +131,8 @@ def _look_up(target: str) -> str | None:
 
 def _run(command: list[str], failure: str) -> None:
     try:
+        import subprocess  # see _look_up
+
         with pulse.at_target():
             answer = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:

@@ -89,7 +89,7 @@ RESCUE = Case("rescue", LINUX_6_1)
 # Saved encrypted, and uncompressed: what is in memory would be seen on the disk as it is.
 ENCRYPTED_CASES: tuple[Case, ...] = (
     Case("encrypted-6.1-128M", LINUX_6_1, 2, LA48, memory="1G", crashkernel="128M", append="vmcapture.compress=none"),
-    Case("encrypted-6.12-112M", LINUX_6_12, 1, LA57, memory="1G", crashkernel="112M", append="vmcapture.compress=none"),
+    Case("encrypted-6.12-128M", LINUX_6_12, 1, LA57, memory="1G", crashkernel="128M", append="vmcapture.compress=none"),
 )
 # Much to do: what is saved first is far less than half of its dump.
 BUSY = Case("busy", LINUX_6_1, 1, LA48, memory="1G", workloads=("files", "processes"))

@@ -19,7 +19,7 @@ from capture.dumpfile.reader import KdumpFile
 from capture.verify import verify
 from tests.encryption import Key, make_key
 from tests.guest import disk, host
-from tests.guest.cases import ENCRYPTED_CASES, RESCUE, Case
+from tests.guest.cases import ENCRYPTED_CASES, LINUX_6_12, RESCUE, Case
 from tests.guest.conftest import unavailable
 from tests.guest.crash import (
     SAVE_TIMEOUT,
@@ -63,7 +63,7 @@ def encrypting_store(key: Key, guest_folder: Path) -> ImageStore:
 @pytest.fixture(
     scope="session",
     params=[
-        pytest.param(case, marks=() if case.crashkernel == "112M" else pytest.mark.long) for case in ENCRYPTED_CASES
+        pytest.param(case, marks=() if case.kernel == LINUX_6_12 else pytest.mark.long) for case in ENCRYPTED_CASES
     ],
     ids=str,
 )
