@@ -319,6 +319,8 @@ class Watch:
         if code < 0:
             memory = " (out of memory)" if -code == signal.SIGKILL else ""
             return _End(f"the save was killed by signal {-code}{memory}", signal=-code)
+        if self.interrupted and code:  # its second Ctrl-C may be there before ours
+            return _End("interrupted")
         return _End(f"the save ended with status {code}")
 
     def _kill(self) -> None:

@@ -32,8 +32,9 @@ CRASH = f"var/crash/db7-{WHEN}"
 
 
 @pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+def fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(supervisor, "TICK", 0.05)
+    monkeypatch.setattr(targets, "MOUNT_POINT", tmp_path / "mnt")  # not this machine's own
 
 
 @pytest.fixture
