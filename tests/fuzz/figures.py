@@ -31,7 +31,7 @@ OUT_OF_REACH = {
     "capture/dumpfile/foreign.py": "a host without liblzo2 or libsnappy",
     "capture/dumpfile/source.py": "such a host; bitmaps of more than a MiB: 2^22 runs of pages",
     "capture/dumpfile/reader.py": "a path that cannot be opened, or is no file",
-    "capture/kernel/pagetable.py": "a walk without an answer at the last level, which always has one; more than 32,768 tables",
+    "capture/kernel/pagetable.py": "no answer at the last level, which always has one; more than 32,768 tables",
     "capture/kernel/kallsyms.py": "a name that ends exactly where a read of 64 KiB does",
     "capture/pagefilter.py": "struct pages above all memory, in another window of 2^18 pages",
     "capture/survey.py": "more than 512 pages of a class; a class that no sample was taken of",
