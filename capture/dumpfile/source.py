@@ -102,7 +102,8 @@ class KdumpSource:
             .decode("ascii", "replace")
         )
         if machine not in MACHINES.values():
-            raise SourceError(f"{self.name}: machine {machine or 'unknown'}: only x86_64 and aarch64 are read")
+            said = repr(machine)[1:-1] or "unknown"  # (it may have control characters)
+            raise SourceError(f"{self.name}: machine {said}: only x86_64 and aarch64 are read")
         starts: list[int] = []
         lengths: list[int] = []
         for first, pages in self.dump.runs(self.dump.bitmap2):

@@ -179,10 +179,14 @@ class KdumpWriter:
         return self._runs(self.layout.bitmap2, within)
 
     def selection(self, first_pfn: int, pages: int) -> NDArray[np.bool_]:
-        """Return which of the pages from ``first_pfn`` on are selected, read back from the file."""
+        """Return which of the pages from ``first_pfn`` on are selected, read back from the file; none beyond it."""
         start, end = self._bitmap_bytes(first_pfn, pages)
-        bits = np.unpackbits(np.frombuffer(self._output.read_back(start, end - start), np.uint8), bitorder="little")
-        return bits[first_pfn % 8 :][:pages].astype(np.bool_)
+        selected = np.zeros(pages, dtype=np.bool_)
+        if end > start:  # (a damaged page table may say that mem_map lies beyond all memory)
+            bits = np.unpackbits(np.frombuffer(self._output.read_back(start, end - start), np.uint8), bitorder="little")
+            there = bits[first_pfn % 8 :][:pages]
+            selected[: len(there)] = there
+        return selected
 
     def change_selection(self, first_pfn: int, described: NDArray[np.bool_], *, to: bool) -> None:
         """Select those of the pages from ``first_pfn`` on that are True in ``described``, or drop those that are not.

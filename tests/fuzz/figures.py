@@ -24,6 +24,21 @@ PARSERS = (
 """What reads dead memory, dumps, or a command line."""
 
 
+OUT_OF_REACH = {
+    "capture/memory/source.py": "devices, pipes, /proc and the hand-over of a crash boot; what a kernel refuses to map",
+    "capture/memory/image.py": "a mapping that the kernel refuses; more than 10,000 ranges of unreadable pages",
+    "capture/vmcore.py": "a source that cannot be mapped, opened or read at all",
+    "capture/dumpfile/foreign.py": "a host without liblzo2 or libsnappy",
+    "capture/dumpfile/source.py": "such a host; bitmaps of more than a MiB: 2^22 runs of pages",
+    "capture/dumpfile/reader.py": "a path that cannot be opened, or is no file",
+    "capture/kernel/pagetable.py": "no answer at the last level, which always has one; more than 32,768 tables",
+    "capture/kernel/kallsyms.py": "a name that ends exactly where a read of 64 KiB does",
+    "capture/pagefilter.py": "struct pages above all memory, in another window of 2^18 pages",
+    "capture/survey.py": "more than 512 pages of a class; a class that no sample was taken of",
+}
+"""What no input of a MiB, or no input at all, leads to; unit tests do. Printed beside what is not reached."""
+
+
 class Figure(NamedTuple):
     """One module: statements and branches, how many of each are reached, and what is not: lines, and (from, to)."""
 
@@ -84,6 +99,8 @@ def table(figures: list[Figure], *, missing: bool = False) -> str:
         if missing and figure.missing_branches + figure.missing_lines:
             ways = ", ".join(f"{first}->{last if last > 0 else 'end'}" for first, last in figure.missing_branches)
             lines.append(f"    not reached: lines {list(figure.missing_lines)}; branches {ways or 'all'}")
+            if figure.module in OUT_OF_REACH:
+                lines.append(f"    out of reach: {OUT_OF_REACH[figure.module]}")
     return "\n".join(lines)
 
 

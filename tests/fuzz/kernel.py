@@ -16,7 +16,7 @@ from tests.builders import CPU, DIRECT_MAP, PAGE, PrintkRing, new_utsname, prsta
 from tests.fuzz.mutation import Field, Seed
 from tests.kernels import AREA_AT, AREA_SIZE, LIST_SIZE, LISTS, ZONE_SIZE, ZONES_AT
 from tests.pagetables import FORMATS, ROOT, Format, Tables
-from tests.structpages import ERAS, MAX_ORDER, SIZE, Era, PageArray
+from tests.structpages import ERAS, MAPPING, MAX_ORDER, SIZE, Era, PageArray
 
 PAGES = 320
 MEM_MAP_PFN, MEM_MAP_PAGES = 0x50, PAGES * SIZE // PAGE
@@ -35,7 +35,8 @@ NAMES_OFFSET, PER_CPU_OFFSETS, NUMBERS, NODES = 0, 512, 1024, 1536
 """In the page of variables: init_uts_ns.name, __per_cpu_offset, numbers of 8 bytes each, node_data."""
 OFFSETS, TOKEN_INDEX = 2048, 2048
 """In the page of names: kallsyms_offsets. In that of tokens: kallsyms_token_index."""
-CPUS = 2
+CPUS = 3
+"""Of which the last never came up: its __per_cpu_offset is 0."""
 
 MODELS = ("extreme", "array", "vmemmap", "flat")
 """Ways to mem_map: capture/kernel/memmap.py."""
@@ -60,6 +61,12 @@ class Oddity(enum.Flag):
     GIANT_USER = enum.auto()
     GIANT_POISONED = enum.auto()
     """Page 0 is the head of a compound page of 64 MiB: slab, anonymous, hugetlb that is broken."""
+    IMPOSSIBLE = enum.auto()
+    """User pages that point nowhere, a free block that is not aligned."""
+    FULL = enum.auto()
+    """Not one free page."""
+    BROKEN = enum.auto()
+    """A quarter of all pages is poisoned, over and over: more than any machine goes on running with."""
     DEEP_VMALLOC = enum.auto()
     """A table of each level, over and over: every second page of vmalloc's 512 GiB is mapped."""
 
@@ -96,11 +103,13 @@ def kernel_seed(
         tables.map(places.direct + (large << 21), large << 21, 21)
     for page in range(MEM_MAP_PAGES):
         tables.map(places.vmemmap + page * PAGE, (MEM_MAP_PFN + page) * PAGE, 12)
+    for page in range(MEM_MAP_PAGES, 512) if Oddity.BROKEN in oddity else ():
+        tables.map(places.vmemmap + page * PAGE, MEM_MAP_PFN * PAGE, 12)
     for page in range(4):
         tables.map(places.vmalloc + (4 + page) * PAGE, (STACK + page) * PAGE, 12)
     if Oddity.DEEP_VMALLOC in oddity:
         _deepen(tables, places.vmalloc)
-    notes = b"".join(_registers(machine, number, places) for number in range(CPUS))
+    notes = b"".join(_registers(machine, number, places) for number in range(CPUS - 1))
     aliases = [(places.direct + pfn * PAGE, pfn * PAGE, b"") for pfn in ALIASES]
     if Oddity.FAR in oddity:
         aliases.append((places.direct + FAR_PFN * PAGE, FAR_PFN * PAGE, b""))
@@ -162,8 +171,16 @@ def _struct_pages(era: Era, oddity: Oddity) -> PageArray:
         array.poison(0)
     if Oddity.POISONED_MEM_MAP in oddity:
         array.poison(MEM_MAP_PFN + 1)
-    array.free(0x80, 5)
-    array.free(0xC0, 4)
+    if Oddity.FULL not in oddity:
+        array.free(0x80, 5)
+        array.free(0xC0, 4)
+    if Oddity.IMPOSSIBLE in oddity:
+        array.free(0xB1, 3)
+        for pfn in range(0x100, 0x130):
+            array.anonymous(pfn)
+            array.put(pfn, MAPPING, "<Q", 0x1235)
+    for pfn in range(16) if Oddity.BROKEN in oddity else ():
+        array.poison(pfn)
     for pfn in range(0x60, 0x68):
         array.cache(pfn, private=pfn % 4 == 0)
     for pfn in range(0x68, 0x70):

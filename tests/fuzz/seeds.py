@@ -92,6 +92,7 @@ def printk_seeds() -> list[Seed]:
         (builders.RING_LAYOUT, False, 9),
         (builders.RING_LAYOUT, True, 70),
         (builders.SHUFFLED_LAYOUT, False, 40),
+        ({**builders.RING_LAYOUT, "OFFSET(printk_info.text_len)": 86}, False, 5),
     ):
         ring = PrintkRing(desc_bits=4, text_bits=10, fits_end=fits_end, layout=layout)
         for number in range(records):
@@ -167,6 +168,7 @@ def kdump_seeds() -> list[Seed]:
     machine = b"x86_64"
     old = old[: 12 + 260] + machine + old[12 + 260 + len(machine) :]
     places = tuple((PAGE + at, 8) for at in (32, 40, 48, 56, 96))
+    seeds += _dumps_of(kernel_seed().data, ("zstd",), level=31)
     return [*seeds, Seed(old, (*_KDUMP_HEADER_FIELDS, *places, *_descriptor_fields(4 * PAGE, len(packed))))]
 
 
@@ -228,6 +230,9 @@ def kernel_seeds() -> list[Seed]:
                 Oddity.FAR | Oddity.GIANT_POISONED,
                 Oddity.FAR | Oddity.GIANT_SLAB | Oddity.POISONED_MEM_MAP,
                 Oddity.FAR | Oddity.GIANT_USER,
+                Oddity.IMPOSSIBLE,
+                Oddity.FULL,
+                Oddity.FAR | Oddity.BROKEN,
             )
         )
     ]

@@ -44,8 +44,9 @@ from capture.selftest import elf_core, note
 from capture.survey import take_survey
 from capture.verify import VerifyReport, verify
 from capture.vmcore import Vmcore, open_vmcore
-from tests.builders import DIRECT_MAP, PrintkRing, as_file
+from tests.builders import DIRECT_MAP, PAGE, PrintkRing, as_file
 from tests.fuzz.bounds import FindingError, Target
+from tests.fuzz.mutation import Seed
 from tests.fuzz.seeds import (
     RESUMED,
     command_line_seeds,
@@ -68,6 +69,7 @@ _MAPPINGS = 300
 """Mappings of one set of page tables that are looked at: tables that point at themselves have millions."""
 
 
+FLATTENED = Seed(b"makedumpfile\0\0\0\0" + bytes(8) + b"\0" * 7 + b"\1" + bytes(PAGE))
 _MOST_PFNS = 1 << 28
 _MOST_PAGES = 1 << 13
 """Pages of a dump that are read one by one: 50 microseconds each, and a few bytes of a bitmap stand for thousands."""
@@ -386,7 +388,7 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("elf", run_elf, elf_seeds),
-        Target("notes", run_notes, note_seeds),
+        Target("notes", run_notes, note_seeds, seconds=8),
         Target("old memory", run_old_memory, old_memory_seeds),
         Target("vmcoreinfo", run_vmcoreinfo, text_seeds),
         Target("printk", run_printk, printk_seeds),
@@ -400,6 +402,6 @@ TARGETS: dict[str, Target] = {
         Target("resume", run_resume, resume_seeds),
         Target("verify", run_verify, verify_seeds),
         Target("command line", run_command_line, command_line_seeds),
-        Target("cli", run_cli, lambda: [*core_seeds(), *kdump_seeds()], seconds=8),
+        Target("cli", run_cli, lambda: [*core_seeds(), *kdump_seeds(), FLATTENED], seconds=8),
     )
 }

@@ -53,14 +53,14 @@ every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 # --- Whatever comes, it is a CaptureError in one line, in bounded memory and time -----------------------------------
 
 
-def try_all(target: Target, entries: Iterable[Seed], folder: Path) -> int:
-    """Run inputs and return how many there were."""
+def try_all(target: Target, entries: Iterable[Seed], folder: Path, *, every: int = MEASURED) -> int:
+    """Run inputs and return how many there were; of ``every`` so many, the memory of one is measured."""
     number = 0
     with limit_address_space() as renew:
         for number, entry in enumerate(entries, 1):
             renew()
             try:
-                check(target, entry.data, folder / "input", measured=number % MEASURED == 0)
+                check(target, entry.data, folder / "input", measured=number % every == 0)
             except FindingError as finding:
                 kept = folder / f"{target.name}-{number}"
                 kept.write_bytes(entry.data)
@@ -77,7 +77,8 @@ def test_mutated_inputs_are_read_or_refused(target: Target, tmp_path: Path) -> N
 
 @every_target
 def test_what_the_long_runs_have_kept_is_read_or_refused(target: Target, tmp_path: Path) -> None:
-    assert try_all(target, corpus.load(target), tmp_path)
+    entries = corpus.load(target)
+    assert try_all(target, entries, tmp_path, every=len(entries) + 1)  # (each was measured when it was found)
 
 
 @every_target

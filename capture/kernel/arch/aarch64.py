@@ -6,7 +6,7 @@ pgtable-prot,assembler}.h.
 
 from __future__ import annotations
 
-from capture.kernel.pagetable import Geometry, Level
+from capture.kernel.pagetable import MAX_PHYSICAL_BITS, Geometry, Level
 from capture.notes.vmcoreinfo import VmcoreInfo
 
 KERNEL_IMAGE_MAX = 1 << 31
@@ -26,7 +26,7 @@ def kernel_image_physical(address: int, info: VmcoreInfo) -> int | None:
     if voffset is None or stext is None or not stext - KERNEL_IMAGE_MAX <= address < stext + KERNEL_IMAGE_MAX:
         return None
     physical = (address - voffset) % (1 << 64)
-    return physical if physical < 1 << 52 else None
+    return physical if physical < 1 << MAX_PHYSICAL_BITS else None
 
 
 def geometry(info: VmcoreInfo) -> Geometry | None:
@@ -89,4 +89,4 @@ def _linear_physical(address: int, width: int, info: VmcoreInfo) -> int | None:
     if not start <= address < start + (1 << (width - 1)):
         return None
     physical = address - start + offset
-    return physical if 0 <= physical < 1 << 52 else None
+    return physical if 0 <= physical < 1 << MAX_PHYSICAL_BITS else None

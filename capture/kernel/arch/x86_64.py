@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from capture.kernel.pagetable import Geometry, Level
+from capture.kernel.pagetable import MAX_PHYSICAL_BITS, Geometry, Level
 from capture.notes.vmcoreinfo import VmcoreInfo
 
 START_KERNEL_MAP = 0xFFFF_FFFF_8000_0000
@@ -26,7 +26,7 @@ def kernel_image_physical(address: int, info: VmcoreInfo) -> int | None:
     if phys_base is None or address >= START_KERNEL_MAP + size:
         return None
     physical = address - START_KERNEL_MAP + phys_base
-    return physical if physical >= 0 else None
+    return physical if 0 <= physical < 1 << MAX_PHYSICAL_BITS else None
 
 
 def geometry(info: VmcoreInfo) -> Geometry | None:

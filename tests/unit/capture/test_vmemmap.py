@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from capture.dump import DumpReport, write_dump
 from capture.options import DumpOptions
 from capture.vmcore import open_vmcore
 from tests import builders
-from tests.builders import patched
+from tests.builders import PAGE, patched
 from tests.fuzz.kernel import MEM_MAP_PAGES, MEM_MAP_PFN, MEM_MAP_SEGMENT, Oddity, kernel_seed
 from tests.readers import by_hand
 
@@ -39,3 +40,11 @@ def test_a_poisoned_page_of_mem_map_is_never_read(exclude: bool, vmcore_file: Wr
     pages = by_hand(tmp_path / "out").pages
     assert poisoned not in pages
     assert MEM_MAP_PFN in pages
+
+
+def test_a_mem_map_that_lies_beyond_all_memory_costs_nothing(vmcore_file: WriteFile, tmp_path: Path) -> None:
+    """One damaged entry of the kernel's page tables."""
+    core, entry = kernel_seed().data, struct.pack("<Q", MEM_MAP_PFN * PAGE | 1 << 63 | 0x63)
+    assert core.count(entry) == 1
+    core = core.replace(entry, struct.pack("<Q", 1 << 45 | 1 << 63 | 0x63))
+    assert dumped(vmcore_file(core), tmp_path / "out", exclude=True).whole

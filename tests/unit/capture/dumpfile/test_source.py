@@ -157,6 +157,18 @@ def test_what_is_wrong_with_a_dump_is_one_line(kernel: str, tmp_path: Path, run:
         assert said in ran.err
 
 
+def test_a_machine_that_nobody_knows_is_named_without_its_control_characters(
+    kernel: str, tmp_path: Path, run: Run
+) -> None:
+    dump = tmp_path / "dump"
+    run("dump", "-q", "-d", "31", kernel, dump)
+    data = dump.read_bytes()
+    dump.write_bytes(data[: 12 + 260] + b"x86\x1b[2J\n" + data[12 + 268 :])
+    with pytest.raises(SourceError) as error, open_vmcore(str(dump)):
+        pass
+    assert str(error.value) == f"{dump}: machine x86\\x1b[2J\\n: only x86_64 and aarch64 are read"
+
+
 GOOD: list[bytes] = []
 
 

@@ -77,8 +77,9 @@ def test_a_kernel_with_a_smaller_image_area_says_so() -> None:
     assert x86_64.kernel_image_physical(START_KERNEL_MAP + GIB // 2, without_kaslr) is None
 
 
-def test_a_phys_base_that_leads_below_zero_is_not_followed() -> None:
-    assert x86_64.kernel_image_physical(START_KERNEL_MAP, info(phys_base=-1)) is None
+@pytest.mark.parametrize("phys_base", [-1, 1 << 52, 1 << 63, U64])
+def test_a_phys_base_that_leads_to_where_no_memory_can_be_is_not_followed(phys_base: int) -> None:
+    assert x86_64.kernel_image_physical(START_KERNEL_MAP, info(phys_base=phys_base)) is None
 
 
 def test_without_phys_base_the_rule_of_the_image_says_nothing() -> None:
