@@ -12,7 +12,8 @@ from tests.guest.cases import RESCUE
 from tests.guest.crash import TARGET_LABEL, ImageStore, demand, healthy
 from tests.guest.qemu import Machine
 
-LOAD = f"vmcapture load --kernel-image /run/healthy/vmlinuz --target LABEL={TARGET_LABEL} --append console=ttyS0"
+LOAD_TO = "vmcapture load --kernel-image /run/healthy/vmlinuz --append console=ttyS0 --target"
+LOAD = f"{LOAD_TO} LABEL={TARGET_LABEL}"
 IMAGE = "/run/healthy/capture.img"
 
 
@@ -61,7 +62,7 @@ def test_load_arms_and_unload_disarms(option: str, syscall: str, machine: Machin
 
 
 def test_a_disk_named_by_its_device_is_loaded_by_its_uuid(machine: Machine) -> None:
-    demand(machine, f"{LOAD} --image {IMAGE} --target /dev/vdb")
+    demand(machine, f"{LOAD_TO} /dev/vdb --image {IMAGE}")
     words = json.loads(demand(machine, "vmcapture status --json"))["loaded"]["command_line"].split()
     (uuid,) = [word.removeprefix("vmcapture.target=UUID=") for word in words if word.startswith("vmcapture.target=")]
     assert demand(machine, f"findfs UUID={uuid}").strip() == "/dev/vdb"
