@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,7 +18,6 @@ from capture.notes.vmcoreinfo import VmcoreInfo
 
 _PHYSICAL_BITS = range(46, 52)
 """MAX_PHYSMEM_BITS of x86_64 (46 with 4 levels of page tables) and aarch64 (48); 52 is what both can have at most."""
-_START_BYTES = 32
 
 
 class Vmcore(NamedTuple):
@@ -60,7 +58,7 @@ def open_vmcore(name: str, *, can_map: bool = True) -> Iterator[Vmcore]:
     Raises:
         SourceError: it is neither, or cannot be used.
     """
-    start = _start(name)
+    start = kdump.start_of(name)
     if (advice := kdump.wrapped(start)) is not None:
         raise SourceError(f"{name}: {advice}")
     if start.startswith(kdump.SIGNATURE):
@@ -84,17 +82,3 @@ def _notes(source: ByteSource, core: ElfCore) -> tuple[Notes, VmcoreInfo]:
     notes = read_notes(source, core.notes)
     note = notes.vmcoreinfo()
     return notes, vmcoreinfo.parse(note.descriptor) if note else VmcoreInfo({})
-
-
-def _start(name: str) -> bytes:
-    """Return how a file begins, nothing when it cannot be read; whatever is wrong with it, somebody else says."""
-    try:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
-        return b""
-    try:
-        return os.pread(fd, _START_BYTES, 0)
-    except OSError:
-        return b""
-    finally:
-        os.close(fd)

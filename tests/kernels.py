@@ -33,10 +33,10 @@ RSP = 19
 """Index of rsp among the registers of NT_PRSTATUS."""
 
 
-def node_data(free: Mapping[int, int]) -> bytes:
-    """Return a struct pglist_data: one zone, with so many free blocks by order."""
-    node = bytearray(COUNT_AT + 4)
-    struct.pack_into("<I", node, COUNT_AT, 1)
+def node_data(free: Mapping[int, int], count_at: int = COUNT_AT) -> bytes:
+    """Return a struct pglist_data: one zone, with so many free blocks by order; nr_zones at ``count_at``."""
+    node = bytearray(count_at + 4)
+    struct.pack_into("<I", node, count_at, 1)
     for order in range(MAX_ORDER):
         struct.pack_into("<Q", node, ZONES_AT + AREA_AT + order * AREA_SIZE + LISTS * LIST_SIZE, free.get(order, 0))
     return bytes(node)

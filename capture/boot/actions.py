@@ -25,13 +25,12 @@ def perform(action: str, console: Console, dog: Watchdog | None = None) -> None:
     """
     if action == "shell":
         return
-    try:
-        with Watch(SYNC_LIMIT, console, dog) as watch:
-            _, end = watch.run(lambda _tell: os.sync())
-        if end.hung:
-            console.say(f"a disk did not sync in {SYNC_LIMIT} s: going on without it")
-    except OSError as error:  # (no process can be made any more; what was saved is synced)
-        console.say(f"the disks were not synced: {error.strerror}")
+    with Watch(SYNC_LIMIT, console, dog) as watch:
+        _, end = watch.run(lambda _tell: os.sync())
+    if end.hung:
+        console.say(f"a disk did not sync in {SYNC_LIMIT} s: going on without it")
+    elif end.line:  # what was saved is synced
+        console.say(f"the disks were not synced: {end.line}")
     import ctypes  # when the job, which lacks what this process takes, is over
 
     libc = ctypes.CDLL(None, use_errno=True)

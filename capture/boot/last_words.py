@@ -1,7 +1,7 @@
 """What is left where no disk took the log: its end and the registers, on the console.
 
 A serial console is often kept by somebody: the management controller, a terminal server. EFI variables and pstore are
-not written to: user space has no way into pstore but /dev/pmsg0, which no distribution's kernel is built with, and
+not written to: user space has no way into pstore but /dev/pmsg0, which Debian's kernels are built without, and
 firmware has been bricked by variables that filled its memory.
 """
 
@@ -31,13 +31,9 @@ def print_last_words(console: Console, dog: Watchdog | None = None) -> None:
     if os.path.lexists(RECIPIENTS):
         console.say("no disk took the log; it is not printed, because saves are encrypted: vmcapture dmesg")
         return
-    try:
-        with Watch(LIMIT, console, dog) as watch:
-            _, end = watch.run(lambda _tell: _print(console))
-    except OSError as error:  # (no process can be made any more)
-        console.say(f"last words: {error.strerror}")
-        return
-    if end.hung or end.signal is not None:
+    with Watch(LIMIT, console, dog) as watch:
+        _, end = watch.run(lambda _tell: _print(console))
+    if end.line:
         console.say(f"last words: {end.line}")
 
 

@@ -23,6 +23,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -129,7 +130,7 @@ def _devices(names: tuple[str, ...], console: Console, dog: Watchdog | None) -> 
         return {}
     with Watch(_LOOK_UP, console, dog) as watch:
         found, end = watch.run(lambda tell: tell(targets.devices_of(names)))
-    if end.hung:
+    if end.line:
         console.say(f"looking for the targets: {end.line}")
     return found or {}
 
@@ -145,19 +146,18 @@ def _save(
 ) -> Outcome:
     """Save at one target; when that is killed, once more with as little as can be."""
 
-    def job(*, careful: bool) -> Callable[[Tell], None]:
-        chosen = options._replace(threads=1) if careful else options
-        return lambda tell: _at_target(boot, target, device, console, chosen, source, tell, careful=careful)
-
-    found, ended = watch.run(job(careful=False))
+    at_target = partial(_at_target, boot, target, device, console, source)
+    found, ended = watch.run(partial(at_target, options, can_map=True))
     if found is None and ended.signal is not None and not watch.interrupted:
         console.say(f"{ended.line}; once more, with one thread and reading instead of mapping")
-        found, ended = watch.run(job(careful=True))
+        found, ended = watch.run(partial(at_target, options._replace(threads=1), can_map=False))
+    if ended.hung:  # also where it could be killed: its mount may come through later
+        targets.give_up_mount_points()
     if found is None:
         what = "saved in part" if watch.pulse.log_saved else "not saved"
         status = IncompleteError.exit_status if watch.pulse.log_saved else TargetError.exit_status
         return Outcome(target, status, what, reasons=(f"{target}: {ended.line}",), log_saved=watch.pulse.log_saved)
-    if ended.hung or ended.signal is not None:
+    if ended.line:
         console.say(f"{target}: {ended.line}, after the save")
     return Outcome(**{**found, "reasons": tuple(found["reasons"])})
 
@@ -173,11 +173,11 @@ def _at_target(
     target: str,
     device: str | None,
     console: Console,
-    options: DumpOptions,
     source: str | None,
+    options: DumpOptions,
     tell: Tell,
     *,
-    careful: bool,
+    can_map: bool,
 ) -> None:
     """Save at one target, and tell what came of it."""
     told = False
@@ -208,7 +208,7 @@ def _at_target(
         from capture.boot.job import exit_status  # what takes memory is not for the process that watches
         from capture.boot.save import save_to_target
 
-        save_to_target(boot, target, console, options, source, device=device, can_map=not careful, tell=saved)
+        save_to_target(boot, target, console, options, source, device=device, can_map=can_map, tell=saved)
     except CaptureError as error:
         failed(str(error), error.exit_status, settled=not isinstance(error, TargetError))
     except KeyboardInterrupt:
@@ -223,9 +223,9 @@ def _at_target(
 
 
 class _End(NamedTuple):
-    """How a process ended. ``hung``: it did not, and was killed."""
+    """How a process ended. ``hung``: it did not, and was killed. ``line`` says why it did not end well, if so."""
 
-    line: str
+    line: str = ""
     signal: int | None = None
     hung: bool = False
 
@@ -265,7 +265,12 @@ class Watch:
         """Run ``job``; return what it told, None where it did not live to tell, and how it ended."""
         self.pulse.reset()
         reading, writing = os.pipe()
-        self._child = os.fork()
+        try:
+            self._child = os.fork()
+        except OSError as error:
+            os.close(reading)
+            os.close(writing)
+            return None, _End(error.strerror or "no process can be made")
         if self._child == 0:
             os.close(reading)
             self._dog.let_go()
@@ -307,21 +312,21 @@ class Watch:
     def _ended(self, hung: bool) -> _End:
         """Wait for the job's end and say how it was."""
         status = self._wait()
-        if hung or status is None:  # also where it could be killed: its mount may come through later
-            targets.give_up_mount_points()
-        if hung or self.interrupted > 1:
+        alive = ", and cannot even be killed" if status is None else ""
+        if self.interrupted > 1:
+            return _End(f"interrupted{alive}", hung=hung or status is None)
+        if hung:
             who = "no answer from the disk" if self.pulse.waits_for_target else "nothing moved"
-            alive = "" if status is not None else ", and cannot even be killed"
-            if self.interrupted > 1:
-                return _End(f"interrupted{alive}", hung=True)
             return _End(f"{who} for {self._limit} s{self._word}{alive}", hung=True)
-        code = 0 if status is None else os.waitstatus_to_exitcode(status)
+        if status is None:
+            return _End("it does not come to its end", hung=True)
+        code = os.waitstatus_to_exitcode(status)
         if code < 0:
             memory = " (out of memory)" if -code == signal.SIGKILL else ""
             return _End(f"the save was killed by signal {-code}{memory}", signal=-code)
         if self.interrupted and code:  # its second Ctrl-C may be there before ours
             return _End("interrupted")
-        return _End(f"the save ended with status {code}")
+        return _End(f"the save ended with status {code}" if code else "")
 
     def _kill(self) -> None:
         """Kill the job, and give its memory back even where it waits for a disk in the kernel."""
@@ -364,9 +369,8 @@ def _be_the_job(job: Callable[[Tell], None], writing: int, console: Console) -> 
     try:
         import ctypes
 
-        ctypes.CDLL(None).prctl(
-            _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0
-        )  # else two saves could work in one directory
+        # An orphan would go on, and the next save could work in the same directory.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
         job(tell)

@@ -49,7 +49,7 @@ def _mount_point() -> Path:
     """Return the first place with nothing mounted on it.
 
     A save that was killed may have left its target mounted: it is unmounted. Where somebody works in it, or a disk
-    hangs (``give_up_mount_point``), that place stays as it is.
+    hangs (``give_up_mount_points``), that place stays as it is.
 
     Raises:
         TargetError: all places are in use.
@@ -119,9 +119,9 @@ def find_device(target: str, wait: int, console: Console) -> str:
 def _look_up(target: str) -> str | None:
     if "=" not in target:
         return target if Path(target).is_block_device() else None
-    try:
-        import subprocess  # the process that watches over the job has no need of it
+    import subprocess  # the process that watches over the job has no need of it
 
+    try:
         with pulse.at_target():
             answer = subprocess.run(["findfs", target], capture_output=True, text=True, check=False)
     except OSError as error:
@@ -130,9 +130,9 @@ def _look_up(target: str) -> str | None:
 
 
 def _run(command: list[str], failure: str) -> None:
-    try:
-        import subprocess  # see _look_up
+    import subprocess  # see _look_up
 
+    try:
         with pulse.at_target():
             answer = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:

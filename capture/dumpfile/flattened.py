@@ -10,6 +10,7 @@ A stream that is cut short anywhere is a dump that is cut short: descriptors fol
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import struct
@@ -22,7 +23,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from capture.dumpfile.output import Pieces, TargetFullError, put_all, target_error, unnamed_file
+from capture.dumpfile import kdump
+from capture.dumpfile.output import Pieces, TargetFullError, Written, put_all, target_error, unnamed_file
 
 SIGNATURE = b"makedumpfile\0\0\0\0"
 TYPE, VERSION = 1, 1
@@ -45,53 +47,20 @@ def is_stream(name: str) -> bool:
     """Whether SOURCE is to be put together: standard input, a pipe, or a file that begins like a flattened dump."""
     if name == STANDARD_INPUT:
         return True
-    try:
+    with contextlib.suppress(OSError):  # whatever is wrong with it, somebody else says
         if stat.S_ISFIFO(Path(name).stat().st_mode):
             return True
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            return os.pread(fd, len(SIGNATURE), 0) == SIGNATURE
-        finally:
-            os.close(fd)
-    except OSError:  # whatever is wrong with it, somebody else says
-        return False
+    return kdump.start_of(name).startswith(SIGNATURE)
 
 
-class Stream(Protocol):
-    """Where the bytes of a flattened dump go; errors are TargetErrors."""
-
-    @property
-    def name(self) -> str:
-        """What to call it in a message."""
-
-    @property
-    def size(self) -> int:
-        """Bytes so far, as they are stored."""
-
-    @property
-    def full(self) -> bool:
-        """Whether there is room left only for what makes readable what is there."""
+class Stream(Written, Protocol):
+    """Where the bytes of a flattened dump go, in a row."""
 
     def append(self, pieces: Pieces) -> int:
         """Write all ``pieces`` behind what was written; return how many bytes they are."""
 
-    def sync(self) -> None:
-        """Bring what was written to the disk, as far as that can be done."""
-
     def forget(self) -> None:
         """Let the page cache drop what is on the disk."""
-
-    def end(self) -> None:
-        """Tell readers that this is all; nothing is written after that."""
-
-    def settle(self) -> None:
-        """Wait until all that was written is there: ``size`` and ``digests`` do not change any more."""
-
-    def digests(self) -> list[str]:
-        """Return the SHA-256 of each block of 64 MiB, as they are stored; none where nobody asked for them."""
-
-    def close(self) -> None:
-        """Close it, whatever it lacks."""
 
 
 class FlattenedOutput:

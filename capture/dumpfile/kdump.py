@@ -9,6 +9,7 @@ endian.
 
 from __future__ import annotations
 
+import os
 import zlib
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ WRAPPED = {
     b"makedumpfile\0": "is a flattened dump: put it together first (vmcapture dump FILE OUT)",
 }
 """How files begin that become dumps, and what to do first."""
+_START_BYTES = 32
 HEADER_VERSION = 6
 
 COMPRESSED_ZLIB = 0x1
@@ -81,6 +83,20 @@ UNREADABLE = 0x5643_4B32
 def checksum(stored: bytes | memoryview) -> int:
     """Return the ``page_flags`` of a page that is stored so."""
     return CHECKED << 32 | zlib.crc32(stored)
+
+
+def start_of(name: str) -> bytes:
+    """Return how a file begins, nothing when it cannot be read; whatever is wrong with it, somebody else says."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return b""
+    try:
+        return os.pread(fd, _START_BYTES, 0)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
 
 
 def wrapped(start: bytes) -> str | None:

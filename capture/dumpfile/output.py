@@ -89,11 +89,8 @@ def named(unfinished: Path, path: Path) -> TargetError | None:
     return None
 
 
-class Output(Protocol):
-    """What a dump is written to: an OutputFile, or a stream that becomes one (capture.dumpfile.flattened)."""
-
-    sequential: bool
-    """Whether all that was written before is there when something written later is: writes are bytes in a row."""
+class Written(Protocol):
+    """What bytes are written to, whatever becomes of them; every method raises TargetError."""
 
     @property
     def name(self) -> str:
@@ -101,11 +98,34 @@ class Output(Protocol):
 
     @property
     def size(self) -> int:
-        """Bytes so far."""
+        """Bytes so far, as they are stored."""
 
     @property
     def full(self) -> bool:
-        """Whether there is room for what makes the dump readable only: no page data, please."""
+        """Whether there is room left only for what makes readable what is there: no page data, please."""
+
+    def sync(self) -> None:
+        """Bring everything written so far to the disk, as far as that can be done."""
+
+    def end(self) -> None:
+        """Tell readers that this is all; nothing is written after that."""
+
+    def settle(self) -> None:
+        """Wait until all that was written is there: ``size`` and ``digests`` do not change any more."""
+
+    def digests(self) -> list[str]:
+        """Return the SHA-256 of each block of 64 MiB as they are stored, hexadecimal; none where nobody asked for
+        them."""
+
+    def close(self) -> None:
+        """Close it, whatever it lacks."""
+
+
+class Output(Written, Protocol):
+    """What a dump is written to: an OutputFile, or a stream that becomes one (capture.dumpfile.flattened)."""
+
+    sequential: bool
+    """Whether all that was written before is there when something written later is: writes are bytes in a row."""
 
     def write(self, pieces: Pieces, offset: int) -> int:
         """Write all ``pieces`` one after another at ``offset``; return how many bytes that were."""
@@ -126,23 +146,8 @@ class Output(Protocol):
     def truncate(self, length: int) -> None:
         """Forget what lies behind ``length`` bytes of the dump, as far as that is possible."""
 
-    def sync(self) -> None:
-        """Bring everything written so far to the disk."""
-
     def forget(self, offset: int, length: int) -> None:
         """Let the page cache drop bytes that are on the disk."""
-
-    def end(self) -> None:
-        """Tell readers that this is all; nothing is written after that."""
-
-    def settle(self) -> None:
-        """Wait until all that was written is there: ``size`` and ``digests`` do not change any more."""
-
-    def digests(self) -> list[str]:
-        """Return the SHA-256 of each block of 64 MiB, hexadecimal; none where nobody asked for them."""
-
-    def close(self) -> None:
-        """Close it, whatever it lacks."""
 
 
 def put_all(put: Callable[[Pieces], int], pieces: Pieces) -> None:

@@ -9,16 +9,18 @@ Memory: a few arrays of the size of the program header table, and one chunk at a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from capture.memory.patience import Patience
 from capture.memory.source import ByteSource
+
+_Bytes = TypeVar("_Bytes", bytes, memoryview)
 
 EXTENT = np.dtype([("pfn", "<i8"), ("pages", "<i8"), ("offset", "<u8")])
 """Whole pages that are contiguous both as PFNs and in the source; ``offset`` of the first in the source, in bytes."""
@@ -324,23 +326,21 @@ class MemoryImage:
         return self._map(first, int(offsets[-1]) + self.page_size - first)
 
     def _map(self, offset: int, length: int) -> memoryview | None:
-        if self._patience.given_up(offset):
-            return None
-        try:
-            with self._patience.reading(offset):
-                return self.source.map(offset, length)
-        except OSError:
-            return None
+        return self._tried(self.source.map, offset, length)
 
     def _read_exactly(self, offset: int, length: int) -> bytes | None:
+        data = self._tried(self.source.read, offset, length)
+        return data if data is not None and len(data) == length else None
+
+    def _tried(self, action: Callable[[int, int], _Bytes | None], offset: int, length: int) -> _Bytes | None:
+        """Return what ``action`` gives of the source, None where it fails or the region is not worth a try."""
         if self._patience.given_up(offset):
             return None
         try:
             with self._patience.reading(offset):
-                data = self.source.read(offset, length)
+                return action(offset, length)
         except OSError:
             return None
-        return data if len(data) == length else None
 
     def _gather(self, chunk: Chunk, windows: list[tuple[int, int]]) -> PageBlock:
         """Copy pages from several places together; what cannot be mapped is read run by run, then page by page."""

@@ -14,7 +14,7 @@ from capture.selftest import elf_core
 from tests import builders
 from tests.builders import CPU, DIRECT_MAP, PAGE, PrintkRing, new_utsname, prstatus_note, vmcoreinfo_note
 from tests.fuzz.mutation import Field, Seed
-from tests.kernels import AREA_AT, AREA_SIZE, LIST_SIZE, LISTS, ZONE_SIZE, ZONES_AT
+from tests.kernels import AREA_AT, AREA_SIZE, LIST_SIZE, LISTS, ZONE_SIZE, ZONES_AT, node_data
 from tests.pagetables import FORMATS, ROOT, Format, Tables
 from tests.structpages import ERAS, MAPPING, MAX_ORDER, SIZE, Era, PageArray
 
@@ -274,10 +274,7 @@ def kallsyms(symbols: Mapping[str, int], base: int) -> tuple[bytes, bytes, bytes
 
 
 def _node(array: PageArray) -> bytes:
-    node = bytearray(COUNT_AT + 4)
-    struct.pack_into("<I", node, COUNT_AT, 1)
-    for order, count in ((5, 1), (4, 1)):
-        struct.pack_into("<Q", node, ZONES_AT + AREA_AT + order * AREA_SIZE + LISTS * LIST_SIZE, count)
+    node = bytearray(node_data({5: 1, 4: 1}, COUNT_AT))
     if array.era.unaccepted is not None:
         struct.pack_into("<Q", node, ZONES_AT + AREA_AT + LISTS * LIST_SIZE, 7)
     return bytes(node)

@@ -9,13 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from capture.boot import job
-from capture.dumpfile import kdump
 from capture.dumpfile.output import OutputFile
-from capture.dumpfile.writer import KdumpWriter
 from tests.builders import PAGE
 from tests.dumps import INCOMPLETE, STATUS
 from tests.faults import raising
@@ -228,19 +225,8 @@ def test_a_job_that_does_not_sync_its_data_has_wrong_pages(
     assert any("vmcore.incomplete: " in line for line in found)
 
 
-def test_a_job_that_describes_pages_before_they_are_there_is_found_when_it_is_killed(
-    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = KdumpWriter.append
-
-    def append(writer: KdumpWriter, packed: Any) -> None:
-        numbers = writer._numbers.of(packed.pfns)
-        table = np.zeros(len(numbers), kdump.PAGE_DESCRIPTOR)
-        table["offset"], table["size"] = writer._position, PAGE
-        writer._describe(numbers, table)
-        real(writer, packed)
-
-    monkeypatch.setattr(KdumpWriter, "append", append)
+@pytest.mark.usefixtures("described_early")
+def test_a_job_that_describes_pages_before_they_are_there_is_found_when_it_is_killed(laboratory: Laboratory) -> None:
     plan = points(laboratory.operations, FAULTS["kill-before"], 20)
     found = [line for at in plan for line in laboratory.disturbed(FAULTS["kill-before"], at).broken]
     assert any("cannot be read back" in line or "differ" in line for line in found)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import pytest
 
-from capture.dumpfile import kdump
-from capture.dumpfile.writer import KdumpWriter
 from tests.builders import PAGE
 from tests.lab.faults import FAULTS, KILLED
 from tests.lab.matrix import Laboratory, Point
@@ -38,18 +33,7 @@ def test_what_cannot_be_done_twice_is_not_done_by_a_copy() -> None:
     assert [fault.name for fault in kills(write)] == ["kill-before", "kill-within", "kill-after"]
 
 
-def test_a_job_that_describes_pages_before_they_are_there_is_found(
-    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = KdumpWriter.append
-
-    def append(writer: KdumpWriter, packed: Any) -> None:
-        numbers = writer._numbers.of(packed.pfns)
-        table = np.zeros(len(numbers), kdump.PAGE_DESCRIPTOR)
-        table["offset"], table["size"] = writer._position, PAGE
-        writer._describe(numbers, table)
-        real(writer, packed)
-
-    monkeypatch.setattr(KdumpWriter, "append", append)
+@pytest.mark.usefixtures("described_early")
+def test_a_job_that_describes_pages_before_they_are_there_is_found(laboratory: Laboratory) -> None:
     found = Walk(laboratory).run()
     assert any("cannot be read back" in line or "differ" in line for point in found for line in point.broken)

@@ -23,6 +23,7 @@ from capture.boot.watchdog import Watchdog
 from capture.console import Console
 from capture.errors import TargetError, UsageError
 from tests.builders import crashed_core
+from tests.faults import raising
 from tests.outcome import FILES, WHEN, check_manifest, dump_options, listing, manifest_of
 
 WriteFile = Callable[[bytes], str]
@@ -291,8 +292,8 @@ def test_a_job_that_was_killed_goes_on_where_it_was_with_as_little_as_can_be(
     root = disks(one="exit 0")
     real = supervisor._at_target
 
-    def job(*arguments: Any, careful: bool) -> None:
-        if not careful:  # (it is forked: what changes here is its own)
+    def job(*arguments: Any, can_map: bool) -> None:
+        if can_map:  # (it is forked: what changes here is its own)
             faulthandler.disable()  # (pytest's: nobody needs to see where it was)
             writes = 0
 
@@ -304,7 +305,7 @@ def test_a_job_that_was_killed_goes_on_where_it_was_with_as_little_as_can_be(
                 return write(*writing)
 
             write, os.pwritev = os.pwritev, pwritev  # (in the job's own process)
-        real(*arguments, careful=careful)
+        real(*arguments, can_map=can_map)
 
     monkeypatch.setattr(supervisor, "_at_target", job)
     source = vmcore_file(crashed_core(pages=os.urandom(400 << 10)))
@@ -313,6 +314,15 @@ def test_a_job_that_was_killed_goes_on_where_it_was_with_as_little_as_can_be(
     assert any(f"killed by signal {int(number)}" in line and "once more" in line for line in console.lines)
     assert any("where it was cut short before" in line for line in console.lines)
     assert check_manifest(root / CRASH)["complete"]
+
+
+def test_where_no_process_can_be_made_that_is_the_reason(
+    disks: Callable[..., Path], vmcore_file: WriteFile, monkeypatch: pytest.MonkeyPatch, console: Console
+) -> None:
+    disks(one="exit 0")
+    monkeypatch.setattr(os, "fork", raising(OSError(12, "Cannot allocate memory")))
+    found = save_to_targets(boot("one"), console, QUIET, vmcore_file(crashed_core()))
+    assert (found.line, found.status) == ("not saved: LABEL=one: Cannot allocate memory", 5)
 
 
 def test_a_job_that_is_killed_again_is_a_failure(monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
