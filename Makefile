@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A process for each CPU, though no more than four: each may run a guest of some GiB. WORKERS=0: all in this one.
 WORKERS ?= auto
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadgroup --no-loadscope-reorder --durations 20
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadscope --no-loadscope-reorder --durations 20
 # What to leave out; 'not long' takes in what test-debuginfo runs.
 TESTS ?= not debuginfo and not long
 
