@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import pytest
 
 LA57 = "max"  # QEMU's own model, which has 5-level page tables
 LA48 = "Skylake-Server-v5"  # 4-level page tables
@@ -29,6 +32,7 @@ class Case:
     arguments: tuple[str, ...] = ()  # more for QEMU
     workloads: tuple[str, ...] = ()  # functions of tests/guest/workload.py, and "tmpfs", "balloon", "offline"
     old_memory: Literal["same", "refused", "not asked"] = "not asked"  # what is expected of oldmem:
+    long: bool = False  # left to make test-long
 
     def __str__(self) -> str:
         return self.name
@@ -37,6 +41,11 @@ class Case:
     def kexec_option(self) -> str:
         """The option of ``vmcapture load`` that picks the system call."""
         return {"file": "-s", "load": "-c"}[self.syscall]
+
+
+def parameters(cases: Iterable[Case]) -> list[Any]:
+    """Cases as pytest's parameters, those that take long marked."""
+    return [pytest.param(case, marks=pytest.mark.long if case.long else ()) for case in cases]
 
 
 LINUX_6_1 = "linux-image-cloud-amd64"
@@ -70,8 +79,10 @@ FILTER_CASES: tuple[Case, ...] = (
          workloads=("tmpfs", "plain", "thp", "hugetlb")),
     Case("filter-6.12", LINUX_6_12, 2, LA48, memory="1536M", arguments=BALLOON,
          workloads=("offline", *EVERYTHING)),
-    Case("filter-6.1-rt", LINUX_6_1_RT, 2, LA48, memory="1G", workloads=("tmpfs", "plain", "hugetlb", "poison")),
-    Case("filter-6.1-numa", LINUX_6_1, 16, LA48, memory="5G", arguments=NUMA, workloads=("tmpfs", "plain", "thp")),
+    Case("filter-6.1-rt", LINUX_6_1_RT, 2, LA48, memory="1G", workloads=("tmpfs", "plain", "hugetlb", "poison"),
+         long=True),
+    Case("filter-6.1-numa", LINUX_6_1, 16, LA48, memory="5G", arguments=NUMA, workloads=("tmpfs", "plain", "thp"),
+         long=True),
 )  # fmt: skip
 
 # Little memory; and more CPUs in the capture kernel, where there is more.
@@ -80,7 +91,7 @@ RESERVATION_CASES: tuple[Case, ...] = (
     Case("reserved-112M-6.12", LINUX_6_12, 2, LA57, memory="1G", crashkernel="112M"),
     Case("two-cpus", LINUX_6_12, 4, LA48, memory="1G", crashkernel="192M", capture_cpus=2),
     # The CPU that the firmware started stays asleep, unless it is the one that panicked.
-    Case("four-cpus", LINUX_6_1, 5, LA57, memory="1G", crashkernel="256M", capture_cpus=4),
+    Case("four-cpus", LINUX_6_1, 5, LA57, memory="1G", crashkernel="256M", capture_cpus=4, long=True),
 )
 
 # Where a person has to help, or the power fails: one small machine.
@@ -88,9 +99,10 @@ RESCUE = Case("rescue", LINUX_6_1)
 
 # Saved encrypted, and uncompressed: what is in memory would be seen on the disk as it is.
 ENCRYPTED_CASES: tuple[Case, ...] = (
-    Case("encrypted-6.1-128M", LINUX_6_1, 2, LA48, memory="1G", crashkernel="128M", append="vmcapture.compress=none"),
+    Case("encrypted-6.1-128M", LINUX_6_1, 2, LA48, memory="1G", crashkernel="128M", append="vmcapture.compress=none",
+         long=True),
     Case("encrypted-6.12-128M", LINUX_6_12, 1, LA57, memory="1G", crashkernel="128M", append="vmcapture.compress=none"),
-)
+)  # fmt: skip
 # Much to do: what is saved first is far less than half of its dump.
 BUSY = Case("busy", LINUX_6_1, 1, LA48, memory="1G", workloads=("files", "processes"))
 

@@ -45,8 +45,7 @@ class Round(NamedTuple):
 
 
 WHOLE, CUT = Round(), Round(cut=True)
-FEW = (WHOLE, CUT, WHOLE, Round(before=BALLAST))
-TEN = (WHOLE, WHOLE, CUT, WHOLE, WHOLE, WHOLE, Round(before=BALLAST), CUT, WHOLE, Round(before=NO_BALLAST))
+ROUNDS = (WHOLE, WHOLE, CUT, WHOLE, WHOLE, WHOLE, Round(before=BALLAST), CUT, WHOLE, Round(before=NO_BALLAST))
 
 
 def load(case: Case, final: str, target: str, append: str) -> str:
@@ -58,9 +57,9 @@ def on_the_target(command: str) -> str:
     return f"{mounted} && {command} && umount /run/target"
 
 
-@pytest.mark.parametrize("rounds", [FEW, pytest.param(TEN, marks=pytest.mark.long)], ids=["few", "ten"])
+@pytest.mark.long
 def test_of_crashes_in_a_row_the_newest_stay_and_none_is_half_written(
-    rounds: tuple[Round, ...], kernels: Callable[[str], Kernel], image_store: ImageStore, tmp_path: Path
+    kernels: Callable[[str], Kernel], image_store: ImageStore, tmp_path: Path
 ) -> None:
     """One that was cut stays as it is, marked: the next crash is another one. It counts, and goes in its turn."""
     kernels(RESCUE.kernel)  # skips here, where it can say why
@@ -69,7 +68,7 @@ def test_of_crashes_in_a_row_the_newest_stay_and_none_is_half_written(
     before: list[str] = []
     cut: set[str] = set()
     sizes: dict[str, int] = {}
-    for number, made in enumerate(rounds):
+    for number, made in enumerate(ROUNDS):
         with panicked(
             case,
             image_store,
@@ -111,7 +110,7 @@ def test_of_crashes_in_a_row_the_newest_stay_and_none_is_half_written(
             assert made.before != BALLAST or len(names) < KEEP, "the floor was what took them"
         before = names
         shutil.rmtree(found)
-    assert len(sizes) == len(rounds)
+    assert len(sizes) == len(ROUNDS)
 
 
 def is_whole(folder: Path) -> None:

@@ -19,7 +19,7 @@ from capture.dumpfile.reader import KdumpFile
 from capture.verify import verify
 from tests.encryption import Key, make_key
 from tests.guest import disk, host
-from tests.guest.cases import ENCRYPTED_CASES, LINUX_6_12, RESCUE, Case
+from tests.guest.cases import ENCRYPTED_CASES, RESCUE, Case, parameters
 from tests.guest.conftest import unavailable
 from tests.guest.crash import (
     SAVE_TIMEOUT,
@@ -60,13 +60,7 @@ def encrypting_store(key: Key, guest_folder: Path) -> ImageStore:
     return ImageStore(guest_folder / "encrypting-images", recipients=key.recipients)
 
 
-@pytest.fixture(
-    scope="session",
-    params=[
-        pytest.param(case, marks=() if case.kernel == LINUX_6_12 else pytest.mark.long) for case in ENCRYPTED_CASES
-    ],
-    ids=str,
-)
+@pytest.fixture(scope="session", params=parameters(ENCRYPTED_CASES), ids=str)
 def saved(
     request: pytest.FixtureRequest,
     encrypting_store: ImageStore,

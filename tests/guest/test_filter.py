@@ -19,7 +19,7 @@ from capture.pagefilter import PageFilter
 from capture.vmcore import open_vmcore
 from tests.guest import host
 from tests.guest.cache import Kernel
-from tests.guest.cases import FILTER_CASES, Case
+from tests.guest.cases import FILTER_CASES, Case, parameters
 from tests.guest.conftest import unavailable
 from tests.guest.crash import BALLOON_BYTES, CrashOfKinds, ImageStore, crash_of_kinds
 from tests.guest.reference import different_pages
@@ -49,7 +49,7 @@ def crash_kinds(
     return crash
 
 
-@pytest.fixture(scope="session", params=FILTER_CASES, ids=str)
+@pytest.fixture(scope="session", params=parameters(FILTER_CASES), ids=str)
 def crashed(request: pytest.FixtureRequest, crash_kinds: Callable[[Case], CrashOfKinds]) -> CrashOfKinds:
     """A machine with pages of every class, crashed."""
     return crash_kinds(request.param)
@@ -89,7 +89,7 @@ def makedumpfile(crashed: CrashOfKinds, level: int, target: Path) -> dict[str, i
     }
 
 
-@pytest.mark.parametrize("crashed", KNOWN_TO_MAKEDUMPFILE, indirect=True, ids=str)
+@pytest.mark.parametrize("crashed", parameters(KNOWN_TO_MAKEDUMPFILE), indirect=True, ids=str)
 def test_bitmap_2_is_that_of_debians_makedumpfile(crashed: CrashOfKinds, tmp_path: Path) -> None:
     """But for pages that differ on purpose: those that are there in part, and poisoned ones; each is accounted for."""
     with filtering(crashed) as page_filter:
@@ -148,7 +148,7 @@ def test_classes_agree_with_what_the_kernel_said_right_before(crashed: CrashOfKi
 
 
 @pytest.mark.parametrize(
-    "crashed", [case for case in FILTER_CASES if "poison" in case.workloads], indirect=True, ids=str
+    "crashed", parameters(case for case in FILTER_CASES if "poison" in case.workloads), indirect=True, ids=str
 )
 def test_a_poisoned_page_is_in_no_dump(crashed: CrashOfKinds) -> None:
     assert crashed.poisoned

@@ -92,6 +92,7 @@ def test_a_power_cut_leaves_a_dump_whose_written_pages_are_all_right(
     assert 0 < report.unwritten < report.pages
 
 
+@pytest.mark.long
 def test_a_target_that_is_too_small_keeps_what_fits_and_a_shell_says_so(
     case: Case, image_store: ImageStore, tmp_path: Path
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_save_that_ran_out_of_room_goes_on_once_there_is_some(
     drgn_reader(saved / "vmcore")
 
 
+@pytest.mark.long
 def test_a_kernel_without_squashfs_runs_from_a_plain_tree(case: Case, guest_folder: Path, tmp_path: Path) -> None:
     """All of the tree is in memory, in a tmpfs that the kernel caps at half of it."""
     store = ImageStore(guest_folder / "plain-images", squashfs=False)

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.guest.cases import RESERVATION_CASES, Case
+from tests.guest.cases import RESERVATION_CASES, Case, parameters
 from tests.guest.crash import BOOT_ATTEMPTS, ImageStore, Saved, crash
 from tests.guest.qemu import GuestError
 from tests.readers import drgn_reader
 
 
-@pytest.fixture(scope="session", params=RESERVATION_CASES, ids=str)
+@pytest.fixture(scope="session", params=parameters(RESERVATION_CASES), ids=str)
 def saved(
     request: pytest.FixtureRequest, image_store: ImageStore, kernels: Callable[[str], Any], guest_folder: Path
 ) -> Saved:

@@ -205,6 +205,7 @@ def test_a_smaller_one_that_hangs_is_not_waited_for_until_the_deadline(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "PATIENCE", 1)
+    monkeypatch.setattr(measure, "SHORTEST", 0)
     host.guest(f"echo {UP}; echo '{CRASHED}'; [ $MIB -ge 128 ] || exec sleep 60; sleep 1; save 60")
     measured = host.measure()
     assert measured.run.reservation == 128 * MIB
