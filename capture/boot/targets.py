@@ -58,11 +58,13 @@ def devices_of(targets: Iterable[str]) -> dict[str, str]:
     To look for one, all disks are read: to be done before any of them hangs.
     """
     from capture.boot.local import look_up
+    from capture.boot.volumes import Assembly
 
     found: dict[str, str] = {}
-    for target in targets:
-        if kind_of(target) != LOCAL:
-            continue
+    local = [target for target in targets if kind_of(target) == LOCAL]
+    if local:
+        Assembly().go_on()
+    for target in local:
         with contextlib.suppress(TargetError):
             device = look_up(target)
             if device is not None:

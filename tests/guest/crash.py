@@ -166,8 +166,12 @@ class ImageStore:
         squashfs: bool | None = None,
         more: Callable[[Kernel, Path], object] | None = None,
         recipients: Path | None = None,
+        healthy_programs: tuple[Path, ...] = (),
+        healthy_modules: tuple[str, ...] = (),
     ) -> None:
         self.folder = folder
+        self.healthy_programs = healthy_programs  # more for the healthy system
+        self.healthy_modules = healthy_modules
         self.recipients = recipients  # whom saves are encrypted to
         self.squashfs = squashfs  # None: as the builder decides
         self.more = more  # puts more files into the folder that becomes the healthy machine's disk
@@ -204,9 +208,9 @@ class ImageStore:
                 output=images.healthy,
                 squashfs=None,
                 python_roots=("capture", "initramfs"),
-                optional_modules=HEALTHY_MODULES,
+                optional_modules=(*HEALTHY_MODULES, *self.healthy_modules),
                 launcher_module="initramfs",
-                binaries=(host.find("kexec"), host.find("blkid")),
+                binaries=(host.find("kexec"), host.find("blkid"), *self.healthy_programs),
                 files=(),
             )
         )
