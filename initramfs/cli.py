@@ -17,7 +17,7 @@ from capture.cli import Subparsers, command, positive
 from capture.console import Console, printable
 from capture.errors import CaptureError, UsageError
 from capture.options import RECIPIENTS
-from initramfs import devices, estimate, kexec, measure, modules, targets, watchdogs
+from initramfs import collect, devices, estimate, kexec, measure, modules, targets, watchdogs
 from initramfs.devices import Needed
 from initramfs.errors import ImageError, MeasureError
 from initramfs.estimate import Estimate
@@ -35,12 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_commands(subparsers: Subparsers) -> None:
-    """Add ``initramfs``, ``load``, ``unload``, ``status`` and ``estimate``."""
+    """Add the commands of the set-up side."""
     _add_initramfs(subparsers)
     _add_load(subparsers)
     command(subparsers, "unload", run_unload, "disarm the machine")
     command(subparsers, "status", run_status, "is the machine armed, with what; exit status 0 when it is", output=True)
     _add_estimate(subparsers)
+    collect.add_command(subparsers)
 
 
 def _add_initramfs(subparsers: Subparsers) -> None:
@@ -84,9 +85,9 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--target", action="append", default=[], metavar="DEV|UUID=|LABEL=",
-        help="the disk for the dump, default: the one that holds /var/crash; repeatable: the next ones are for when "
-        "those before fail",
+        "--target", action="append", default=[], metavar="DEV|UUID=|LABEL=|KIND:…",
+        help="where the dump goes: a disk, raw:PARTITION, virtiofs:TAG; default: the disk that holds /var/crash; "
+        "repeatable: the next ones are for when those before fail",
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -95,12 +95,12 @@ def path_on_device(path: Path, mount: Mount) -> str:
     return str(Path(mount.root) / path.resolve().relative_to(mount.point))
 
 
-def find_device(target: str) -> Path | None:
-    """Return the device node of ``/dev/…``, ``UUID=…`` or ``LABEL=…``; None when this machine has none now."""
+def find_device(target: str, tags: Collection[str] = TAGS) -> Path | None:
+    """Return the device node of ``/dev/…`` or ``TAG=…``, one of ``tags``; None when this machine has none now."""
     if target.startswith("/dev/"):
         return Path(target) if Path(target).exists() else None
     tag, separator, _ = target.partition("=")
-    if not separator or tag not in TAGS:
+    if not separator or tag not in tags:
         raise UsageError(f"{target}: as a target only UUID=…, LABEL=… and paths below /dev are known")
     findfs = tools.require("findfs", "util-linux")
     try:

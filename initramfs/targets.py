@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from capture.boot.targets import LOCAL, kind_of
+from capture.boot.targets import LOCAL, RAW, VIRTIOFS, kind_of
 from capture.errors import UsageError
-from initramfs import local
+from initramfs import local, raw, virtiofs
 from initramfs.devices import Mount, Needed
 
 Say = Callable[[str], object]
@@ -32,10 +32,12 @@ class Kind(NamedTuple):
 
 KINDS = {
     LOCAL: Kind(local.needed, local.named),
+    RAW: Kind(raw.needed, raw.named),
+    VIRTIOFS: Kind(virtiofs.needed, virtiofs.named, (VIRTIOFS,), virtiofs.of_mount),
 }
 """What stands before a target's first colon → its kind, with the same keys as capture.boot.targets.KINDS."""
 
-SAMPLES = ("UUID=…", "LABEL=…", "/dev/…")
+SAMPLES = ("UUID=…", "LABEL=…", "/dev/…", "raw:PARTUUID=…", "virtiofs:TAG")
 
 
 def _kind(target: str) -> Kind:
