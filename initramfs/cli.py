@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import capture.cli
-from capture.boot.config import MAX_KEEP, MAX_WATCHDOG, MIN_WATCHDOG
+from capture.boot.config import MAX_KEEP, MAX_WATCHDOG, MIN_WATCHDOG, parse
 from capture.boot.room import parse_floor
 from capture.cli import Subparsers, command, positive
 from capture.console import Console, printable
@@ -271,7 +271,11 @@ def run_load(args: argparse.Namespace) -> int:
     console.say(
         f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}"
     )
-    for doubt in (kexec.small_reservation(args.image), watchdogs.lacking_driver(args.image)):
+    for doubt in (
+        kexec.small_reservation(args.image),
+        watchdogs.lacking_driver(args.image),
+        targets.lacking_modules(parse(line).targets, args.image),
+    ):
         if doubt is not None:
             console.say(doubt)
     return 0
