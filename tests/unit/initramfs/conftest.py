@@ -9,10 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from initramfs import image, kexec, tools
+from initramfs import commands_config, config, image, kexec, tools
 from initramfs.image import ImageReport, ImageRequest
 
 RELEASE = "6.99.0-test"
+
+
+@pytest.fixture(autouse=True)
+def no_configuration(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this machine's configuration file would be: its own says nothing about a test."""
+    place = tmp_path_factory.mktemp("etc") / "vmcapture.conf"
+    for module in (config, commands_config):
+        monkeypatch.setattr(module, "CONFIG", place)
+    return place
 
 
 @pytest.fixture
