@@ -128,6 +128,9 @@ def squashfs_image(tmp_path_factory: pytest.TempPathFactory) -> ImageReport:
     folder = tmp_path_factory.mktemp("image")
     program = shutil.which("ls")
     assert program is not None
+    hook = folder / "hook"
+    hook.write_text("#!/bin/bash\nwords=(hook of bash)\necho ${words[@]} $1\n")
+    hook.chmod(0o755)
     extra = folder / "extra.txt"
     extra.write_text("extra")
     modules_dir = make_module_tree(folder / "modules")
@@ -146,6 +149,8 @@ def squashfs_image(tmp_path_factory: pytest.TempPathFactory) -> ImageReport:
             launcher_module="initramfs",
             binaries=(Path(program),),
             files=(("/etc/extra", extra),),
+            before=(hook,),
+            after=(hook, Path(program)),
         )
     )
 
