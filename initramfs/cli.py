@@ -11,13 +11,25 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import capture.cli
-from capture.boot.config import MAX_KEEP, MAX_WATCHDOG, MIN_WATCHDOG
+from capture.boot.config import MAX_KEEP, MAX_WATCHDOG, MIN_WATCHDOG, parse
 from capture.boot.room import parse_floor
 from capture.cli import Subparsers, command, positive
 from capture.console import Console, printable
 from capture.errors import CaptureError, UsageError
 from capture.options import RECIPIENTS
-from initramfs import commands_config, config_check, devices, estimate, kexec, measure, modules, settings, watchdogs
+from initramfs import (
+    collect,
+    commands_config,
+    config_check,
+    devices,
+    estimate,
+    kexec,
+    measure,
+    modules,
+    settings,
+    targets,
+    watchdogs,
+)
 from initramfs.config import Config
 from initramfs.devices import Needed
 from initramfs.errors import ImageError, MeasureError
@@ -35,13 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_commands(subparsers: Subparsers) -> None:
-    """Add ``initramfs``, ``load``, ``unload``, ``status``, ``estimate`` and ``config``."""
+    """Add the commands of the set-up side."""
     _add_initramfs(subparsers)
     _add_load(subparsers)
     command(subparsers, "unload", run_unload, "disarm the machine")
     command(subparsers, "status", run_status, "is the machine armed, with what; exit status 0 when it is", output=True)
     _add_estimate(subparsers)
     commands_config.add_commands(subparsers)
+    collect.add_command(subparsers)
 
 
 def _add_initramfs(subparsers: Subparsers) -> None:
@@ -86,9 +99,9 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--target", action="append", default=[], metavar="DEV|UUID=|LABEL=",
-        help="the disk for the dump, default: the one that holds /var/crash; repeatable: the next ones are for when "
-        "those before fail",
+        "--target", action="append", default=[], metavar="DEV|UUID=|LABEL=|KIND:…",
+        help="where the dump goes: a disk, raw:PARTITION, virtiofs:TAG; default: the disk that holds /var/crash; "
+        "repeatable: the next ones are for when those before fail",
     )  # fmt: skip
 
 
@@ -196,15 +209,13 @@ def default_image(release: str) -> Path:
 def _request(args: argparse.Namespace, config: Config, output: Path | None) -> ImageRequest:
     """Return what the image is to hold: by default what this machine's target needs."""
     config_check.check_image(config, _modules_dir(args))
-    needed = Needed((), ())
-    for target in args.target:
-        needed += devices.modules_for_target(target)
+    needed = sum((targets.needed_by(target) for target in args.target), Needed())
     if not args.target and not args.module:
-        needed = devices.modules_for_mount(devices.mount_of(args.directory))
+        needed = targets.needed_by_mount(devices.mount_of(args.directory))
     release = _release(args)
     # With --module the image may be for another machine.
-    watchdog = Needed((), ()) if args.module else watchdogs.modules()
-    software = () if args.module or watchdog != Needed((), ()) else (watchdogs.SOFTWARE,)
+    watchdog = Needed() if args.module else watchdogs.modules()
+    software = () if args.module or watchdog != Needed() else (watchdogs.SOFTWARE,)
     from initramfs.encryption import encryption  # with NumPy, for which no other command has to wait
 
     encrypted = encryption(args.recipients)
@@ -217,10 +228,10 @@ def _request(args: argparse.Namespace, config: Config, output: Path | None) -> I
         welcome_modules=(*(() if args.module else devices.keyboard_modules()), *software),
         watchdog_modules=(*watchdog.loaded, *watchdog.built_in),
         module_options=modules.host_options(),
-        binaries=(*args.bin, *config.extra_bins, *encrypted.binaries),
+        binaries=(*args.bin, *config.extra_bins, *needed.binaries, *encrypted.binaries),
         before=config.pre,
         after=config.post,
-        files=encrypted.files,
+        files=(*needed.files, *encrypted.files),
         squashfs=False if args.no_squashfs else None,
     )
 
@@ -248,7 +259,7 @@ def run_initramfs(args: argparse.Namespace) -> int:
         f"modules: {' '.join(report.modules) or 'none'}"
     )
     for place, path in request.files:
-        if place == str(RECIPIENTS):
+        if place == str(RECIPIENTS) and isinstance(path, Path):
             console.say(f"what it saves is encrypted to the keys in {path}: only their secret halves open it")
     if report.missing_modules:
         console.say(
@@ -268,7 +279,7 @@ def run_load(args: argparse.Namespace) -> int:
         mounted, path = settings.mounted_target(args.directory) if not args.target else ("", args.directory)
         line = kexec.capture_command_line(
             config.base_line or kexec.RUNNING_COMMAND_LINE.read_text(encoding="utf-8"),
-            [_named_target(target, console) for target in args.target] or [mounted],
+            [targets.named(target, console.say) for target in args.target] or [mounted],
             args.path or str(path),
             args.final or settings.FINAL,
             args.failure or settings.FAILURE,
@@ -285,7 +296,11 @@ def run_load(args: argparse.Namespace) -> int:
     console.say(
         f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}"
     )
-    for doubt in (kexec.small_reservation(args.image), watchdogs.lacking_driver(args.image)):
+    for doubt in (
+        kexec.small_reservation(args.image),
+        watchdogs.lacking_driver(args.image),
+        targets.lacking_modules(parse(line).targets, args.image),
+    ):
         if doubt is not None:
             console.say(doubt)
     return 0
@@ -356,19 +371,6 @@ def _measured(
         return None, printable(str(error))
     except OSError as error:
         return None, printable(f"{error.filename or 'system'}: {error.strerror or error}")
-
-
-def _named_target(target: str, console: Console) -> str:
-    """Return the target as the capture kernel finds it; a disk that is not there may be attached when it is needed."""
-    device = devices.find_device(target)
-    if device is None:
-        console.say(devices.absent(target))
-    else:
-        devices.plain_disk(device)
-        if target.startswith("/dev/"):  # links of udev are not there in the capture kernel, and disks may change names
-            uuid = devices.uuid_of(str(device))
-            target = f"UUID={uuid}" if uuid else str(device.resolve())
-    return target
 
 
 def run_unload(args: argparse.Namespace) -> int:

@@ -20,8 +20,6 @@ from initramfs import directives
 from initramfs.directives import Draft
 
 CONFIG = Path("/etc/vmcapture.conf")
-KDUMP_SSH_KEY = Path("/root/.ssh/kdump_id_rsa")
-"""What kdump.conf's ``sshkey`` is where nobody says."""
 MAX_SIZE = 1 << 20
 _BLANKS = " \t"
 
@@ -67,7 +65,7 @@ class Config:
     syscall: str | None = None
     recipients: Path | None = None
     sshkey: Path | None = None
-    """The private key for ``ssh`` targets; kdump.conf's default where there are any and nobody says."""
+    """The private key for ``ssh`` targets."""
     pre: tuple[Path, ...] = ()
     """Programs to run before the save (``kdump_pre``), in order; ``post``: after it."""
     post: tuple[Path, ...] = ()
@@ -134,8 +132,6 @@ def parse(text: str, file: Path) -> Config:
     if problems:
         raise ConfigError([f"{file}:{number}: {problem}" for number, problem in sorted(problems, key=lambda it: it[0])])
     values = draft.values
-    if any(target.startswith("ssh:") for target in values.get("targets", ())):
-        values.setdefault("sshkey", KDUMP_SSH_KEY)
     values.setdefault("final", "reboot")
     values.setdefault("failure", values["final"] if values.get("root_is_last_target") else "reboot")
     return Config(

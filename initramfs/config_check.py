@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from capture.errors import CaptureError
-from initramfs import devices, scripts
+from initramfs import devices, scripts, targets
 from initramfs.config import Config, ConfigError
 from initramfs.modules import ModuleTree, read_tree
 
@@ -45,7 +45,7 @@ def _target_problems(config: Config) -> Iterator[str]:
     for target in config.targets:
         where = config.where("target", target)
         try:
-            devices.modules_for_target(target)
+            targets.needed_by(target)
         except CaptureError as error:
             yield f"{where}: {error}"
             continue
@@ -55,7 +55,7 @@ def _target_problems(config: Config) -> Iterator[str]:
     if config.file is not None and not config.targets:
         directory = Path(config.path or "/var/crash")
         try:
-            devices.modules_for_mount(devices.mount_of(directory))
+            targets.needed_by_mount(devices.mount_of(directory))
         except CaptureError as error:
             yield f"{config.where('path')}: no target is named, and {directory} is no place for a dump: {error}"
 
@@ -116,8 +116,7 @@ def _no_module(name: str, tree: ModuleTree) -> str:
 def _key_problems(config: Config, key: Path) -> Iterator[str]:
     """OpenSSH uses no private key that others may read (ssh(1), FILES)."""
     target = next(target for target in config.targets if target.startswith("ssh:"))
-    named = config.where("sshkey")
-    where = named if named != str(config.file) else config.where("target", target)
+    where = config.where("sshkey")
     if not key.is_file():
         yield (
             f"{where}: sshkey {key}: no such file; make one, ssh-keygen -t ed25519 -N '' -f {key}, and send it there, "

@@ -51,7 +51,7 @@ class ImageRequest:
     python_roots: tuple[str, ...] = ("capture",)
     launcher_module: str = "capture"  # what /usr/bin/vmcapture runs
     binaries: tuple[Path, ...] = ()  # extra executables, with their shared objects
-    files: tuple[tuple[str, Path], ...] = ()  # (path in the image, host file)
+    files: tuple[tuple[str, Path | bytes], ...] = ()  # (path in the image, host file or what is in it)
     before: tuple[Path, ...] = ()  # the administrator's programs, which the capture kernel runs before the save
     after: tuple[Path, ...] = ()  # and after it
     squashfs: bool | None = None  # None: where mksquashfs and the kernel's squashfs and loop exist
@@ -154,8 +154,8 @@ def _runtime_tree(request: ImageRequest, busybox: Path, program: File, scratch: 
         tree.add(f"/{name}", Symlink(f"usr/{name}"))
     for point in MOUNT_POINTS:
         tree.add(point, Directory())
-    for place, host in request.files:
-        tree.add(place, host_file(host))
+    for place, content in request.files:
+        tree.add(place, host_file(content) if isinstance(content, Path) else File(content))
     runtime.lay_out(runtime.trace(request.python_roots), tree, request.launcher_module, scratch)
     for binary in (*request.binaries, *request.before, *request.after):
         for path in (binary, *scripts.interpreters(binary)):

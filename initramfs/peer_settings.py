@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 from capture.errors import UsageError
 from initramfs import collector, kexec
-from initramfs.config import KDUMP_SSH_KEY
 from initramfs.shell_settings import Setting
 
 if TYPE_CHECKING:
     from initramfs.config_import import Imported
+
+_SSH_KEY = "/root/.ssh/kdump_id_rsa"
+"""What kdump-tools logs in with where nobody says."""
 
 
 @dataclass(slots=True)
@@ -153,7 +155,7 @@ def _remote(settings: _Settings) -> bool:
 def _ssh(settings: _Settings, name: str) -> None:
     settings.add(name, "ssh", settings.get(name))
     if not settings.get("SSH_KEY"):
-        settings.add(name, "sshkey", str(KDUMP_SSH_KEY))
+        settings.add(name, "sshkey", _SSH_KEY)
     if settings.get("NFS"):
         settings.note(
             "NFS", "kdump-tools saves to both SSH and NFS; here the next target is for when those before fail"

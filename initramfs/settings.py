@@ -13,7 +13,7 @@ from pathlib import Path
 from capture.boot.config import MAX_DEADLINE, MAX_WAIT
 from capture.errors import UsageError
 from capture.levels import parse_levels
-from initramfs import devices
+from initramfs import devices, targets
 from initramfs.config import Config, read_config
 from initramfs.errors import ImageError
 
@@ -24,7 +24,7 @@ _FIELDS = {"level": "levels"}
 """Options whose field is called otherwise."""
 _SAVE_WORDS = ("level", "compress", "wait", "timeout", "deadline")
 """Options that go to the capture kernel as ``vmcapture.…=`` as they are."""
-_ONE_VALUE = ("final", "failure", *_SAVE_WORDS, "keep", "free", "watchdog", "cpus", "syscall", "recipients")
+_ONE_VALUE = ("final", "failure", *_SAVE_WORDS, "keep", "free", "watchdog", "cpus", "syscall", "recipients", "sshkey")
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +93,7 @@ def configure(args: argparse.Namespace) -> Config:
 
     Raises:
         ConfigError: something in the file is wrong.
-        ImageError: the root file system is to be a target, and cannot be one.
+        CaptureError: the root file system is to be a target, and cannot be one.
     """
     config = read_config(args.config)
     root_too = config.root_is_last_target and getattr(args, "failure", None) is None
@@ -102,6 +102,8 @@ def configure(args: argparse.Namespace) -> Config:
             setattr(args, name, getattr(config, _FIELDS.get(name, name)))
     args.target = args.target or list(config.targets)
     args.directory = Path(config.path or CRASH_DIRECTORY)
+    if args.target and getattr(args, "path", "") is None:
+        args.path = config.path
     if root_too:
         args.target = _with_root(args.target, args.directory, config)
     return config
@@ -125,6 +127,7 @@ def root_target(config: Config) -> str:
 
     Raises:
         ImageError: the capture kernel could not save to it below the same path.
+        CaptureError: nor to it at all.
     """
     where = config.where("failure_action", "dump_to_rootfs")
     mount = devices.mount_of(Path("/"))
@@ -137,14 +140,10 @@ def root_target(config: Config) -> str:
 
 
 def mounted_target(directory: Path) -> tuple[str, str]:
-    """Return the file system that holds a directory of this machine, as a target, and where on it that is.
+    """Return what holds a directory of this machine, as the capture kernel finds it, and where on it that is.
 
     Raises:
-        ImageError: it has no UUID, or is none that the capture kernel can mount.
+        CaptureError: the capture kernel could not save there.
     """
     mount = devices.mount_of(directory)
-    uuid = devices.uuid_of(mount.device)
-    if uuid is None:
-        raise ImageError(f"{mount.point} is on {mount.device}, which has no UUID: name the disk with --target")
-    devices.plain_disk(Path(mount.device))
-    return f"UUID={uuid}", devices.path_on_device(directory, mount)
+    return targets.named_mount(mount), devices.path_on_device(directory, mount)

@@ -166,9 +166,13 @@ class ImageStore:
         squashfs: bool | None = None,
         more: Callable[[Kernel, Path], object] | None = None,
         recipients: Path | None = None,
+        healthy_programs: tuple[Path, ...] = (),
+        healthy_modules: tuple[str, ...] = (),
         hooks: tuple[tuple[Path, ...], tuple[Path, ...]] = ((), ()),
     ) -> None:
         self.folder = folder
+        self.healthy_programs = healthy_programs  # more for the healthy system
+        self.healthy_modules = healthy_modules
         self.hooks = hooks  # programs of this machine that the capture kernel runs before and after a save
         self.recipients = recipients  # whom saves are encrypted to
         self.squashfs = squashfs  # None: as the builder decides
@@ -208,9 +212,9 @@ class ImageStore:
                 output=images.healthy,
                 squashfs=None,
                 python_roots=("capture", "initramfs"),
-                optional_modules=HEALTHY_MODULES,
+                optional_modules=(*HEALTHY_MODULES, *self.healthy_modules),
                 launcher_module="initramfs",
-                binaries=(host.find("kexec"), host.find("blkid")),
+                binaries=(host.find("kexec"), host.find("blkid"), *self.healthy_programs),
                 files=(),
                 before=(),
                 after=(),

@@ -16,7 +16,7 @@ from tests.guest import host
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = (
     "dump", "dmesg", "registers", "info", "verify", "save", "initramfs", "load", "unload", "status",
-    "estimate", "config",
+    "estimate", "config", "collect",
 )  # fmt: skip
 BELOW: dict[str, tuple[str, ...]] = {"config": ("check", "import")}
 """Commands with commands of their own."""

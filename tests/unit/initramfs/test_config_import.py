@@ -227,7 +227,7 @@ def test_a_file_of_nobodys(tmp_path: Path) -> None:
 VALUE = st.text("abc/:@ .-#\"'$;=1\\\n", max_size=10)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     values=st.dictionaries(st.sampled_from(sorted(KDUMP_TOOLS) + sorted(KDUMP_UTILS)), VALUE, min_size=1, max_size=6)
 )
