@@ -162,7 +162,7 @@ def _runtime_tree(request: ImageRequest, busybox: Path, program: File, scratch: 
             runtime.add_executable(tree, path)
     for place, hooks in ((BEFORE, request.before), (AFTER, request.after)):
         for number, hook in enumerate(hooks):
-            tree.add(f"{place}/{number:02}", Symlink(str(hook)))
+            tree.add(f"{place}/{number:03}", Symlink(str(hook)))
     tree.add("/bin/busybox", program)
     for applet in set(tools.run([busybox, "--list-full"]).split()) - {"linuxrc"}:
         tree.add(f"/{applet}", Symlink("/bin/busybox"))

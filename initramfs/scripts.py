@@ -6,6 +6,7 @@ by. Other programs that the script calls nobody can find out: the administrator 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from initramfs import tools
@@ -13,6 +14,8 @@ from initramfs.errors import ImageError
 
 BUSYBOX = frozenset({"sh", "ash", "busybox"})
 """Interpreters that every image has."""
+HIDDEN = ("/proc", "/sys", "/dev", "/run", "/tmp")
+"""Directories of the image that stage one mounts something over (initramfs/init)."""
 _FIRST_LINE = 256  # BINPRM_BUF_SIZE, include/uapi/linux/binfmts.h
 
 
@@ -50,6 +53,9 @@ def refusal(path: Path) -> str | None:
     """Return why a program cannot go into the image and be run there; None when all is well."""
     if not path.is_file():
         return "no such file" if not path.exists() else "no file"
+    for hidden in HIDDEN:
+        if Path(os.path.normpath(path)).is_relative_to(hidden) or path.resolve().is_relative_to(hidden):
+            return f"{hidden} is another one in the capture kernel; put it elsewhere, into /usr/local/sbin"
     if not path.stat().st_mode & 0o111:
         return f"it may not be executed: chmod +x {path}"
     try:

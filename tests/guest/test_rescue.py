@@ -154,12 +154,13 @@ def test_a_plain_tree_with_hooks_follows_what_kdump_tools_was_told(
     case: Case, guest_folder: Path, tmp_path: Path
 ) -> None:
     """All of the tree, for a kernel without squashfs, is in memory, in a tmpfs that the kernel caps at half of it."""
+    (guest_folder / "hooks").mkdir()  # (what is below /tmp there would not be seen)
     hooks = []
     for name, script in (
         ("pre", "#!/bin/bash\nwords=(before the save)\necho ${words[@]}; sleep 1000\n"),
         ("post", '#!/bin/sh\necho "after it: $1 $VMCAPTURE_OUTCOME in $VMCAPTURE_TARGET"\n'),
     ):
-        hooks.append(tmp_path / name)
+        hooks.append(guest_folder / "hooks" / name)
         hooks[-1].write_text(script)
         hooks[-1].chmod(0o755)
     store = ImageStore(guest_folder / "plain-images", squashfs=False, hooks=((hooks[0],), (hooks[1],)))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from initramfs import commands_config, config, image, kexec, tools
+from initramfs import commands_config, config, image, kexec, scripts, tools
 from initramfs.image import ImageReport, ImageRequest
 
 RELEASE = "6.99.0-test"
@@ -22,6 +22,12 @@ def no_configuration(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
     for module in (config, commands_config):
         monkeypatch.setattr(module, "CONFIG", place)
     return place
+
+
+@pytest.fixture(autouse=True)
+def scripts_below_tmp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test's own programs are there."""
+    monkeypatch.setattr(scripts, "HIDDEN", ())
 
 
 @pytest.fixture

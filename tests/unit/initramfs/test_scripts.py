@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from initramfs import scripts
 from initramfs.errors import ImageError
 from initramfs.scripts import interpreters, refusal
+
+HIDDEN = scripts.HIDDEN
 
 
 def script(place: Path, first_line: str, mode: int = 0o755) -> Path:
@@ -59,6 +63,24 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     assert refusal(script(tmp_path / "good", "#!/bin/sh")) is None
     with pytest.raises(ImageError, match="No such file"):
         interpreters(tmp_path / "none")
+
+
+def test_what_the_capture_kernel_mounts_over_hides_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage one says what that is."""
+    init = Path(scripts.__file__).with_name("init").read_text()
+    mounted = {f"/{name}" for names in re.findall(r"^    for name in (.*); do \$busybox mount", init, re.MULTILINE)
+               for name in names.split()}  # fmt: skip
+    assert set(HIDDEN) == mounted
+    monkeypatch.setattr(scripts, "HIDDEN", (str(tmp_path / "run"),))
+    (tmp_path / "run").mkdir()
+    hidden = script(tmp_path / "run/x", "#!/bin/sh")
+    link = tmp_path / "link"
+    link.symlink_to(hidden)
+    for program in (hidden, link):
+        assert refusal(program) == (
+            f"{tmp_path}/run is another one in the capture kernel; put it elsewhere, into /usr/local/sbin"
+        )
+    assert refusal(script(tmp_path / "good", "#!/bin/sh")) is None
 
 
 def test_what_nobody_may_read_is_refused(tmp_path: Path) -> None:
