@@ -88,15 +88,19 @@ def configure(args: argparse.Namespace) -> Config:
     if args.target and getattr(args, "path", "") is None:
         args.path = config.path
     if root_too:
-        args.target = _with_root(args.target, args.directory, config)
+        args.target = with_root(args.target, args.directory, config)
     return config
 
 
-def _with_root(targets: list[str], directory: Path, config: Config) -> list[str]:
-    """Return the targets and the root file system as the last one."""
-    root = root_target(config)
-    if targets:
-        return [*targets, root]
+def with_root(named: list[str], directory: Path, config: Config) -> list[str]:
+    """Return the targets that are named and the root file system as the last one.
+
+    Raises:
+        CaptureError: the capture kernel could not save to it, or not below the same path.
+    """
+    root = _root_target(config)
+    if named:
+        return [*named, root]
     if mounted_target(directory)[0] == root:
         return []  # the first one, and the last
     raise ImageError(
@@ -105,13 +109,8 @@ def _with_root(targets: list[str], directory: Path, config: Config) -> list[str]
     )
 
 
-def root_target(config: Config) -> str:
-    """Return the root file system as a target.
-
-    Raises:
-        ImageError: the capture kernel could not save to it below the same path.
-        CaptureError: nor to it at all.
-    """
+def _root_target(config: Config) -> str:
+    """Return the root file system as a target."""
     where = config.where("failure_action", "dump_to_rootfs")
     mount = devices.mount_of(Path("/"))
     if not mount.device.startswith("/dev/") or mount.root != "/":
