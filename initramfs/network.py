@@ -1,7 +1,7 @@
 """Asks the healthy system how it reaches a server: interfaces, addresses, drivers; for the capture kernel.
 
-``ip -json`` and sysfs know everything. What the capture kernel could not make again (Wi-Fi, tunnels, a bridge of several
-cards) is refused here, while the machine is healthy.
+``ip -json`` and sysfs know everything. What the capture kernel could not make again (Wi-Fi, tunnels, a bridge of
+several cards) is refused here, while the machine is healthy.
 """
 
 from __future__ import annotations

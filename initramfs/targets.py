@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 from capture.boot.targets import LOCAL, kind_of
 from capture.errors import UsageError
-from initramfs import local
+from initramfs import local, nfs, ssh
 from initramfs.devices import Mount, Needed
-
-Say = Callable[[str], object]
+from initramfs.wishes import Say, Wishes
 
 
 class Kind(NamedTuple):
@@ -24,7 +23,7 @@ class Kind(NamedTuple):
     ``filesystems``: types in /proc/self/mountinfo that are of this kind; ``of_mount`` tells the target behind one.
     """
 
-    needed: Callable[[str], Needed]
+    needed: Callable[[str, Wishes], Needed]
     named: Callable[[str, Say], str]
     filesystems: tuple[str, ...] = ()
     of_mount: Callable[[Mount], str] | None = None
@@ -32,10 +31,12 @@ class Kind(NamedTuple):
 
 KINDS = {
     LOCAL: Kind(local.needed, local.named),
+    "nfs": Kind(nfs.needed, nfs.named, nfs.FILE_SYSTEMS, nfs.of_mount),
+    "ssh": Kind(ssh.needed, ssh.named),
 }
 """What stands before a target's first colon → its kind, with the same keys as capture.boot.targets.KINDS."""
 
-SAMPLES = ("UUID=…", "LABEL=…", "/dev/…")
+SAMPLES = ("UUID=…", "LABEL=…", "/dev/…", "nfs:SERVER:/EXPORT", "ssh:USER@HOST[:PORT]")
 
 
 def _kind(target: str) -> Kind:
@@ -45,19 +46,19 @@ def _kind(target: str) -> Kind:
         raise UsageError(f"{target}: no such kind of target; known: {', '.join(SAMPLES)}") from None
 
 
-def needed_by(target: str) -> Needed:
+def needed_by(target: str, wishes: Wishes | None = None) -> Needed:
     """Return what an image has to hold for a save on ``target``.
 
     Raises:
         CaptureError: it is not there, or no save on it could work.
     """
-    return _kind(target).needed(target)
+    return _kind(target).needed(target, wishes or Wishes())
 
 
-def needed_by_mount(mount: Mount) -> Needed:
+def needed_by_mount(mount: Mount, wishes: Wishes | None = None) -> Needed:
     """Return what an image has to hold for a save on what is mounted there; raises as ``needed_by`` does."""
     target = _target_of(mount)
-    return local.needed_by_mount(mount) if target is None else needed_by(target)
+    return local.needed_by_mount(mount) if target is None else needed_by(target, wishes)
 
 
 def named(target: str, say: Say) -> str:

@@ -11,10 +11,14 @@ import errno
 import ipaddress
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from capture import pulse
+from capture.boot import mounting
+from capture.console import Console
 from capture.errors import TargetError, UsageError
 
 PORT = 2049
@@ -26,6 +30,28 @@ _OTHER_VERSION = (
     errno.EPROTONOSUPPORT, errno.EPFNOSUPPORT, errno.EINVAL, errno.ENOENT, errno.EIO, errno.EPERM, errno.EACCES,
 )  # fmt: skip
 """What may have been answered because of the version: a server may export to one and not to another."""
+
+
+@contextmanager
+def mounted(target: str, wait: int, console: Console, device: str | None = None) -> Iterator[Path]:  # noqa: ARG001
+    """Mount ``target``, waiting up to ``wait`` seconds for the server to answer.
+
+    Raises:
+        TargetError: it does not, or does not let us mount.
+    """
+    try:
+        export = parse(target)
+    except UsageError as error:
+        raise TargetError(str(error)) from None
+    from capture.boot import network, routes
+
+    address = network.connect(routes.route_to(export.server), PORT, wait, console)
+
+    def mount_it(point: Path) -> None:
+        console.say(f"{target}: NFS {mount(export, address, point)} from {address}")
+
+    with mounting.mounted_by(mount_it, target, console) as point:
+        yield point
 
 
 class Export(NamedTuple):

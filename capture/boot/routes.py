@@ -1,19 +1,19 @@
-"""How servers are reached: what the healthy system knew of its network, as the image carries it to the capture kernel.
+"""How servers are reached: what the healthy system knew of its network, for the capture kernel.
 
-One file, PLACE: a route for each server that a target names. Names are not resolved in the capture kernel, and cards
-are known by their hardware address: the kernel may count them in another order.
+A file in PLACE for each server that a target names. Names are not resolved in the capture kernel, and cards are known
+by their hardware address: the kernel may count them in another order.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from capture.errors import TargetError
 
-PLACE = Path("/etc/vmcapture/network.json")
+PLACE = Path("/etc/vmcapture/network")
 FORMAT = 1
 CARD, BOND, VLAN = "card", "bond", "vlan"
 
@@ -64,14 +64,19 @@ class Route(NamedTuple):
         return f"{self.server} is {self.address}{by}, from {self.source}{leased} on {over}"
 
 
-def dump(routes: Iterable[Route]) -> bytes:
-    """Return the file."""
-    values = [{**route._asdict(), "links": [link._asdict() for link in route.links]} for route in routes]
-    return json.dumps({"format": FORMAT, "routes": values}, indent=1).encode() + b"\n"
+def place_of(server: str, place: Path = PLACE) -> Path:
+    """Return the file of a server."""
+    return place / f"{server}.json"
 
 
-def parse(text: bytes) -> tuple[Route, ...]:
-    """Return what the file says.
+def dump(route: Route) -> bytes:
+    """Return what stands in the file."""
+    values = {**route._asdict(), "links": [link._asdict() for link in route.links]}
+    return json.dumps({"format": FORMAT, "route": values}, indent=1).encode() + b"\n"
+
+
+def parse(text: bytes) -> Route:
+    """Return what a file says.
 
     Raises:
         ValueError: it is none of ours.
@@ -80,9 +85,9 @@ def parse(text: bytes) -> tuple[Route, ...]:
         values = json.loads(text)
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']}, not {FORMAT}")
-        return tuple(_route(value) for value in values["routes"])
+        return _route(values["route"])
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"not a list of routes ({type(error).__name__}: {error})") from None
+        raise ValueError(f"no route ({type(error).__name__}: {error})") from None
 
 
 def _route(value: Mapping[str, Any]) -> Route:
@@ -103,16 +108,13 @@ def route_to(server: str, place: Path = PLACE) -> Route:
     Raises:
         TargetError: the image has none.
     """
-    remedy = f"build the image with this target: vmcapture initramfs --target ...{server}..."
+    file = place_of(server, place)
     try:
-        routes = parse(place.read_bytes())
+        return parse(file.read_bytes())
     except OSError as error:
-        raise TargetError(f"{server}: the image knows no network ({place}: {error.strerror}); {remedy}") from None
+        reason = f"the image knows no way to it ({file}: {error.strerror})"
     except ValueError as error:
-        raise TargetError(f"{server}: {place} cannot be read: {error}; {remedy}") from None
-    for route in routes:
-        if route.server == server:
-            return route
+        reason = f"{file} cannot be read: {error}"
     raise TargetError(
-        f"{server}: the image knows no way to it, only to {', '.join(r.server for r in routes)}; {remedy}"
+        f"{server}: {reason}; build the image with this target, or mount any disk and name it: vmcapture save DIR"
     )

@@ -10,18 +10,22 @@ A connection that breaks is not made anew: what was open on it is lost anyway. T
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from capture import pulse
-from capture.console import printable
+from capture.boot import mounting
+from capture.console import Console, printable
 from capture.errors import TargetError, UsageError
 
 PORT = 22
-KEY = Path("/etc/vmcapture/ssh/key")
-KNOWN_HOSTS = Path("/etc/vmcapture/ssh/known_hosts")
+PLACE = Path("/etc/vmcapture/ssh")
+"""A directory for each target: the secret key, and the server's host keys under the name that the target gives it."""
 SCRATCH = Path("/run/vmcapture")
 ROOT = "/"
 _OPTIONS = ("follow_symlinks", "dir_cache=no", "nosuid", "nodev", "noatime")
@@ -71,6 +75,40 @@ _SEEN = {
 """What ssh, sshfs or the server say, and what that means."""
 
 
+@contextmanager
+def mounted(target: str, wait: int, console: Console, device: str | None = None) -> Iterator[Path]:  # noqa: ARG001
+    """Mount ``target``, waiting up to ``wait`` seconds for the server to answer.
+
+    Raises:
+        TargetError: it does not, or does not let us in.
+    """
+    try:
+        login = parse(target)
+    except UsageError as error:
+        raise TargetError(str(error)) from None
+    from capture.boot import network, routes
+
+    address = network.connect(routes.route_to(login.host), login.port, wait, console)
+    said: list[Path] = []
+
+    def mount_it(point: Path) -> None:
+        said.append(mount(login, address, point, credentials(login), connect=wait))
+        console.say(f"{target}: SFTP from {address}")
+
+    with mounting.mounted_by(mount_it, target, console) as point:
+        before = complaints(said[0])
+        try:
+            yield point
+        finally:  # why the connection broke, if it did, nobody else tells
+            later = complaints(said[0]).removeprefix(before)
+            if later.strip():
+                console.say(f"{target}: {explained(later)}")
+
+
+class KeyRefusedError(TargetError):
+    """The server does not take our key."""
+
+
 class Login(NamedTuple):
     """What a target names."""
 
@@ -80,10 +118,10 @@ class Login(NamedTuple):
 
 
 class Credentials(NamedTuple):
-    """The secret key, and the file with the host keys under the names of the targets."""
+    """The secret key, and the file with the server's host keys."""
 
-    key: Path = KEY
-    known_hosts: Path = KNOWN_HOSTS
+    key: Path
+    known_hosts: Path
 
 
 def parse(target: str) -> Login:
@@ -98,11 +136,17 @@ def parse(target: str) -> Login:
     return Login(found[1], found[2] or found[3], int(found[4] or PORT))
 
 
-def configuration(login: Login, address: str, credentials: Credentials, connect: int) -> str:
+def credentials(login: Login) -> Credentials:
+    """Return what the image has for a target."""
+    folder = PLACE / text_of(login)
+    return Credentials(folder / "key", folder / "known_hosts")
+
+
+def configuration(login: Login, address: str, key: Path, known_hosts: Path, connect: int) -> str:
     """Return what ssh has to be told; it has ``connect`` seconds to connect."""
     return _CONFIG.format(
-        address=address, port=login.port, user=login.user, host=login.host, key=credentials.key,
-        known_hosts=credentials.known_hosts, connect=connect, interval=_ALIVE_INTERVAL, count=_ALIVE_COUNT,
+        address=address, port=login.port, user=login.user, host=login.host, key=key,
+        known_hosts=known_hosts, connect=connect, interval=_ALIVE_INTERVAL, count=_ALIVE_COUNT,
     )  # fmt: skip
 
 
@@ -110,31 +154,42 @@ def mount(
     login: Login,
     address: str,
     point: Path,
+    has: Credentials,
     *,
-    credentials: Credentials | None = None,
     scratch: Path = SCRATCH,
     connect: int = 30,
 ) -> Path:
     """Mount the root directory of the server at ``address`` on ``point``; return the file that ssh complains to.
 
-    sshfs goes on in the background until it is unmounted. ``scratch`` is a directory for its configuration.
+    sshfs goes on in the background until it is unmounted. ``scratch`` is a directory in memory for what it needs: a key
+    that others than its owner might read, as in the image, is none to ssh.
 
     Raises:
         TargetError: the server does not let us in, or there is no sshfs.
     """
-    config, said = scratch / f"ssh-{point.name}.config", scratch / f"ssh-{point.name}.log"
+    config, key, said = (scratch / f"ssh-{point.name}.{name}" for name in ("config", "key", "log"))
     command = ["sshfs", "-F", str(config), f"server:{ROOT}", str(point), "-o", ",".join(_OPTIONS)]
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        config.write_text(configuration(login, address, credentials or Credentials(), max(1, connect)))
+        _write_secret(key, has.key.read_bytes())
+        config.write_text(configuration(login, address, key, has.known_hosts, max(1, connect)))
         # No pipe: ssh lives on, and would keep it open.
         with said.open("wb") as log, pulse.at_target():
             answer = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)
     except OSError as error:
-        raise TargetError(f"{text_of(login)}: sshfs cannot be run: {error.strerror}; build the image anew") from None
+        what = error.filename or command[0]
+        raise TargetError(f"{text_of(login)}: {what}: {error.strerror}; build the image with this target") from None
     if answer.returncode:
-        raise TargetError(f"{text_of(login)} cannot be mounted from {address}: {explained(complaints(said))}")
+        heard = complaints(said)
+        kind = KeyRefusedError if "Permission denied" in heard else TargetError
+        raise kind(f"{text_of(login)} cannot be mounted from {address}: {explained(heard)}")
     return said
+
+
+def _write_secret(path: Path, content: bytes) -> None:
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+        file.write(content)
 
 
 def text_of(login: Login) -> str:

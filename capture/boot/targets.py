@@ -17,8 +17,14 @@ from capture.console import Console
 from capture.errors import TargetError
 
 LOCAL = ""
-KINDS = {LOCAL: "capture.boot.local"}
+KINDS = {
+    LOCAL: "capture.boot.local",
+    "nfs": "capture.boot.nfs",
+    "ssh": "capture.boot.ssh",
+}
 """What stands before the first colon → the module whose ``mounted`` mounts such a target."""
+WAITS_FROM_ITS_TURN = {"nfs", "ssh"}
+"""Kinds for which nothing is done before: what was waited for others, as for a disk, has not brought them nearer."""
 
 
 class Mounted(Protocol):

@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from initramfs.devices import Needed
 from initramfs.encryption import Encryption, encryption
 from initramfs.image import ImageRequest, build_image
 from tests.guest import cache, disk, host
 from tests.guest.cache import Kernel
 from tests.guest.cases import Case
 from tests.guest.host import HostError
-from tests.guest.qemu import BOOT_TIMEOUT, Disk, GuestError, Hardware, Machine
+from tests.guest.qemu import BOOT_TIMEOUT, Card, Disk, GuestError, Hardware, Machine
 
 MODULES = ("virtio_pci", "virtio_blk", "ext4")  # a dump disk in QEMU; what is built in needs no module
 WATCHDOG_MODULES = ("i6300esb",)  # where the kernel has it
@@ -166,10 +167,13 @@ class ImageStore:
         squashfs: bool | None = None,
         more: Callable[[Kernel, Path], object] | None = None,
         recipients: Path | None = None,
+        needed: Needed = Needed(),  # noqa: B008  (frozen)
+        healthy_needed: Needed = Needed(),  # noqa: B008
     ) -> None:
         self.folder = folder
         self.recipients = recipients  # whom saves are encrypted to
         self.squashfs = squashfs  # None: as the builder decides
+        self.needed, self.healthy_needed = needed, healthy_needed  # more for the capture image, and for the healthy one
         self.more = more  # puts more files into the folder that becomes the healthy machine's disk
         self._built: dict[str, Images] = {}
 
@@ -190,12 +194,13 @@ class ImageStore:
             output=images.capture,
             kernel_release=kernel.release,
             modules_dir=kernel.modules_dir,
-            modules=MODULES,
+            modules=(*MODULES, *self.needed.loaded),
+            optional_modules=self.needed.built_in,
             welcome_modules=("softdog",),
             watchdog_modules=WATCHDOG_MODULES,
             squashfs=self.squashfs,
-            binaries=encrypted.binaries,
-            files=encrypted.files,
+            binaries=(*encrypted.binaries, *self.needed.binaries),
+            files=(*encrypted.files, *self.needed.files),
         )
         build_image(capture)
         build_image(
@@ -204,10 +209,11 @@ class ImageStore:
                 output=images.healthy,
                 squashfs=None,
                 python_roots=("capture", "initramfs"),
-                optional_modules=HEALTHY_MODULES,
+                modules=(*MODULES, *self.healthy_needed.loaded),
+                optional_modules=(*HEALTHY_MODULES, *self.healthy_needed.built_in),
                 launcher_module="initramfs",
-                binaries=(host.find("kexec"), host.find("blkid")),
-                files=(),
+                binaries=(host.find("kexec"), host.find("blkid"), *self.healthy_needed.binaries),
+                files=self.healthy_needed.files,
             )
         )
         shutil.copy(kernel.vmlinuz, contents / "vmlinuz")
@@ -232,6 +238,7 @@ def healthy(
     target_attached: bool = True,
     target_kept: bool = False,
     more_disks: tuple[Disk, ...] = (),
+    cards: tuple[Card, ...] = (),
     steps: Steps | None = None,
 ) -> Iterator[Machine]:
     """A machine that runs well: at a shell, with kernel and capture image below /run/healthy.
@@ -256,6 +263,7 @@ def healthy(
         cpus=case.cpus,
         cpu_model=case.cpu_model,
         arguments=case.arguments,
+        cards=cards,
         disks=(
             Disk(images.disk, read_only=True),
             *([Disk(target_image(workdir))] if target_attached else []),
@@ -300,6 +308,7 @@ def panicked(
     target_attached: bool = True,
     target_kept: bool = False,
     more_disks: tuple[Disk, ...] = (),
+    cards: tuple[Card, ...] = (),
     append: str = "",
     before: tuple[str, ...] = (),
     saver: Saver | None = None,
@@ -318,6 +327,7 @@ def panicked(
         target_attached=target_attached,
         target_kept=target_kept,
         more_disks=more_disks,
+        cards=cards,
         steps=steps,
     ) as machine:
         with steps.step("giving it something to remember"):

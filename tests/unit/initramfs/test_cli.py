@@ -117,7 +117,7 @@ class Requests:
         monkeypatch.setattr(cli, "build_image", self.build)
         monkeypatch.setattr(devices, "mount_of", lambda _: Mount("/dev/vda", Path("/"), "/", "ext4"))
         monkeypatch.setattr(local, "needed_by_mount", lambda _: Needed(("virtio_blk",), ("ext4",)))
-        monkeypatch.setattr(targets, "needed_by", lambda _: Needed(("nvme",), ()))
+        monkeypatch.setattr(targets, "needed_by", lambda *_: Needed(("nvme",), ()))
         monkeypatch.setattr(devices, "keyboard_modules", lambda: ("usbhid",))
         monkeypatch.setattr(watchdogs, "modules", lambda: Needed(("iTCO_wdt",), ("hpwdt",)))
         monkeypatch.setattr("initramfs.modules.host_options", lambda: (("nvme", "poll_queues=1"),))

@@ -32,7 +32,7 @@ def test_an_unknown_kind_is_wrong_usage_on_either_way(target: str) -> None:
 def test_a_mount_of_a_kind_is_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = Needed(("gopher",), files=(("/etc/hole", b"deep"),))
     kind = Kind(
-        {"gopher:hole": needed}.__getitem__,
+        lambda target, _: {"gopher:hole": needed}[target],
         never,
         filesystems=("gopherfs",),
         of_mount=lambda mount: f"gopher:{mount.device}",
