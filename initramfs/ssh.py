@@ -94,7 +94,7 @@ def _public_half(target: str, key: Path) -> str:
             if "passphrase" in said:
                 raise ImageError(
                     f"{target}: {key} has a passphrase, which nobody will type in the capture kernel; name a key "
-                    "without one with --ssh-key, and let the server take that for SFTP alone (restrict, in authorized_keys)"
+                    "without one with --ssh-key, and restrict it on the server (authorized_keys)"
                 ) from None
             raise ImageError(f"{target}: {key}: {tools.last_line(said).replace(str(copy), str(key))}") from None
     if public.startswith("sk-"):

@@ -168,13 +168,16 @@ def mount(
         TargetError: the server does not let us in, or there is no sshfs.
     """
     config, key, said = (scratch / f"ssh-{point.name}.{name}" for name in ("config", "key", "log"))
-    command = ["sshfs", "-F", str(config), f"server:{ROOT}", str(point), "-o", ",".join(_OPTIONS)]
+    # sshfs sends what ssh has to say to /dev/null, unless ssh writes it to a file of its own.
+    options = (*_OPTIONS, f"ssh_command=ssh -E {said}")
+    command = ["sshfs", "-F", str(config), f"server:{ROOT}", str(point), "-o", ",".join(options)]
     try:
         scratch.mkdir(parents=True, exist_ok=True)
         _write_secret(key, has.key.read_bytes())
         config.write_text(configuration(login, address, key, has.known_hosts, max(1, connect)))
-        # No pipe: ssh lives on, and would keep it open.
-        with said.open("wb") as log, pulse.at_target():
+        said.unlink(missing_ok=True)
+        # No pipe: sshfs lives on, and would keep it open.
+        with said.open("ab") as log, pulse.at_target():
             answer = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)
     except OSError as error:
         what = error.filename or command[0]

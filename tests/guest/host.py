@@ -20,6 +20,7 @@ PACKAGES: Mapping[str, str] = {
     "depmod": "kmod",
     "dpkg": "dpkg",
     "e2fsck": "e2fsprogs",
+    "ip": "iproute2",
     "kexec": "kexec-tools",
     "makedumpfile": "makedumpfile",
     "losetup": "mount",
@@ -28,12 +29,18 @@ PACKAGES: Mapping[str, str] = {
     "mount": "mount",
     "qemu-storage-daemon": "qemu-system-common",
     "qemu-system-x86_64": "qemu-system-x86",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "sshfs": "sshfs",
     "tar": "tar",
     "umount": "mount",
 }
 """Program → the Debian package that has it."""
 
-_NOT_ALWAYS = {"age", "age-keygen", "crash", "losetup", "makedumpfile", "mount", "qemu-storage-daemon", "umount"}
+_NOT_ALWAYS = {
+    "age", "age-keygen", "crash", "ip", "losetup", "makedumpfile", "mount", "qemu-storage-daemon", "ssh", "ssh-keygen",
+    "sshfs", "umount",
+}  # fmt: skip
 CYCLE = sorted(PACKAGES.keys() - _NOT_ALWAYS)
 """What a whole crash cycle needs on the host; the others only look at what it left."""
 

@@ -39,6 +39,7 @@ _SSHD = "HostKey /etc/ssh/host_key\nUsePAM no\nSubsystem sftp /usr/lib/openssh/s
 _ACCOUNTS = f"""\
 root:x:0:0:root:/root:/bin/sh
 sshd:x:100:{NOBODY}::/run/sshd:/bin/false
+_rpc:x:101:{NOBODY}::/run/rpcbind:/bin/false
 {USER}:x:{_USER_ID}:{_USER_ID}::{FOLDER}:/bin/sh
 nobody:x:{NOBODY}:{NOBODY}::/:/bin/false
 """
@@ -132,7 +133,7 @@ def running(
         for folder in ("proc", "sys", "dev"):
             demand(machine, f"mount --bind /{folder} /run/server/{folder}")
         demand(machine, "mount -t tmpfs run /run/server/run")
-        for command in network:
+        for command in ("ip link set lo up", *network):
             demand(machine, command)
         # The tree's own programs find their libraries without a cache of the loader's.
         demand(machine, "chroot /run/server /bin/busybox sh /start", timeout=BOOT_TIMEOUT)
