@@ -202,9 +202,7 @@ def test_this_machine_is_asked_in_json() -> None:
 
 
 def test_a_name_that_nobody_knows_is_refused() -> None:
-    with pytest.raises(
-        ImageError, match=r"^no-such-host\.invalid: its address cannot be looked up: .*; is the"
-    ):
+    with pytest.raises(ImageError, match=r"^no-such-host\.invalid: its address cannot be looked up: .*; is the"):
         network.resolve("no-such-host.invalid", 22)
     with pytest.raises(ImageError):
         network.resolve("a" * 300, 22)
