@@ -28,9 +28,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what a person may wish of a target on another machine."""
     add = parser.add_argument
     default = Wishes()
-    add("--path", default=default.path, metavar="DIR", help="directory on an nfs: or ssh: target, where it is tried")
+    add("--path", metavar="DIR", help=f"directory on an nfs: or ssh: target, which is tried (default: {default.path})")
     add(
-        "--ssh-key", type=Path, metavar="FILE",
+        "--ssh-key", type=Path, dest="sshkey", metavar="FILE",
         help=f"the secret key for ssh: targets, default: of ~/.ssh, the first of {', '.join(KEYS)}",
     )  # fmt: skip
     add("--no-check", action="store_true", help="do not mount nfs: and ssh: targets to try them")
@@ -38,4 +38,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def of(args: argparse.Namespace) -> Wishes:
     """Return what was wished."""
-    return Wishes(args.path, args.ssh_key, not args.no_check)
+    return Wishes(args.path or Wishes().path, args.sshkey, not args.no_check)

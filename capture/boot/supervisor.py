@@ -317,7 +317,7 @@ class Watch:
         if self.interrupted > 1:
             return _End(f"interrupted{alive}", hung=hung or status is None)
         if hung:
-            who = "no answer from the disk" if self.pulse.waits_for_target else "nothing moved"
+            who = "no answer from the target" if self.pulse.waits_for_target else "nothing moved"
             return _End(f"{who} for {self._limit} s{self._word}{alive}", hung=True)
         if status is None:
             return _End("it does not come to its end", hung=True)

@@ -236,7 +236,7 @@ def test_a_disk_that_hangs_in_mounting_is_given_up_and_the_next_one_taken(
     assert found.line == f"saved in LABEL=two/{CRASH}"
     assert f"/dev/two {mounting.MOUNT_POINT}-2\n" in (tmp_path / "calls").read_text(), "the first may be mounted later"
     (line,) = [line for line in console.lines if "trying the next target" in line]
-    assert "LABEL=one: no answer from the disk for 1 s (vmcapture.timeout=)" in line
+    assert "LABEL=one: no answer from the target for 1 s (vmcapture.timeout=)" in line
 
 
 def test_a_disk_that_hangs_in_unmounting_takes_nothing_from_what_was_saved(
@@ -263,7 +263,7 @@ def test_what_a_hanging_disk_has_taken_counts(monkeypatch: pytest.MonkeyPatch, c
     jobs(monkeypatch, job)
     found = save_to_targets(boot("one", timeout=1), console, QUIET)
     assert (found.what, found.status, found.log_saved) == ("saved in part", 3, True)
-    assert "no answer from the disk" in found.line
+    assert "no answer from the target" in found.line
 
 
 def test_a_source_that_hangs_is_not_called_a_disk(monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
