@@ -26,8 +26,10 @@ APPLETS = ("ip", "udhcpc", "arping")
 _BOND_OPTIONS = (
     "mode", "miimon", "updelay", "downdelay", "arp_interval", "arp_ip_target", "arp_validate", "lacp_rate",
     "xmit_hash_policy", "ad_select", "min_links", "fail_over_mac", "primary_reselect", "all_slaves_active",
+    "primary",
 )  # fmt: skip
-"""In an order in which they can be set (Documentation/networking/bonding.rst): the mode decides what others mean."""
+"""In an order in which they can be set (Documentation/networking/bonding.rst): the mode decides what others mean, and a
+primary has to be a member."""
 _BOND_DEFAULTS = {"0", "", "none", "any"}
 REMEDY = "name a server that is reached by an Ethernet card, a bond or a VLAN, or a disk of this machine"
 

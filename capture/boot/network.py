@@ -26,10 +26,14 @@ from capture.errors import TargetError
 SYS = Path("/sys/class/net")
 SETTINGS = Path("/proc/sys/net")
 LEASE_SCRIPT = Path("/run/vmcapture/lease")
+PRIMARY = "primary"
+"""The option of a bond that names a member."""
 _ETHERNET = "1"  # ARPHRD_ETHER, include/uapi/linux/if_arp.h
 _POLL = 0.25
 _ANSWER = 3.0
 """Seconds for one attempt to reach a server: the first packet may get lost while a neighbour is looked for."""
+_MEMBER_TIME = 5.0
+"""Seconds to wait for a card that a bond can do without."""
 _LEASE_TIME = 20
 _LEASE = '#!/bin/sh\n[ "$1" = bound ] && echo "lease $ip/$mask ${router%% *}"\nexit 0\n'
 
@@ -45,8 +49,15 @@ def connect(route: Route, port: int, wait: float, console: Console) -> str:
     deadline = time.monotonic() + wait
     names: dict[str, str] = {}
     try:
+        members = {member for link in route.links for member in link.members}
         for link in route.links:
-            names[link.name] = _bring_up(link, names, deadline, console)
+            try:
+                until = min(deadline, time.monotonic() + _MEMBER_TIME) if link.name in members else deadline
+                names[link.name] = _bring_up(link, names, until, console)
+            except TargetError as error:
+                if link.name not in members:
+                    raise
+                console.say(f"{error}; going on without it")  # what a bond is for
         interface = names[route.links[-1].name]
         _wait_for_carrier(interface, deadline, wait, console)
         taken = route.dynamic and _is_taken(route, interface)
@@ -144,23 +155,33 @@ def _bond(link: Link, names: Mapping[str, str], console: Console) -> str:
     bond = SYS / link.name
     if not bond.exists():
         (SYS / "bonding_masters").write_text(f"+{link.name}")
-    members = [names[member] for member in link.members if member in names]
     there = (_read(bond / "bonding/slaves") or "").split()
     if not there:
         _ip("link", "set", link.name, "down")
         for option, value in link.options:
-            try:
-                (bond / "bonding" / option).write_text(value)
-            except OSError as error:  # its default may do
-                console.say(f"{link.name}: {option}={value} is refused: {error.strerror}; going on without it")
+            if option != PRIMARY:
+                _set_option(link, option, value, console)
         if link.address:
             with contextlib.suppress(OSError):
                 _ip("link", "set", link.name, "address", link.address)
+    members = [names[member] for member in link.members if member in names]
+    if not members:
+        raise TargetError(f"{link.name}: none of its network cards is there: {', '.join(link.members)}; see dmesg")
     for member in members:
         if member not in there:
             _ip("link", "set", member, "down")
             (bond / "bonding/slaves").write_text(f"+{member}")
+    for option, value in link.options:
+        if option == PRIMARY:
+            _set_option(link, option, names.get(value, value), console)
     return link.name
+
+
+def _set_option(link: Link, option: str, value: str, console: Console) -> None:
+    try:
+        (SYS / link.name / "bonding" / option).write_text(value)
+    except OSError as error:  # its default may do
+        console.say(f"{link.name}: {option}={value} is refused: {error.strerror}; going on without it")
 
 
 def _wait_for_carrier(name: str, deadline: float, wait: float, console: Console) -> None:

@@ -30,7 +30,8 @@ PACKAGES = (
 """The two servers and the libraries that they are linked to: 20 MB."""
 MODULES = Needed(("virtio_net", "nfsd"), ("8021q", "bonding", "af_packet"))
 NAME, USER = "dumps.example", "crash"
-FOLDER = f"/home/{USER}"
+HOME, FOLDER = f"/home/{USER}", "/var/crash"
+"""The user that dumps are saved as: where it has its keys, and where it may write."""
 EXPORT, READ_ONLY = "/srv/dumps", "/srv/frozen"
 NOBODY = 65534
 _USER_ID = 1000
@@ -40,7 +41,7 @@ _ACCOUNTS = f"""\
 root:x:0:0:root:/root:/bin/sh
 sshd:x:100:{NOBODY}::/run/sshd:/bin/false
 _rpc:x:101:{NOBODY}::/run/rpcbind:/bin/false
-{USER}:x:{_USER_ID}:{_USER_ID}::{FOLDER}:/bin/sh
+{USER}:x:{_USER_ID}:{_USER_ID}::{HOME}:/bin/sh
 nobody:x:{NOBODY}:{NOBODY}::/:/bin/false
 """
 _GROUPS = f"root:x:0:\n{USER}:x:{_USER_ID}:\nnogroup:x:{NOBODY}:\n"
@@ -49,7 +50,7 @@ set -e
 mkdir -p /run/sshd /run/rpcbind /var/lib/nfs/v4recovery
 for table in etab rmtab; do : > /var/lib/nfs/$table; done
 chown -R root:root /etc /root /home
-chown -R {USER}:{USER} {FOLDER}
+chown -R {USER}:{USER} {HOME} {FOLDER}
 chown -R nobody:nogroup {EXPORT}
 /usr/sbin/sshd -E /var/log/sshd.log
 mount -t nfsd nfsd /proc/fs/nfsd
@@ -96,10 +97,10 @@ def make_disk(image: Path, keys: Keys, size: str = "3G") -> None:
             "etc/exports": _EXPORTS,
             "etc/ssh/sshd_config": _SSHD,
             "etc/ssh/host_key": keys.server.read_bytes(),
-            f"{FOLDER[1:]}/.ssh/authorized_keys": keys.user.with_suffix(".pub").read_bytes(),
+            f"{HOME[1:]}/.ssh/authorized_keys": keys.user.with_suffix(".pub").read_bytes(),
             "start": _START,
         }
-        for folder in ("proc", "sys", "dev", "run", "tmp", "root", "var/log", EXPORT[1:], READ_ONLY[1:]):
+        for folder in ("proc", "sys", "dev", "run", "tmp", "root", "var/log", FOLDER[1:], EXPORT[1:], READ_ONLY[1:]):
             (tree / folder).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             path = tree / name

@@ -79,7 +79,7 @@ class Cable:
         family = "10" if ":" in address else "2"
         with self.running(sys.executable, "-c", LISTEN, address, str(PORT), family):
             for _ in range(100):
-                asked = ["ip", "netns", "exec", self.server, self.tools / "netstat", "-tln"]
+                asked = ["ip", "netns", "exec", self.server, str(self.tools / "netstat"), "-tln"]
                 found = subprocess.run(asked, capture_output=True, check=True).stdout
                 if f":{PORT} ".encode() in found:
                     break
