@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from capture.boot.network import knock
 from capture.boot.routes import BOND, CARD, VLAN, Link, Route
 from initramfs import tools
 from initramfs.devices import SYS, Needed, driver_modules, needed
@@ -51,7 +52,8 @@ def resolve(server: str, port: int) -> list[str]:
         ImageError: it has none.
     """
     try:
-        found = socket.getaddrinfo(server, port, type=socket.SOCK_STREAM)
+        name = server.encode() if server.isascii() else server
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         said = getattr(error, "strerror", None) or str(error)
         raise ImageError(f"{server}: its address cannot be looked up: {said}; is the name right?") from None
@@ -84,7 +86,7 @@ def route_to(server: str, port: int, sys: Path = SYS) -> Route:
 def answers(address: str, port: int, patience: float = 5.0) -> bool:
     """Whether something listens at a TCP port."""
     try:
-        socket.create_connection((address, port), timeout=patience).close()
+        knock(address, port, patience)
     except OSError:
         return False
     return True

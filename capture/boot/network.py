@@ -258,16 +258,31 @@ def _reach(route: Route, port: int, deadline: float, console: Console, wait: flo
     announced = False
     while True:
         try:
-            with pulse.at_target(), socket.create_connection((route.address, port), timeout=_ANSWER):
-                return None
+            with pulse.at_target():
+                knock(route.address, port, _ANSWER)
         except OSError as error:
             failure = error.strerror or str(error) or "no answer"
+        else:
+            return None
         if time.monotonic() >= deadline:
             return failure
         if not announced:
             console.say(f"waiting up to {wait:.0f} s for {route.server} ({route.address}, port {port}): {failure}")
             announced = True
         _wait()
+
+
+def knock(address: str, port: int, patience: float) -> None:
+    """Open a connection to a TCP port and close it.
+
+    Raises:
+        OSError: nobody answers within ``patience`` seconds.
+    """
+    # Not create_connection, which looks addresses up like names: the image has no codec for those.
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as knocking:
+        knocking.settimeout(patience)
+        knocking.connect((address, port))
 
 
 def _wait() -> None:
