@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import capture.cli
-from capture.boot.config import MAX_KEEP, MAX_WATCHDOG, MIN_WATCHDOG
+from capture.boot.config import MAX_KEEP, MAX_WATCHDOG, MIN_WATCHDOG, parse
 from capture.boot.room import parse_floor
 from capture.cli import Subparsers, command, positive
 from capture.console import Console, printable
 from capture.errors import CaptureError, UsageError
 from capture.options import RECIPIENTS
-from initramfs import devices, estimate, kexec, measure, modules, remote, targets, watchdogs, wishes
+from initramfs import collect, devices, estimate, kexec, measure, modules, remote, targets, watchdogs, wishes
 from initramfs.devices import Needed
 from initramfs.errors import ImageError, MeasureError
 from initramfs.estimate import Estimate
@@ -35,12 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_commands(subparsers: Subparsers) -> None:
-    """Add ``initramfs``, ``load``, ``unload``, ``status`` and ``estimate``."""
+    """Add the commands of the set-up side."""
     _add_initramfs(subparsers)
     _add_load(subparsers)
     command(subparsers, "unload", run_unload, "disarm the machine")
     command(subparsers, "status", run_status, "is the machine armed, with what; exit status 0 when it is", output=True)
     _add_estimate(subparsers)
+    collect.add_command(subparsers)
 
 
 def _add_initramfs(subparsers: Subparsers) -> None:
@@ -274,7 +275,11 @@ def run_load(args: argparse.Namespace) -> int:
     console.say(
         f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}"
     )
-    for doubt in (kexec.small_reservation(args.image), watchdogs.lacking_driver(args.image)):
+    for doubt in (
+        kexec.small_reservation(args.image),
+        watchdogs.lacking_driver(args.image),
+        targets.lacking_modules(parse(line).targets, args.image),
+    ):
         if doubt is not None:
             console.say(doubt)
     return 0

@@ -27,3 +27,7 @@ class MeasureError(CaptureError):
 
 class NotSavedError(MeasureError):
     """A guest crashed, and its capture kernel did not save everything: more memory may help."""
+
+
+class CollectError(CaptureError):
+    """What was saved cannot be taken off a raw partition."""

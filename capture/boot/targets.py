@@ -16,14 +16,16 @@ from typing import Protocol, cast
 from capture.console import Console
 from capture.errors import TargetError
 
-LOCAL = ""
+LOCAL, RAW, VIRTIOFS, NFS, SSH = "", "raw", "virtiofs", "nfs", "ssh"
 KINDS = {
     LOCAL: "capture.boot.local",
-    "nfs": "capture.boot.nfs",
-    "ssh": "capture.boot.ssh",
+    RAW: "capture.boot.raw",
+    VIRTIOFS: "capture.boot.virtiofs",
+    NFS: "capture.boot.nfs",
+    SSH: "capture.boot.ssh",
 }
 """What stands before the first colon → the module whose ``mounted`` mounts such a target."""
-WAITS_FROM_ITS_TURN = {"nfs", "ssh"}
+WAITS_FROM_ITS_TURN = {NFS, SSH}
 """Kinds for which nothing is done before: what was waited for others, as for a disk, has not brought them nearer."""
 
 
@@ -45,6 +47,11 @@ def kind_of(target: str) -> str:
     return before if colon and "=" not in before and "/" not in before else LOCAL
 
 
+def place_of(target: str) -> str:
+    """Return the target without its kind: what stands behind the first colon, or all of a local one."""
+    return target if kind_of(target) == LOCAL else target.partition(":")[2]
+
+
 def mounted_target(target: str, wait: int, console: Console, device: str | None = None) -> AbstractContextManager[Path]:
     """Mount ``target``, waiting up to ``wait`` seconds for what it needs to appear; see ``Mounted``.
 
@@ -64,13 +71,15 @@ def devices_of(targets: Iterable[str]) -> dict[str, str]:
     To look for one, all disks are read: to be done before any of them hangs.
     """
     from capture.boot.local import look_up
+    from capture.boot.volumes import Assembly
 
     found: dict[str, str] = {}
-    for target in targets:
-        if kind_of(target) != LOCAL:
-            continue
+    on_disk = [target for target in targets if kind_of(target) in (LOCAL, RAW)]
+    if on_disk:
+        Assembly().go_on()
+    for target in on_disk:
         with contextlib.suppress(TargetError):
-            device = look_up(target)
+            device = look_up(place_of(target))
             if device is not None:
                 found[target] = device
     return found

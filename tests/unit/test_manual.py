@@ -14,7 +14,7 @@ from tests.guest import host
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = (
     "dump", "dmesg", "registers", "info", "verify", "save", "initramfs", "load", "unload", "status",
-    "estimate",
+    "estimate", "collect",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from capture.boot.routes import BOND, CARD, VLAN, Link
 from initramfs import network
 from initramfs.errors import ImageError, ToolError
 from initramfs.network import Interfaces, describe
-from tests.unit.initramfs.test_devices import Sysfs
+from tests.unit.initramfs.conftest import Sysfs
 
 ADDRESS = "192.0.2.9"
 
