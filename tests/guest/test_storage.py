@@ -133,8 +133,8 @@ def crash_and_verify(machine: Machine, mount: str, before: str = "true") -> str:
     assert "\nvmcapture: saved in " in said, said
     machine.shell()
     demand(machine, f"mkdir -p /run/look && {mount} /run/look")
-    verify = "vmcapture verify /run/look/var/crash/*/vmcore --against /proc/vmcore"
-    assert "good" in demand(machine, verify, timeout=SAVE_TIMEOUT)
+    against = "vmcapture verify --no-progress /run/look/var/crash/*/vmcore --against /proc/vmcore"
+    assert "pages equal the source" in demand(machine, against, timeout=SAVE_TIMEOUT)
     demand(machine, "umount /run/look")
     return said
 
@@ -157,9 +157,11 @@ def test_a_logical_volume_on_a_mirror_is_found_by_its_uuid_under_other_names(
         demand(machine, WITHOUT_THE_PLAIN_DISK)
         said = crash_and_verify(machine, "mount /dev/mapper/crash-dumps")
         assert demand(machine, "cat /sys/block/md*/md/sync_action").split() == ["frozen"]
+        used = demand(machine, "time -v lvm lvchange --sysinit -K -ay crash/dumps 2>&1; free")
+        print(used)
         machine.send("poweroff -f")
         machine.wait_exit(BOOT_TIMEOUT)
-    assert {"md_mod", "raid1", "dm_mod", "virtio_blk", "ext4"} <= set(needed.loaded)
+    assert {"md_mod", "raid1", "dm_mod", "virtio_blk"} <= set(needed.loaded)
     assert [path.name for path in needed.binaries] == ["mdadm", "lvm"]
     assert "lacks" not in said
     assert re.search(r"^vmcapture: saved in UUID=[0-9a-f-]{36}/var/crash/", said, re.MULTILINE)
