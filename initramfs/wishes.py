@@ -37,5 +37,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def of(args: argparse.Namespace) -> Wishes:
-    """Return what was wished."""
-    return Wishes(args.path or Wishes().path, args.sshkey, not args.no_check)
+    """Return what was wished, when the configuration file has been asked for what the options do not say."""
+    return Wishes(args.path or str(args.directory), args.sshkey, not args.no_check)

@@ -169,8 +169,10 @@ class ImageStore:
         recipients: Path | None = None,
         needed: Needed = Needed(),  # noqa: B008  (frozen)
         healthy_needed: Needed = Needed(),  # noqa: B008
+        hooks: tuple[tuple[Path, ...], tuple[Path, ...]] = ((), ()),
     ) -> None:
         self.folder = folder
+        self.hooks = hooks  # programs of this machine that the capture kernel runs before and after a save
         self.recipients = recipients  # whom saves are encrypted to
         self.squashfs = squashfs  # None: as the builder decides
         self.needed, self.healthy_needed = needed, healthy_needed  # more for the capture image, and for the healthy one
@@ -201,6 +203,8 @@ class ImageStore:
             squashfs=self.squashfs,
             binaries=(*encrypted.binaries, *self.needed.binaries),
             files=(*encrypted.files, *self.needed.files),
+            before=self.hooks[0],
+            after=self.hooks[1],
         )
         build_image(capture)
         build_image(
@@ -214,6 +218,8 @@ class ImageStore:
                 launcher_module="initramfs",
                 binaries=(host.find("kexec"), host.find("blkid"), *self.healthy_needed.binaries),
                 files=self.healthy_needed.files,
+                before=(),
+                after=(),
             )
         )
         shutil.copy(kernel.vmlinuz, contents / "vmlinuz")
@@ -536,11 +542,14 @@ def rescue_shell(
     target: str = f"LABEL={TARGET_LABEL}",
     target_attached: bool = True,
     append: str = "",
+    before: tuple[str, ...] = (),
+    saver: Saver | None = None,
 ) -> Iterator[Machine]:
     """A machine whose capture kernel has done its job, or could not, and waits at the rescue shell."""
     with panicked(
-        case, store, workdir, final="shell", target=target, target_attached=target_attached, append=append
-    ) as machine:
+        case, store, workdir, final="shell", target=target, target_attached=target_attached, append=append,
+        before=before, saver=saver,
+    ) as machine:  # fmt: skip
         machine.expect(r"^vmcapture: (saved in|not saved).*\n", BOOT_TIMEOUT + SAVE_TIMEOUT)
         machine.shell()
         yield machine
