@@ -116,7 +116,7 @@ class Requests:
         self.last: ImageRequest | None = None
         monkeypatch.setattr(cli, "build_image", self.build)
         monkeypatch.setattr(devices, "mount_of", lambda _: Mount("/dev/vda", Path("/"), "/", "ext4"))
-        monkeypatch.setattr(local, "needed_by_mount", lambda _: Needed(("virtio_blk",), ("ext4",)))
+        monkeypatch.setattr(local, "needed_by_mount", lambda *_: Needed(("virtio_blk",), ("ext4",)))
         monkeypatch.setattr(targets, "needed_by", lambda *_: Needed(("nvme",), ()))
         monkeypatch.setattr(devices, "keyboard_modules", lambda: ("usbhid",))
         monkeypatch.setattr(watchdogs, "modules", lambda: Needed(("iTCO_wdt",), ("hpwdt",)))
