@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -90,15 +91,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.corpus)
 
 
-@pytest.fixture
-def openssh(tmp_path: Path) -> Iterator[OpenSSH]:
-    """A real OpenSSH server on this machine."""
+@contextmanager
+def running_openssh(folder: Path) -> Iterator[OpenSSH]:
+    """A real OpenSSH server on this machine, which sees what is mounted now."""
     if os.geteuid() != 0 or not Path("/dev/fuse").exists() or shutil.which("sshfs") is None:
         pytest.skip("sshfs needs root, /dev/fuse and the package sshfs")
-    server = OpenSSH(tmp_path / "openssh")
+    server = OpenSSH(folder / "openssh")
     try:
         server.start()
     except HostError as error:
         pytest.skip(str(error))
-    yield server
-    server.stop()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def openssh(tmp_path: Path) -> Iterator[OpenSSH]:
+    """A real OpenSSH server on this machine."""
+    with running_openssh(tmp_path) as server:
+        yield server

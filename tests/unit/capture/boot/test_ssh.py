@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,12 @@ from capture.boot import ssh
 from capture.boot.ssh import Credentials, KeyRefusedError, Login
 from capture.console import Console
 from capture.errors import TargetError, UsageError
+from tests.builders import PAGE
+from tests.faults import tmpfs
+from tests.kernels import PAGES, busy_kernel
 from tests.openssh import OpenSSH
+from tests.outcome import Run, read_back, the_directory
+from tests.unit.conftest import running_openssh
 
 
 @pytest.mark.parametrize(
@@ -144,3 +150,24 @@ def test_without_a_key_in_the_image_there_is_one_line(tmp_path: Path, point: Pat
     has = Credentials(tmp_path / "none", tmp_path / "none")
     with pytest.raises(TargetError, match=r"none: No such file or directory; build the image with this target"):
         ssh.mount(Login("root", "pinned"), "127.0.0.1", point, has, scratch=tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("size", ["6m", "9m", "12m"])
+def test_a_dump_that_a_full_server_cut_short_has_only_pages_that_are_there(
+    size: str, tmp_path: Path, point: Path, vmcore_file: Callable[[bytes], str], run: Run
+) -> None:
+    """sshfs writes behind our back and tells of it at the next sync: nothing is described before."""
+    kernel = busy_kernel()
+    source, memory = vmcore_file(kernel.core()), kernel.memory()
+    with tmpfs(tmp_path / "small", f"size={size}") as small, running_openssh(tmp_path) as server:
+        mount(server, point)
+        try:
+            place = point / small.relative_to("/")
+            ran = run("save", "--no-progress", "-d", "0", "-c", "none", "--source", source, str(place))
+        finally:
+            subprocess.run(["umount", point], check=True)
+        assert ran.status == 3
+        assert "Input/output error" in ran.err
+        good, _ = read_back(the_directory(small) / "vmcore.incomplete")
+    assert 0 < len(good) < PAGES
+    assert [pfn for pfn, page in good.items() if page != memory[pfn * PAGE : (pfn + 1) * PAGE]] == []
