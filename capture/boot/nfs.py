@@ -21,9 +21,10 @@ from capture.boot import mounting
 from capture.console import Console
 from capture.errors import TargetError, UsageError
 
-PORT = 2049
+PORT, RPCBIND = 2049, 111
 VERSIONS = ("4.2", "4.1", "4.0", "3")
 """In the order in which they are tried."""
+_PATIENCE = 3.0
 _MS_NOSUID, _MS_NODEV, _MS_NOATIME = 2, 4, 1024
 """include/uapi/linux/mount.h."""
 _OTHER_VERSION = (
@@ -85,6 +86,8 @@ def mount(export: Export, address: str, point: Path) -> str:
     host, family = (f"[{address}]", "tcp6") if ipaddress.ip_address(address).version == 6 else (address, "tcp")
     failures: list[int] = []
     for version in VERSIONS:
+        if version == "3" and not _answers(address, RPCBIND):
+            break  # who would say where the rest of it is
         options = f"vers={version},addr={address},proto={family},hard"
         if version == "3":
             options += f",nolock,mountproto={family}"
@@ -101,16 +104,27 @@ def mount(export: Export, address: str, point: Path) -> str:
     raise TargetError(_refusal(export, address, failures))
 
 
+def _answers(address: str, port: int) -> bool:
+    from capture.boot.network import knock
+
+    try:
+        knock(address, port, _PATIENCE)
+    except OSError:
+        return False
+    return True
+
+
 def _refusal(export: Export, address: str, failures: list[int]) -> str:
     """Return the line for what each version was answered with."""
     # Whatever a version that the server does not speak says, another one says more.
     telling = [number for number in failures if number not in (errno.EPROTONOSUPPORT, errno.EPFNOSUPPORT)]
     number = next((number for number in (errno.EACCES, errno.EPERM) if number in telling), 0)
     number = number or (telling or failures)[0]
+    hidden = f"the server does not export {export.path} to this machine: see /etc/exports there"
     remedy = {
-        errno.EACCES: "is it exported to this machine? see /etc/exports there",
-        errno.EPERM: "is it exported to this machine? see /etc/exports there",
-        errno.ENOENT: f"the server exports no {export.path}: see /etc/exports there",
+        errno.EACCES: hidden,
+        errno.EPERM: hidden,
+        errno.ENOENT: hidden,
         errno.ENODEV: "this kernel has no NFS: module nfs",
         errno.EPROTONOSUPPORT: f"no NFS {', '.join(VERSIONS)} there, or no modules nfsv4, nfsv3 here",
     }.get(number, "see to the server")

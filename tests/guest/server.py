@@ -102,6 +102,7 @@ def make_disk(image: Path, keys: Keys, size: str = "3G") -> None:
         }
         for folder in ("proc", "sys", "dev", "run", "tmp", "root", "var/log", FOLDER[1:], EXPORT[1:], READ_ONLY[1:]):
             (tree / folder).mkdir(parents=True, exist_ok=True)
+        (tree / "bin/sh").symlink_to("busybox")  # dash's place; sshd lets nobody in whose shell is not there
         for name, content in files.items():
             path = tree / name
             path.parent.mkdir(parents=True, exist_ok=True)

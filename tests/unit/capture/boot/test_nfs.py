@@ -41,9 +41,9 @@ def test_anything_else_is_refused_with_the_right_form(target: str, console: Cons
 @pytest.mark.parametrize(
     ("failures", "said"),
     [
-        ((errno.EACCES,) * 4, "Permission denied; is it exported to this machine?"),
-        ((errno.ENOENT,) * 3 + (errno.EACCES,), "Permission denied; is it exported to this machine?"),
-        ((errno.EPROTONOSUPPORT,) * 3 + (errno.ENOENT,), "No such file or directory; the server exports no /x"),
+        ((errno.EACCES,) * 4, "Permission denied; the server does not export /x to this machine"),
+        ((errno.ENOENT,) * 3 + (errno.EACCES,), "Permission denied; the server does not export /x to this machine"),
+        ((errno.EPROTONOSUPPORT,) * 3 + (errno.ENOENT,), "No such file or directory; the server does not export /x"),
         ((errno.EPROTONOSUPPORT,) * 4, "Protocol not supported; no NFS 4.2, 4.1, 4.0, 3 there"),
         ((errno.ENODEV,), "No such device; this kernel has no NFS: module nfs"),
         ((errno.ETIMEDOUT,), "Connection timed out; see to the server"),
