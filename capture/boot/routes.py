@@ -64,9 +64,9 @@ class Route(NamedTuple):
         return f"{self.server} is {self.address}{by}, from {self.source}{leased} on {over}"
 
 
-def place_of(server: str, place: Path = PLACE) -> Path:
+def place_of(server: str, place: Path | None = None) -> Path:
     """Return the file of a server."""
-    return place / f"{server}.json"
+    return (place or PLACE) / f"{server}.json"
 
 
 def dump(route: Route) -> bytes:
@@ -102,7 +102,7 @@ def _link(value: Mapping[str, Any]) -> Link:
     return Link(**{**value, "members": tuple(value["members"]), "options": options})
 
 
-def route_to(server: str, place: Path = PLACE) -> Route:
+def route_to(server: str, place: Path | None = None) -> Route:
     """Return the way to a server that a target names.
 
     Raises:

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from capture import pulse
-from capture.boot import mounting, supervisor, targets
+from capture.boot import mounting, routes, supervisor, targets
 from capture.boot.config import BootConfig
+from capture.boot.routes import CARD, Link, Route
 from capture.boot.supervisor import Outcome, Watch, save_to_targets
 from capture.boot.watchdog import Watchdog
 from capture.console import Console
@@ -193,6 +194,20 @@ def test_targets_are_waited_for_from_the_start_on_not_each_anew(vmcore_file: Wri
     assert found.status == 5
     assert "none1" in found.line
     assert "none2" in found.line
+
+
+def test_a_network_is_waited_for_from_its_turn_on(
+    vmcore_file: WriteFile, console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a missing disk took of the time has not brought the network's card nearer."""
+    monkeypatch.setattr(routes, "PLACE", tmp_path)
+    route = Route("server", "192.0.2.1", (Link(CARD, "eth0", hardware="52:54:00:ff:ff:ff"),), "192.0.2.2/24")
+    routes.place_of("server").write_bytes(routes.dump(route))
+    started = time.monotonic()
+    boot = BootConfig(targets=("/dev/none", "nfs:server:/x"), wait=2)
+    found = save_to_targets(boot, console, QUIET, vmcore_file(crashed_core()))
+    assert time.monotonic() - started >= 4
+    assert found.reasons[1].startswith("no network card 52:54:00:ff:ff:ff (it was eth0); there is ")
 
 
 def test_when_the_time_is_over_no_other_target_is_tried(
