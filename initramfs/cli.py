@@ -26,9 +26,11 @@ from initramfs import (
     kexec,
     measure,
     modules,
+    remote,
     settings,
     targets,
     watchdogs,
+    wishes,
 )
 from initramfs.config import Config
 from initramfs.devices import Needed
@@ -78,6 +80,7 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
         help="a kernel module that the target needs (repeatable); default: what the target uses now",
     )
     _add_target(parser)
+    wishes.add_options(parser)
     settings.add_config(parser)
     add("--no-squashfs", action="store_true", help="a plain tree, for kernels without squashfs: needs more memory")
     add(
@@ -99,9 +102,9 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--target", action="append", default=[], metavar="DEV|UUID=|LABEL=|KIND:…",
-        help="where the dump goes: a disk, raw:PARTITION, virtiofs:TAG; default: the disk that holds /var/crash; "
-        "repeatable: the next ones are for when those before fail",
+        "--target", action="append", default=[], metavar="TARGET",
+        help=f"where the dump goes, {', '.join(targets.SAMPLES)}; default: what holds /var/crash; repeatable: the next "
+        "ones are for when those before fail",
     )  # fmt: skip
 
 
@@ -209,9 +212,10 @@ def default_image(release: str) -> Path:
 def _request(args: argparse.Namespace, config: Config, output: Path | None) -> ImageRequest:
     """Return what the image is to hold: by default what this machine's target needs."""
     config_check.check_image(config, _modules_dir(args))
-    needed = sum((targets.needed_by(target) for target in args.target), Needed())
+    wanted = wishes.of(args)
+    needed = sum((targets.needed_by(target, wanted) for target in args.target), Needed())
     if not args.target and not args.module:
-        needed = targets.needed_by_mount(devices.mount_of(args.directory))
+        needed = targets.needed_by_mount(devices.mount_of(args.directory), wanted)
     release = _release(args)
     # With --module the image may be for another machine.
     watchdog = Needed() if args.module else watchdogs.modules()
@@ -261,6 +265,8 @@ def run_initramfs(args: argparse.Namespace) -> int:
     for place, path in request.files:
         if place == str(RECIPIENTS) and isinstance(path, Path):
             console.say(f"what it saves is encrypted to the keys in {path}: only their secret halves open it")
+    for route in remote.routes_in(request.files):
+        console.say(f"network: {route.line}")
     if report.missing_modules:
         console.say(
             f"{report.kernel_release} has no {' and no '.join(report.missing_modules)}, which the running kernel has "

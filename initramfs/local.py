@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from initramfs import devices, volumes
 from initramfs.devices import Mount, Needed
 from initramfs.errors import ImageError, KexecError
+from initramfs.wishes import Say, Wishes
 
 
-def needed(target: str) -> Needed:
+def needed(target: str, _wishes: Wishes | None = None) -> Needed:
     """Return everything that a save on the target needs.
 
     Raises:
@@ -38,7 +38,7 @@ def needed_by_mount(mount: Mount) -> Needed:
     return volumes.needed_by_device(Path(mount.device)) + devices.modules_for_filesystem(mount.kind)
 
 
-def named(target: str, say: Callable[[str], object]) -> str:
+def named(target: str, say: Say) -> str:
     """Return the target as the capture kernel finds it; a disk that is not there may be attached when it is needed.
 
     Raises:

@@ -17,13 +17,14 @@ from capture.errors import TargetError, UsageError
 from initramfs import devices, tools, volumes
 from initramfs.devices import Needed
 from initramfs.errors import ImageError
+from initramfs.wishes import Wishes
 
 TAG = "PARTUUID="
 PROGRAMS = {"mke2fs": "e2fsprogs", "blkid": "util-linux", "findfs": "util-linux"}
 """What goes into the image → its package. Of blkid and findfs busybox has its own, which know too little."""
 
 
-def needed(target: str) -> Needed:
+def needed(target: str, _wishes: Wishes | None = None) -> Needed:
     """Return everything that a save on the target needs.
 
     Raises:

@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from capture.boot.targets import LOCAL, RAW, VIRTIOFS, kind_of
+from capture.boot.targets import LOCAL, NFS, RAW, SSH, VIRTIOFS, kind_of
 from capture.errors import CaptureError, UsageError
-from initramfs import local, raw, virtiofs
+from initramfs import local, nfs, raw, ssh, virtiofs
 from initramfs.devices import Mount, Needed, is_loaded
 from initramfs.errors import ImageError
 from initramfs.image import load_order, ordered_names
 from initramfs.modules import normal
-
-Say = Callable[[str], object]
+from initramfs.wishes import Say, Wishes
 
 
 class Kind(NamedTuple):
@@ -28,7 +27,7 @@ class Kind(NamedTuple):
     ``filesystems``: types in /proc/self/mountinfo that are of this kind; ``of_mount`` tells the target behind one.
     """
 
-    needed: Callable[[str], Needed]
+    needed: Callable[[str, Wishes], Needed]
     named: Callable[[str, Say], str]
     filesystems: tuple[str, ...] = ()
     of_mount: Callable[[Mount], str] | None = None
@@ -38,10 +37,14 @@ KINDS = {
     LOCAL: Kind(local.needed, local.named),
     RAW: Kind(raw.needed, raw.named),
     VIRTIOFS: Kind(virtiofs.needed, virtiofs.named, (VIRTIOFS,), virtiofs.of_mount),
+    NFS: Kind(nfs.needed, nfs.named, nfs.FILE_SYSTEMS, nfs.of_mount),
+    SSH: Kind(ssh.needed, ssh.named),
 }
 """What stands before a target's first colon → its kind, with the same keys as capture.boot.targets.KINDS."""
 
-SAMPLES = ("UUID=…", "LABEL=…", "/dev/…", "raw:PARTUUID=…", "virtiofs:TAG")
+SAMPLES = (
+    "UUID=…", "LABEL=…", "/dev/…", "raw:PARTUUID=…", "virtiofs:TAG", "nfs:SERVER:/EXPORT", "ssh:USER@HOST[:PORT]",
+)  # fmt: skip
 
 
 def _kind(target: str) -> Kind:
@@ -51,19 +54,19 @@ def _kind(target: str) -> Kind:
         raise UsageError(f"{target}: no such kind of target; known: {', '.join(SAMPLES)}") from None
 
 
-def needed_by(target: str) -> Needed:
+def needed_by(target: str, wishes: Wishes | None = None) -> Needed:
     """Return what an image has to hold for a save on ``target``.
 
     Raises:
         CaptureError: it is not there, or no save on it could work.
     """
-    return _kind(target).needed(target)
+    return _kind(target).needed(target, wishes or Wishes())
 
 
-def needed_by_mount(mount: Mount) -> Needed:
+def needed_by_mount(mount: Mount, wishes: Wishes | None = None) -> Needed:
     """Return what an image has to hold for a save on what is mounted there; raises as ``needed_by`` does."""
     target = _target_of(mount)
-    return local.needed_by_mount(mount) if target is None else needed_by(target)
+    return local.needed_by_mount(mount) if target is None else needed_by(target, wishes)
 
 
 def named(target: str, say: Say) -> str:

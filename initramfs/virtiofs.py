@@ -11,15 +11,17 @@ from capture.errors import UsageError
 from initramfs import devices, tools
 from initramfs.devices import SYS, Mount, Needed
 from initramfs.errors import ImageError, ToolError
+from initramfs.wishes import Wishes
 
 
-def needed(target: str) -> Needed:
+def needed(target: str, wishes: Wishes | None = None) -> Needed:
     """Return everything that a save on the target needs.
 
     Raises:
         ImageError: it cannot be mounted now.
     """
-    _try(target)
+    if wishes is None or wishes.check:
+        _try(target)
     return devices.needed(driver_modules()) + devices.modules_for_filesystem(VIRTIOFS)
 
 

@@ -23,6 +23,10 @@ guest=(
     apt-get:apt
     age:age
     age-keygen:age
+    ip:iproute2
+    ssh:openssh-client
+    ssh-keygen:openssh-client
+    sshfs:sshfs
 )
 readers=(
     age:age

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,8 +28,19 @@ def mounted(command: Sequence[str], name: str, what: str, console: Console) -> I
     Raises:
         TargetError: it cannot be mounted.
     """
+    with mounted_by(lambda point: run([*command, str(point)], f"{what} cannot be mounted"), name, console) as point:
+        yield point
+
+
+@contextmanager
+def mounted_by(mount: Callable[[Path], object], name: str, console: Console) -> Iterator[Path]:
+    """Have ``mount`` mount something on a mount point, yield that, and unmount it; ``name`` is the target.
+
+    Raises:
+        TargetError: of ``mount``, or no mount point is free.
+    """
     point = _mount_point()
-    run([*command, str(point)], f"{what} cannot be mounted")
+    mount(point)
     try:
         yield point
     finally:

@@ -15,7 +15,7 @@ from capture.options import DumpOptions
 from capture.vmcore import open_vmcore
 
 
-def _inside(root: Path, path: str, target: str) -> Path:
+def inside(root: Path, path: str, target: str) -> Path:
     """Return the directory on the mounted target; a symbolic link must not lead out of it, into our own memory."""
     place = root / path.lstrip("/")
     with pulse.at_target():
@@ -58,7 +58,7 @@ def save_to_target(
         open_vmcore(source or default_source(), can_map=can_map) as vmcore,
         mounted_target(target, boot.wait, console, device) as root,
     ):
-        saved = save(vmcore, _inside(root, boot.path, target), options, console)
+        saved = save(vmcore, inside(root, boot.path, target), options, console)
         mounted = saved.directory
         saved.directory = Path("/") / mounted.relative_to(root)
         tell(saved)

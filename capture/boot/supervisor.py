@@ -109,7 +109,8 @@ def save_to_targets(
         devices = _devices(boot.targets, console, dog)
         with Watch(boot.timeout, console, dog, "vmcapture.timeout=") as watch:
             for number, target in enumerate(boot.targets, 1):
-                left = max(0, boot.wait - int(time.monotonic() - started))
+                late = targets.kind_of(target) in targets.WAITS_FROM_ITS_TURN
+                left = boot.wait if late else max(0, boot.wait - int(time.monotonic() - started))
                 outcome = _save(boot._replace(wait=left), target, devices.get(target), console, options, source, watch)
                 outcomes.append(outcome)
                 over = options.deadline is not None and time.monotonic() >= options.deadline
@@ -316,7 +317,7 @@ class Watch:
         if self.interrupted > 1:
             return _End(f"interrupted{alive}", hung=hung or status is None)
         if hung:
-            who = "no answer from the disk" if self.pulse.waits_for_target else "nothing moved"
+            who = "no answer from the target" if self.pulse.waits_for_target else "nothing moved"
             return _End(f"{who} for {self._limit} s{self._word}{alive}", hung=True)
         if status is None:
             return _End("it does not come to its end", hung=True)

@@ -16,13 +16,17 @@ from typing import Protocol, cast
 from capture.console import Console
 from capture.errors import TargetError
 
-LOCAL, RAW, VIRTIOFS = "", "raw", "virtiofs"
+LOCAL, RAW, VIRTIOFS, NFS, SSH = "", "raw", "virtiofs", "nfs", "ssh"
 KINDS = {
     LOCAL: "capture.boot.local",
     RAW: "capture.boot.raw",
     VIRTIOFS: "capture.boot.virtiofs",
+    NFS: "capture.boot.nfs",
+    SSH: "capture.boot.ssh",
 }
 """What stands before the first colon → the module whose ``mounted`` mounts such a target."""
+WAITS_FROM_ITS_TURN = {NFS, SSH}
+"""Kinds for which nothing is done before: what was waited for others, as for a disk, has not brought them nearer."""
 
 
 class Mounted(Protocol):

@@ -5,17 +5,19 @@ Layout::
     ROOT/kernels/PACKAGE/      an unpacked package with its modules.dep; renamed here when it is whole
     ROOT/resolved/META         the package that a meta package stood for when it was last looked up
     ROOT/debug/PACKAGE/        vmlinux-RELEASE, the kernel with its debug symbols
+    ROOT/trees/NAME-HASH/      several packages unpacked into one tree, nothing configured; the hash is of their names
     ROOT/apt/                  package lists of our own, where the system has none and we may not write them
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +70,24 @@ def kernel(name: str) -> Kernel:
     return _describe(package, unpacked)
 
 
+def tree(name: str, packages: Sequence[str]) -> Path:
+    """A root directory with these packages unpacked in it and none of their scripts run.
+
+    Raises:
+        HostError: it is neither in the cache nor can they be fetched.
+    """
+    unpacked = root() / "trees" / f"{name}-{hashlib.sha256(' '.join(packages).encode()).hexdigest()[:8]}"
+    if not unpacked.is_dir():
+        unpacked.parent.mkdir(parents=True, exist_ok=True)
+        with _scratch() as scratch:
+            draft = scratch / "tree"
+            draft.mkdir()
+            for deb in _download(packages, scratch):
+                host.run("dpkg", "-x", deb, draft)
+            _rename(draft, unpacked)
+    return unpacked
+
+
 def debug_vmlinux(of: Kernel) -> Path:
     """The kernel's ELF file with its debug symbols: 300 MB to fetch, the first time.
 
@@ -79,7 +99,7 @@ def debug_vmlinux(of: Kernel) -> Path:
         return vmlinux
     vmlinux.parent.mkdir(parents=True, exist_ok=True)
     with _scratch() as scratch, _written_whole(vmlinux) as draft:
-        deb = _download(f"{of.package}-dbg={of.version}", scratch)
+        (deb,) = _download([f"{of.package}-dbg={of.version}"], scratch)
         _extract_member(deb, f"./usr/lib/debug/boot/vmlinux-{of.release}", draft)
     return vmlinux
 
@@ -133,26 +153,25 @@ def _apt_options() -> list[str]:
     return options
 
 
-def _download(package: str, folder: Path) -> Path:
-    """Fetch a package (``name`` or ``name=version``); apt's lists are refreshed when they are stale."""
+def _download(packages: Sequence[str], folder: Path) -> list[Path]:
+    """Fetch packages (``name`` or ``name=version``); apt's lists are refreshed when they are stale."""
     try:
-        host.run("apt-get", *_apt_options(), "download", package, cwd=folder)
+        host.run("apt-get", *_apt_options(), "download", *packages, cwd=folder)
     except HostError:
         _update_lists()
         try:
-            host.run("apt-get", *_apt_options(), "download", package, cwd=folder)
+            host.run("apt-get", *_apt_options(), "download", *packages, cwd=folder)
         except HostError as error:
             raise HostError(
-                f"cannot download {package}: check the network, or copy a filled cache to {root()} ({error})"
+                f"cannot download {' '.join(packages)}: check the network, or copy a filled cache to {root()} ({error})"
             ) from error
-    (deb,) = folder.glob("*.deb")
-    return deb
+    return sorted(folder.glob("*.deb"))
 
 
 def _unpack_kernel(package: str, unpacked: Path) -> None:
     unpacked.parent.mkdir(parents=True, exist_ok=True)
     with _scratch() as scratch:
-        deb = _download(package, scratch)
+        (deb,) = _download([package], scratch)
         tree = scratch / "tree"
         host.run("dpkg", "-x", deb, tree)
         (release,) = (path.name for path in (tree / "lib/modules").iterdir())

@@ -24,7 +24,7 @@ from tests.guest import cache, disk, host
 from tests.guest.cache import Kernel
 from tests.guest.cases import Case
 from tests.guest.host import HostError
-from tests.guest.qemu import BOOT_TIMEOUT, Disk, GuestError, Hardware, Machine
+from tests.guest.qemu import BOOT_TIMEOUT, Card, Disk, GuestError, Hardware, Machine
 
 MODULES = ("virtio_pci", "virtio_blk", "ext4")  # a dump disk in QEMU; what is built in needs no module
 WATCHDOG_MODULES = ("i6300esb",)  # where the kernel has it
@@ -247,6 +247,7 @@ def healthy(
     target_attached: bool = True,
     target_kept: bool = False,
     more_disks: tuple[Disk, ...] = (),
+    cards: tuple[Card, ...] = (),
     steps: Steps | None = None,
 ) -> Iterator[Machine]:
     """A machine that runs well: at a shell, with kernel and capture image below /run/healthy.
@@ -271,6 +272,7 @@ def healthy(
         cpus=case.cpus,
         cpu_model=case.cpu_model,
         arguments=case.arguments,
+        cards=cards,
         disks=(
             Disk(images.disk, read_only=True),
             *([Disk(target_image(workdir))] if target_attached else []),
@@ -315,6 +317,7 @@ def panicked(
     target_attached: bool = True,
     target_kept: bool = False,
     more_disks: tuple[Disk, ...] = (),
+    cards: tuple[Card, ...] = (),
     append: str = "",
     before: tuple[str, ...] = (),
     saver: Saver | None = None,
@@ -334,6 +337,7 @@ def panicked(
             target_attached=target_attached,
             target_kept=target_kept,
             more_disks=more_disks,
+            cards=cards,
             steps=steps,
         ) as machine:
             with steps.step("giving it something to remember"):

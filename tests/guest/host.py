@@ -21,6 +21,7 @@ PACKAGES: Mapping[str, str] = {
     "dmsetup": "dmsetup",
     "dpkg": "dpkg",
     "e2fsck": "e2fsprogs",
+    "ip": "iproute2",
     "kexec": "kexec-tools",
     "losetup": "mount",
     "lvm": "lvm2",
@@ -31,14 +32,17 @@ PACKAGES: Mapping[str, str] = {
     "mount": "mount",
     "qemu-storage-daemon": "qemu-system-common",
     "qemu-system-x86_64": "qemu-system-x86",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "sshfs": "sshfs",
     "tar": "tar",
     "umount": "mount",
 }
 """Program → the Debian package that has it."""
 
 _NOT_ALWAYS = {
-    "age", "age-keygen", "crash", "dmsetup", "losetup", "lvm", "makedumpfile", "mdadm", "mount", "qemu-storage-daemon",
-    "umount",
+    "age", "age-keygen", "crash", "dmsetup", "ip", "losetup", "lvm", "makedumpfile", "mdadm", "mount",
+    "qemu-storage-daemon", "ssh", "ssh-keygen", "sshfs", "umount",
 }  # fmt: skip
 CYCLE = sorted(PACKAGES.keys() - _NOT_ALWAYS)
 """What a whole crash cycle needs on the host; the others only look at what it left."""

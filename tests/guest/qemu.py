@@ -64,6 +64,21 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True)
+class Card:
+    """A network card at one end of a wire: a datagram socket, whose other end is another machine's."""
+
+    wire: socket.socket
+    mac: str
+    model: str = "virtio-net-pci"
+
+    def arguments(self, number: int) -> list[str]:
+        """QEMU's options."""
+        back = {"type": "dgram", "id": f"net{number}", "local": {"type": "fd", "str": str(self.wire.fileno())}}
+        front = f"{self.model},netdev=net{number},mac={self.mac}"
+        return ["-netdev", json.dumps(back), "-device", front]
+
+
+@dataclass(frozen=True, slots=True)
 class Hardware:
     """What to boot, and on what."""
 
@@ -75,6 +90,7 @@ class Hardware:
     cpu_model: str = "max"
     disks: tuple[Disk, ...] = ()
     arguments: tuple[str, ...] = ()  # more for QEMU: a balloon, NUMA nodes
+    cards: tuple[Card, ...] = ()
 
     def command(self, qmp_descriptor: int) -> list[str]:
         """QEMU's command line. The PC machine's ACPI hot-plug is what Debian's cloud kernels have built in."""
@@ -85,6 +101,8 @@ class Hardware:
         command += ["-serial", "stdio", "-monitor", "none"]
         command += ["-chardev", f"socket,id=qmp,fd={qmp_descriptor}", "-mon", "chardev=qmp,mode=control"]
         command += self.arguments
+        for number, card in enumerate(self.cards):
+            command += card.arguments(number)
         for number, disk in enumerate(self.disks):
             node = f"disk{number}"
             command += ["-blockdev", json.dumps(disk.blockdev(node))]
@@ -115,7 +133,7 @@ class Machine:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=complaints,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *(card.wire.fileno() for card in hardware.cards)],
             )
         self._qmp = ours
         self._qmp.settimeout(COMMAND_TIMEOUT)

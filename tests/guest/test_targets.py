@@ -59,7 +59,7 @@ def test_a_missing_a_broken_and_a_hanging_disk_are_passed_over(
     assert [line.rpartition(" ")[2] for line in said] == list(targets[1:])
     assert "target LABEL=gone: no such file system after 3 s" in said[0]
     assert re.search(r"LABEL=broken \(/dev/vd.\) cannot be mounted: ", said[1])
-    assert f"saved in part: LABEL={HANGS}: no answer from the disk for {TIMEOUT} s (vmcapture.timeout=)" in said[2]
+    assert f"saved in part: LABEL={HANGS}: no answer from the target for {TIMEOUT} s (vmcapture.timeout=)" in said[2]
 
     saved = only_crash(target_image(tmp_path), tmp_path / "saved")
     assert json.loads((saved / "manifest.json").read_text())["complete"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import zstandard
 
 from capture.cli import main
 from tests.encryption import Key, make_key
+from tests.guest.host import HostError
+from tests.openssh import OpenSSH
 from tests.outcome import Ran, Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -85,3 +89,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         names = getattr(item, "fixturenames", [])
         if "corpus_file" in names or "corpus_vmcore" in names:
             item.add_marker(pytest.mark.corpus)
+
+
+@contextmanager
+def running_openssh(folder: Path) -> Iterator[OpenSSH]:
+    """A real OpenSSH server on this machine, which sees what is mounted now."""
+    if os.geteuid() != 0 or not Path("/dev/fuse").exists() or shutil.which("sshfs") is None:
+        pytest.skip("sshfs needs root, /dev/fuse and the package sshfs")
+    server = OpenSSH(folder / "openssh")
+    try:
+        server.start()
+    except HostError as error:
+        pytest.skip(str(error))
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def openssh(tmp_path: Path) -> Iterator[OpenSSH]:
+    """A real OpenSSH server on this machine."""
+    with running_openssh(tmp_path) as server:
+        yield server

@@ -30,7 +30,7 @@ def disks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "find_device", lambda target: Path("/dev/vdb") if target == "LABEL=good" else None)
     monkeypatch.setattr(devices, "filesystem_of", lambda _: "ext4")
     monkeypatch.setattr(devices, "mount_of", lambda _: Mount("/dev/vda", Path("/"), "/", "ext4"))
-    monkeypatch.setattr(targets, "needed_by_mount", lambda _: Needed((), ()))
+    monkeypatch.setattr(targets, "needed_by_mount", lambda *_: Needed((), ()))
 
 
 def problems(tree: Path, *lines: str) -> list[str]:

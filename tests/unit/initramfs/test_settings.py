@@ -162,8 +162,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ImageRequest]:
         return ImageReport(request.output, 1, True, request.kernel_release, (), (), 1)
 
     monkeypatch.setattr(cli, "build_image", build)
-    monkeypatch.setattr(targets, "needed_by", lambda target: Needed((f"for_{target}",), ()))
-    monkeypatch.setattr(targets, "needed_by_mount", lambda mount: Needed((f"for_{mount.device}",), ()))
+    monkeypatch.setattr(targets, "needed_by", lambda target, _: Needed((f"for_{target}",), ()))
+    monkeypatch.setattr(targets, "needed_by_mount", lambda mount, _: Needed((f"for_{mount.device}",), ()))
     monkeypatch.setattr(devices, "mount_of", lambda path: Mount(str(path), Path("/"), "/", "ext4"))
     return requests
 

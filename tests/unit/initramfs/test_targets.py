@@ -46,7 +46,7 @@ def test_an_image_of_before_the_disk_became_a_logical_volume_is_doubted(
     image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = {"UUID=1": Needed(("virtio_blk",), ("xfs",)), "UUID=2": Needed(("virtio-blk", "dm_mod", "dm_raid", "nfs"))}
-    kind = targets.KINDS[""]._replace(needed=used.__getitem__)
+    kind = targets.KINDS[""]._replace(needed=lambda target, _: used[target])
     monkeypatch.setitem(targets.KINDS, "", kind)
     monkeypatch.setattr(targets, "is_loaded", lambda name: name != "nfs")
     assert targets.lacking_modules(["UUID=1"], image) is None
@@ -60,7 +60,7 @@ def test_an_image_of_before_the_disk_became_a_logical_volume_is_doubted(
 
 
 def test_a_disk_that_is_not_there_is_not_judged(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(target: str) -> NoReturn:
+    def refuse(target: str, _: object) -> NoReturn:
         raise ImageError(target)
 
     monkeypatch.setitem(targets.KINDS, "", targets.KINDS[""]._replace(needed=refuse))
@@ -70,7 +70,7 @@ def test_a_disk_that_is_not_there_is_not_judged(image: Path, monkeypatch: pytest
 def test_a_mount_of_a_kind_is_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = Needed(("gopher",), files=(("/etc/hole", b"deep"),))
     kind = Kind(
-        {"gopher:hole": needed}.__getitem__,
+        lambda target, _: {"gopher:hole": needed}[target],
         never,
         filesystems=("gopherfs",),
         of_mount=lambda mount: f"gopher:{mount.device}",

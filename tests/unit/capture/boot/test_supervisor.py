@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from capture import pulse
-from capture.boot import mounting, supervisor, targets
+from capture.boot import mounting, routes, supervisor, targets
 from capture.boot.config import BootConfig
+from capture.boot.routes import CARD, Link, Route
 from capture.boot.supervisor import Outcome, Watch, save_to_targets
 from capture.boot.watchdog import Watchdog
 from capture.console import Console
@@ -195,6 +196,20 @@ def test_targets_are_waited_for_from_the_start_on_not_each_anew(vmcore_file: Wri
     assert "none2" in found.line
 
 
+def test_a_network_is_waited_for_from_its_turn_on(
+    vmcore_file: WriteFile, console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a missing disk took of the time has not brought the network's card nearer."""
+    monkeypatch.setattr(routes, "PLACE", tmp_path)
+    route = Route("server", "192.0.2.1", (Link(CARD, "eth0", hardware="52:54:00:ff:ff:ff"),), "192.0.2.2/24")
+    routes.place_of("server").write_bytes(routes.dump(route))
+    started = time.monotonic()
+    boot = BootConfig(targets=("/dev/none", "nfs:server:/x"), wait=2)
+    found = save_to_targets(boot, console, QUIET, vmcore_file(crashed_core()))
+    assert time.monotonic() - started >= 4
+    assert found.reasons[1].startswith("no network card 52:54:00:ff:ff:ff (it was eth0); there is ")
+
+
 def test_when_the_time_is_over_no_other_target_is_tried(
     disks: Callable[..., Path], vmcore_file: WriteFile, tmp_path: Path, console: Console
 ) -> None:
@@ -236,7 +251,7 @@ def test_a_disk_that_hangs_in_mounting_is_given_up_and_the_next_one_taken(
     assert found.line == f"saved in LABEL=two/{CRASH}"
     assert f"/dev/two {mounting.MOUNT_POINT}-2\n" in (tmp_path / "calls").read_text(), "the first may be mounted later"
     (line,) = [line for line in console.lines if "trying the next target" in line]
-    assert "LABEL=one: no answer from the disk for 1 s (vmcapture.timeout=)" in line
+    assert "LABEL=one: no answer from the target for 1 s (vmcapture.timeout=)" in line
 
 
 def test_a_disk_that_hangs_in_unmounting_takes_nothing_from_what_was_saved(
@@ -263,7 +278,7 @@ def test_what_a_hanging_disk_has_taken_counts(monkeypatch: pytest.MonkeyPatch, c
     jobs(monkeypatch, job)
     found = save_to_targets(boot("one", timeout=1), console, QUIET)
     assert (found.what, found.status, found.log_saved) == ("saved in part", 3, True)
-    assert "no answer from the disk" in found.line
+    assert "no answer from the target" in found.line
 
 
 def test_a_source_that_hangs_is_not_called_a_disk(monkeypatch: pytest.MonkeyPatch, console: Console) -> None:

@@ -1,0 +1,173 @@
+"""SSH targets: what the words mean, what ssh is told, and a real sshfs with a real OpenSSH behind it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from capture.boot import ssh
+from capture.boot.ssh import Credentials, KeyRefusedError, Login
+from capture.console import Console
+from capture.errors import TargetError, UsageError
+from tests.builders import PAGE
+from tests.faults import tmpfs
+from tests.kernels import PAGES, busy_kernel
+from tests.openssh import OpenSSH
+from tests.outcome import Run, read_back, the_directory
+from tests.unit.conftest import running_openssh
+
+
+@pytest.mark.parametrize(
+    ("target", "login"),
+    [
+        ("ssh:root@server", Login("root", "server", 22)),
+        ("ssh:crash@192.0.2.1:2222", Login("crash", "192.0.2.1", 2222)),
+        ("ssh:crash@[2001:db8::1]", Login("crash", "2001:db8::1", 22)),
+        ("ssh:crash@[2001:db8::1]:23", Login("crash", "2001:db8::1", 23)),
+    ],
+)
+def test_a_target_names_user_host_and_port_and_is_named_by_them(target: str, login: Login) -> None:
+    assert ssh.parse(target) == login
+    assert ssh.text_of(login) == target
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["ssh:", "ssh:server", "ssh:@server", "ssh:u@server:0", "ssh:u@server:65536", "ssh:u@2001:db8::1", "ssh:u@a:/path",
+     "ssh:u@v@w", "ssh:u@server:22 x", "nfs:u@server"],
+)  # fmt: skip
+def test_anything_else_is_refused_with_the_right_form(target: str, console: Console) -> None:
+    with pytest.raises(UsageError, match=r"not of the form ssh:USER@HOST\[:PORT\]"):
+        ssh.parse(target)
+    with pytest.raises(TargetError, match=r"not of the form ssh:USER@HOST"), ssh.mounted(target, 0, console):
+        pass
+
+
+def test_ssh_understands_what_it_is_told_and_asks_nobody(tmp_path: Path) -> None:
+    program = shutil.which("ssh")
+    if program is None:
+        pytest.skip("no ssh here: apt-get install openssh-client")
+    config = tmp_path / "config"
+    login = Login("crash", "2001:db8::1", 2222)
+    config.write_text(ssh.configuration(login, "2001:db8::1", tmp_path / "key", tmp_path / "known", 7))
+    said = subprocess.run([program, "-G", "-F", config, "server"], capture_output=True, text=True, check=True).stdout
+    told = dict(line.split(" ", 1) for line in said.splitlines())
+    assert told["hostname"] == "2001:db8::1"
+    assert (told["user"], told["port"], told["hostkeyalias"]) == ("crash", "2222", "2001:db8::1")
+    assert told["stricthostkeychecking"] in ("true", "yes")
+    assert (told["batchmode"], told["identitiesonly"], told["connecttimeout"]) == ("yes", "yes", "7")
+    assert told["userknownhostsfile"] == str(tmp_path / "known")
+    assert told["globalknownhostsfile"] == "/dev/null"
+    assert told["ciphers"].startswith("aes128-gcm@openssh.com,")
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("@@@@@@\nHost key verification failed.\r\nread: Connection reset by peer\n",
+         "Host key verification failed.; the server's host key is not the one that was pinned; "),
+        ("crash@a: Permission denied (publickey).\nread: Connection reset by peer\n", "crash@a: Permission denied ("),
+        ("ssh: connect to host a port 22: No route to host\nread: Connection reset by peer\n",
+         "ssh: connect to host a port 22: No route to host"),
+        ("read: Connection reset by peer\n", "read: Connection reset by peer"),
+        ("", "sshfs did not say why"),
+    ],
+)  # fmt: skip
+def test_of_what_ssh_says_the_telling_line_is_repeated(said: str, line: str) -> None:
+    assert ssh.explained(said).startswith(line)
+
+
+@pytest.fixture
+def point(tmp_path: Path) -> Path:
+    folder = tmp_path / "point"
+    folder.mkdir()
+    return folder
+
+
+def mount(server: OpenSSH, point: Path, *, key: Path | None = None, known: bytes | None = None) -> Path:
+    known_hosts = point.with_name("known_hosts")
+    known_hosts.write_bytes(server.known_hosts("pinned") if known is None else known)
+    login = Login("root", "pinned", server.port)
+    has = Credentials(key or server.key, known_hosts)
+    return ssh.mount(login, "127.0.0.1", point, has, scratch=point.with_name("scratch"), connect=10)
+
+
+def test_what_is_written_renamed_and_asked_for_is_so_on_the_server(
+    openssh: OpenSSH, point: Path, tmp_path: Path
+) -> None:
+    """A link on the server is followed there; a rename replaces; the key that the image shows to all is none to ssh."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real/vmcore").write_text("old")
+    openssh.key.chmod(0o644)
+    said = mount(openssh, point)
+    try:
+        folder = point / (tmp_path / "link").relative_to("/")
+        fd = os.open(folder / "vmcore.incomplete", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        os.pwrite(fd, b"x" * 5_000_000, 1_000_000)
+        os.posix_fallocate(fd, 6_000_000, 1_000_000)
+        os.fdatasync(fd)
+        assert (tmp_path / "real/vmcore.incomplete").stat().st_size == 7_000_000
+        os.close(fd)
+        (folder / "vmcore.incomplete").rename(folder / "vmcore")
+        here, there = os.statvfs(tmp_path), os.statvfs(folder)
+        assert here.f_blocks * here.f_frsize == there.f_blocks * there.f_frsize
+    finally:
+        subprocess.run(["umount", point], check=True)
+    saved = tmp_path / "real/vmcore"
+    assert saved.read_bytes() == bytes(1_000_000) + b"x" * 5_000_000 + bytes(1_000_000)
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o600
+    assert ssh.complaints(said) == ""
+
+
+def test_another_host_key_is_refused(openssh: OpenSSH, point: Path) -> None:
+    wrong = b"pinned " + b" ".join(openssh.key.with_suffix(".pub").read_bytes().split()[:2]) + b"\n"
+    with pytest.raises(TargetError, match=r"Host key verification failed.*not the one that was pinned") as refused:
+        mount(openssh, point, known=wrong)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(TargetError, match=r"Host key verification failed"):
+        mount(openssh, point, known=b"")
+
+
+def test_a_key_that_the_server_does_not_know_is_refused(openssh: OpenSSH, point: Path) -> None:
+    with pytest.raises(KeyRefusedError, match=r"Permission denied.*authorized_keys"):
+        mount(openssh, point, key=openssh.host_key)
+
+
+def test_a_server_that_is_gone_is_named(openssh: OpenSSH, point: Path) -> None:
+    openssh.stop()
+    with pytest.raises(TargetError, match=r"ssh:root@pinned:[0-9]+ cannot be mounted from 127.0.0.1: .*refused"):
+        mount(openssh, point)
+
+
+def test_without_a_key_in_the_image_there_is_one_line(tmp_path: Path, point: Path) -> None:
+    has = Credentials(tmp_path / "none", tmp_path / "none")
+    with pytest.raises(TargetError, match=r"none: No such file or directory; build the image with this target"):
+        ssh.mount(Login("root", "pinned"), "127.0.0.1", point, has, scratch=tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("size", ["6m", "9m", "12m"])
+def test_a_dump_that_a_full_server_cut_short_has_only_pages_that_are_there(
+    size: str, tmp_path: Path, point: Path, vmcore_file: Callable[[bytes], str], run: Run
+) -> None:
+    """sshfs writes behind our back and tells of it at the next sync: nothing is described before."""
+    kernel = busy_kernel()
+    source, memory = vmcore_file(kernel.core()), kernel.memory()
+    with tmpfs(tmp_path / "small", f"size={size}") as small, running_openssh(tmp_path) as server:
+        mount(server, point)
+        try:
+            place = point / small.relative_to("/")
+            ran = run("save", "--no-progress", "-d", "0", "-c", "none", "--source", source, str(place))
+        finally:
+            subprocess.run(["umount", point], check=True)
+        assert ran.status == 3
+        assert "Input/output error" in ran.err
+        good, _ = read_back(the_directory(small) / "vmcore.incomplete")
+    assert 0 < len(good) < PAGES
+    assert [pfn for pfn, page in good.items() if page != memory[pfn * PAGE : (pfn + 1) * PAGE]] == []
