@@ -27,3 +27,7 @@ class MeasureError(CaptureError):
 
 class NotSavedError(MeasureError):
     """A guest crashed, and its capture kernel did not save everything: more memory may help."""
+
+
+class NotifyError(CaptureError):
+    """Somebody who was to be told of a crash could not be."""
