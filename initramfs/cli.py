@@ -17,7 +17,7 @@ from capture.cli import Subparsers, command, positive
 from capture.console import Console, printable
 from capture.errors import CaptureError, UsageError
 from capture.options import RECIPIENTS
-from initramfs import devices, estimate, kexec, measure, modules, watchdogs
+from initramfs import devices, estimate, kexec, measure, modules, stamp, watchdogs
 from initramfs.devices import Needed
 from initramfs.errors import ImageError, KexecError, MeasureError
 from initramfs.estimate import Estimate
@@ -47,6 +47,11 @@ def _add_initramfs(subparsers: Subparsers) -> None:
     parser = command(subparsers, "initramfs", run_initramfs, "build the capture image")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="IMAGE", help="default: /var/lib/vmcapture/initramfs-RELEASE.img"
+    )
+    parser.add_argument(
+        "--if-needed",
+        action="store_true",
+        help="do nothing when the image is there and what it is made from is the same",
     )
     _add_image_options(parser)
 
@@ -133,6 +138,7 @@ def _add_load(subparsers: Subparsers) -> None:
         "--cpus", type=positive(), metavar="N",
         help="CPUs in the capture kernel (default: as many as the reserved memory is enough for)",
     )  # fmt: skip
+    add("--if-needed", action="store_true", help="do nothing when just that is loaded already")
     add("--append", default="", metavar="STR", help="more for the capture kernel's command line")
     add("--command-line", metavar="STR", help="the capture kernel's whole command line")
 
@@ -230,9 +236,16 @@ def _modules_dir(args: argparse.Namespace) -> Path:
 def run_initramfs(args: argparse.Namespace) -> int:
     """Build the image."""
     request = _request(args, args.output)
-    report = build_image(request)
-    kind = "squashfs" if report.squashfs else "plain"
     console = Console(quiet=args.quiet)
+    if args.if_needed:
+        why = stamp.stale(request)
+        if why is None:
+            console.say(f"{request.output}: current")
+            return 0
+        console.say(f"{request.output}: is built: {why}")
+    report = build_image(request)
+    stamp.write(request, report)
+    kind = "squashfs" if report.squashfs else "plain"
     console.say(
         f"{report.path}: {report.size / (1 << 20):.1f} MiB ({kind}), for {report.kernel_release}; "
         f"modules: {' '.join(report.modules) or 'none'}"
@@ -268,7 +281,11 @@ def run_load(args: argparse.Namespace) -> int:
             free=args.free,
             watchdog=_watchdog_seconds(args),
         )
-    loaded = kexec.load(CrashKernel(args.kernel_image, args.image, line, args.syscall))
+    request = CrashKernel(args.kernel_image, args.image, line, args.syscall)
+    if args.if_needed and kexec.is_loaded(request):
+        console.say("armed already, with the same kernel, image and command line")
+        return 0
+    loaded = kexec.load(request)
     console.say(
         f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}"
     )

@@ -31,3 +31,7 @@ class NotSavedError(MeasureError):
 
 class NotifyError(CaptureError):
     """Somebody who was to be told of a crash could not be."""
+
+
+class StateError(CaptureError):
+    """What has to be remembered over a reboot cannot be."""

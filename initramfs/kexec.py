@@ -7,6 +7,7 @@ spelt with underscores: to the kernel a dash in a parameter's name is the same (
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from capture.errors import UsageError
-from initramfs import tools, watchdogs
+from initramfs import predict, tools, watchdogs
 from initramfs.errors import KexecError, ToolError
 from initramfs.estimate import estimate, memory_of, unpacked_size
 
@@ -24,6 +25,10 @@ CRASH_LOADED = Path("/sys/kernel/kexec_crash_loaded")
 RUNNING_COMMAND_LINE = Path("/proc/cmdline")
 CPUINFO = Path("/proc/cpuinfo")
 RECORD = Path("/run/vmcapture/loaded.json")
+MEMORY_HOTPLUG = Path("/sys/devices/system/memory/crash_hotplug")
+CPU_HOTPLUG = Path("/sys/devices/system/cpu/crash_hotplug")
+"""1 where the kernel itself tells the loaded capture kernel of memory and CPUs that come and go (since Linux 6.6)."""
+CPUS = Path("/sys/devices/system/cpu/present")
 
 KERNEL_MEMORY = 48 << 20  # what a kernel has taken when it unpacks the image; measured with Debian's 6.1 in 256M
 MAX_COMMAND_LINE = 2047  # COMMAND_LINE_SIZE of x86 without its final NUL (arch/x86/include/asm/setup.h)
@@ -167,6 +172,8 @@ class Loaded:
     image: str
     command_line: str
     syscall: str
+    files: str = ""  # what kernel and image were then
+    machine: str = ""  # what memory and CPUs were then
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +278,8 @@ def load(request: CrashKernel) -> Loaded:
             image=str(request.image),
             command_line=request.command_line,
             syscall="file" if flag == "-s" else "load",
+            files=files_digest(request.kernel, request.image),
+            machine=machine_digest(),
         )
         RECORD.parent.mkdir(parents=True, exist_ok=True)
         RECORD.write_text(json.dumps(asdict(loaded), indent=2) + "\n", encoding="utf-8")
@@ -278,6 +287,48 @@ def load(request: CrashKernel) -> Loaded:
     if _read_number(CRASH_LOADED) != 1:  # a load that fails has freed what was loaded before
         errors.append("the machine is not armed now")
     raise KexecError("; ".join(errors))
+
+
+def out_of_date(loaded: Loaded) -> str | None:
+    """Return why what is loaded has to be loaded again, in a few words; None when it need not."""
+    if loaded.files != files_digest(Path(loaded.kernel), Path(loaded.image)):
+        return "kernel or image have changed since"
+    if loaded.machine != machine_digest():
+        return "memory or CPUs have come or gone since"
+    return None
+
+
+def is_loaded(request: CrashKernel) -> bool:
+    """Return whether just that is loaded already, by us, and of this machine as it is now."""
+    loaded = _read_record() if _read_number(CRASH_LOADED) == 1 else None
+    if loaded is None or out_of_date(loaded) is not None:
+        return False
+    wanted = (str(request.kernel), str(request.image), request.command_line)
+    same_call = request.syscall in ("auto", loaded.syscall)
+    return wanted == (loaded.kernel, loaded.image, loaded.command_line) and same_call
+
+
+def files_digest(kernel: Path, image: Path) -> str:
+    """Return what tells whether two files have changed: their sizes and times."""
+    parts = []
+    for path in (kernel, image):
+        status = path.stat() if path.exists() else None
+        parts.append("" if status is None else f"{status.st_size} {status.st_mtime_ns}")
+    return _digest(*parts)
+
+
+def machine_digest() -> str:
+    """Return what tells whether the memory and the CPUs have changed that a capture kernel is told of when it is loaded.
+
+    What the kernel itself keeps up to date is left out.
+    """
+    memory = [] if _read_number(MEMORY_HOTPLUG) else predict.memory_ranges()
+    cpus = CPUS.read_text(encoding="utf-8") if CPUS.exists() and not _read_number(CPU_HOTPLUG) else ""
+    return _digest(repr(memory), cpus.strip())
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def unload() -> None:
@@ -394,7 +445,7 @@ def _read_number(path: Path) -> int:
 def _read_record() -> Loaded | None:
     try:
         record = json.loads(RECORD.read_text(encoding="utf-8"))
-        return Loaded(**{name: str(record[name]) for name in Loaded.__slots__})
+        return Loaded(**{name: str(value) for name, value in record.items() if name in Loaded.__slots__})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
