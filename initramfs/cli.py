@@ -17,9 +17,9 @@ from capture.cli import Subparsers, command, positive
 from capture.console import Console, printable
 from capture.errors import CaptureError, UsageError
 from capture.options import RECIPIENTS
-from initramfs import devices, estimate, kexec, measure, modules, stamp, watchdogs
+from initramfs import devices, estimate, kexec, measure, modules, stamp, targets, watchdogs
 from initramfs.devices import Needed
-from initramfs.errors import ImageError, KexecError, MeasureError
+from initramfs.errors import ImageError, MeasureError
 from initramfs.estimate import Estimate
 from initramfs.image import ImageRequest, build_image
 from initramfs.kexec import CrashKernel
@@ -197,15 +197,13 @@ def default_image(release: str) -> Path:
 
 def _request(args: argparse.Namespace, output: Path | None) -> ImageRequest:
     """Return what the image is to hold: by default what this machine's target needs."""
-    needed = Needed((), ())
-    for target in args.target:
-        needed += devices.modules_for_target(target)
+    needed = sum((targets.needed_by(target) for target in args.target), Needed())
     if not args.target and not args.module:
-        needed = devices.modules_for_mount(devices.mount_of(CRASH_DIRECTORY))
+        needed = targets.needed_by_mount(devices.mount_of(CRASH_DIRECTORY))
     release = _release(args)
     # With --module the image may be for another machine.
-    watchdog = Needed((), ()) if args.module else watchdogs.modules()
-    software = () if args.module or watchdog != Needed((), ()) else (watchdogs.SOFTWARE,)
+    watchdog = Needed() if args.module else watchdogs.modules()
+    software = () if args.module or watchdog != Needed() else (watchdogs.SOFTWARE,)
     from initramfs.encryption import encryption  # with NumPy, for which no other command has to wait
 
     encrypted = encryption(args.recipients)
@@ -218,8 +216,8 @@ def _request(args: argparse.Namespace, output: Path | None) -> ImageRequest:
         welcome_modules=(*(() if args.module else devices.keyboard_modules()), *software),
         watchdog_modules=(*watchdog.loaded, *watchdog.built_in),
         module_options=modules.host_options(),
-        binaries=(*args.bin, *encrypted.binaries),
-        files=encrypted.files,
+        binaries=(*args.bin, *needed.binaries, *encrypted.binaries),
+        files=(*needed.files, *encrypted.files),
         squashfs=False if args.no_squashfs else None,
     )
 
@@ -251,7 +249,7 @@ def run_initramfs(args: argparse.Namespace) -> int:
         f"modules: {' '.join(report.modules) or 'none'}"
     )
     for place, path in request.files:
-        if place == str(RECIPIENTS):
+        if place == str(RECIPIENTS) and isinstance(path, Path):
             console.say(f"what it saves is encrypted to the keys in {path}: only their secret halves open it")
     if report.missing_modules:
         console.say(
@@ -270,7 +268,7 @@ def run_load(args: argparse.Namespace) -> int:
         mounted, path = _mounted_target() if not args.target else ("", str(CRASH_DIRECTORY))
         line = kexec.capture_command_line(
             kexec.RUNNING_COMMAND_LINE.read_text(encoding="utf-8"),
-            [_named_target(target, console) for target in args.target] or [mounted],
+            [targets.named(target, console.say) for target in args.target] or [mounted],
             args.path or path,
             args.final,
             args.failure,
@@ -357,26 +355,9 @@ def _measured(
 
 
 def _mounted_target() -> tuple[str, str]:
-    """Return the file system that holds /var/crash, and where on it that is."""
+    """Return what holds /var/crash, as the capture kernel finds it, and where on it that is."""
     mount = devices.mount_of(CRASH_DIRECTORY)
-    uuid = devices.uuid_of(mount.device)
-    if uuid is None:
-        raise KexecError(f"{mount.point} is on {mount.device}, which has no UUID: name the disk with --target")
-    devices.plain_disk(Path(mount.device))
-    return f"UUID={uuid}", devices.path_on_device(CRASH_DIRECTORY, mount)
-
-
-def _named_target(target: str, console: Console) -> str:
-    """Return the target as the capture kernel finds it; a disk that is not there may be attached when it is needed."""
-    device = devices.find_device(target)
-    if device is None:
-        console.say(devices.absent(target))
-    else:
-        devices.plain_disk(device)
-        if target.startswith("/dev/"):  # links of udev are not there in the capture kernel, and disks may change names
-            uuid = devices.uuid_of(str(device))
-            target = f"UUID={uuid}" if uuid else str(device.resolve())
-    return target
+    return targets.named_mount(mount), devices.path_on_device(CRASH_DIRECTORY, mount)
 
 
 def run_unload(args: argparse.Namespace) -> int:

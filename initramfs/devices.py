@@ -38,13 +38,24 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Needed:
-    """Module names: loaded now as modules, or part of the running kernel (another kernel may have them as modules)."""
+    """What an image has to hold for something: kernel modules first of all.
 
-    loaded: tuple[str, ...]
-    built_in: tuple[str, ...]
+    Module names: ``loaded`` now as modules, or part of the running kernel (another kernel may have them as modules).
+    ``binaries`` go in with their shared objects; ``files`` are (path in the image, host file or the bytes themselves).
+    """
+
+    loaded: tuple[str, ...] = ()
+    built_in: tuple[str, ...] = ()
+    binaries: tuple[Path, ...] = ()
+    files: tuple[tuple[str, Path | bytes], ...] = ()
 
     def __add__(self, other: Needed) -> Needed:
-        return Needed((*self.loaded, *other.loaded), (*self.built_in, *other.built_in))
+        return Needed(
+            (*self.loaded, *other.loaded),
+            (*self.built_in, *other.built_in),
+            (*self.binaries, *other.binaries),
+            (*self.files, *other.files),
+        )
 
 
 def mount_of(path: Path, mountinfo: Path = Path("/proc/self/mountinfo"), sys: Path = SYS) -> Mount:
@@ -196,30 +207,6 @@ def modules_for_filesystem(kind: str, sys: Path = SYS) -> Needed:
     if is_loaded(kind, sys):
         return Needed((kind,), companions)
     return Needed((), (kind, *companions))
-
-
-def modules_for_target(target: str) -> Needed:
-    """Return everything that a save on the target needs."""
-    node = find_device(target)
-    if node is None:
-        raise ImageError(f"{absent(target)}; is it attached?")
-    device = modules_for_device(node)
-    kind = filesystem_of(str(node))
-    if kind is None:
-        raise ImageError(
-            f"{target}: blkid finds no file system on it; make one, mkfs.ext4 {node}, or name another disk"
-        )
-    return device + modules_for_filesystem(kind)
-
-
-def modules_for_mount(mount: Mount) -> Needed:
-    """Return everything that a save on a mounted file system needs."""
-    if not mount.device.startswith("/dev/"):
-        raise ImageError(
-            f"{mount.point} is a {mount.kind} without a block device; name the disk for the dump with "
-            "--target, or its modules with --module"
-        )
-    return modules_for_device(Path(mount.device)) + modules_for_filesystem(mount.kind)
 
 
 def is_loaded(name: str, sys: Path = SYS) -> bool:

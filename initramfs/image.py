@@ -50,7 +50,7 @@ class ImageRequest:
     python_roots: tuple[str, ...] = ("capture",)
     launcher_module: str = "capture"  # what /usr/bin/vmcapture runs
     binaries: tuple[Path, ...] = ()  # extra executables, with their shared objects
-    files: tuple[tuple[str, Path], ...] = ()  # (path in the image, host file)
+    files: tuple[tuple[str, Path | bytes], ...] = ()  # (path in the image, host file or what is in it)
     squashfs: bool | None = None  # None: where mksquashfs and the kernel's squashfs and loop exist
 
 
@@ -163,8 +163,8 @@ def _runtime_tree(request: ImageRequest, traced: runtime.Runtime, busybox: Path,
         tree.add(f"/{name}", Symlink(f"usr/{name}"))
     for point in MOUNT_POINTS:
         tree.add(point, Directory())
-    for path, host in request.files:
-        tree.add(path, host_file(host))
+    for path, content in request.files:
+        tree.add(path, host_file(content) if isinstance(content, Path) else File(content))
     runtime.lay_out(traced, tree, request.launcher_module, scratch)
     for binary in request.binaries:
         runtime.add_executable(tree, binary)

@@ -12,13 +12,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from capture.boot.targets import LOCAL, kind_of
 from capture.errors import CaptureError
 from initramfs import devices, tools
 from initramfs.config import Config
 from initramfs.devices import Mount
 
 CRASH_DIRECTORY = Path("/var/crash")
-LOCAL, RAW, VIRTIOFS, NFS, SSH = "local", "raw", "virtiofs", "nfs", "ssh"
 
 
 class Place(NamedTuple):
@@ -26,12 +26,6 @@ class Place(NamedTuple):
 
     path: Path
     shown: str
-
-
-def kind_of(target: str) -> str:
-    """Return the kind of a target, from its word: what stands before the first colon, if no ``=`` is before that."""
-    head, colon, _ = target.partition(":")
-    return head if colon and "=" not in head and "/" not in head else LOCAL
 
 
 def mounted(device: Path, path: str) -> Path | None:
@@ -58,14 +52,13 @@ def places(config: Config) -> Iterator[tuple[list[Place], list[str]]]:
     with ExitStack() as stack:
         found = [Place(Path(path), path)]  # the file system of the running system: the default, and where others end
         for target in config.targets:
-            kind = kind_of(target)
-            if kind in (NFS, SSH, VIRTIOFS):
+            if kind_of(target) != LOCAL:
                 lines.append(f"{target}: what is there is not looked at")
-            elif kind == LOCAL:
-                try:
-                    found.append(stack.enter_context(_opened(target, path)))
-                except (CaptureError, OSError) as error:
-                    lines.append(f"{target}: {error}")
+                continue
+            try:
+                found.append(stack.enter_context(_opened(target, path)))
+            except (CaptureError, OSError) as error:
+                lines.append(f"{target}: {error}")
         yield _distinct(found), lines
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from capture.boot.targets import LOCAL, kind_of
 from capture.errors import CaptureError
 from initramfs import devices, places, superblock
 from initramfs.superblock import Room
@@ -33,10 +34,10 @@ class Target:
 def reach(target: str, path: str) -> Target:
     """Return what is known of a target now; ``path`` is the directory on it."""
     kinds: dict[str, Callable[[str, str], Target]] = {
-        places.LOCAL: _local, places.RAW: _raw, places.NFS: _nfs, places.SSH: _ssh,
+        LOCAL: _local, "raw": _raw, "nfs": _nfs, "ssh": _ssh,
     }  # fmt: skip
     try:
-        return kinds.get(places.kind_of(target), _untried)(target, path)
+        return kinds.get(kind_of(target), _untried)(target, path)
     except (CaptureError, OSError) as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return Target(target, False, f"{target}: {said}", "vmcapture test tries it")

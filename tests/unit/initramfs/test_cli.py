@@ -11,7 +11,7 @@ from typing import NoReturn
 import pytest
 
 from capture.boot.config import parse
-from initramfs import cli, devices, measure, watchdogs
+from initramfs import cli, devices, local, measure, targets, watchdogs
 from initramfs.cli import main
 from initramfs.devices import Mount, Needed
 from initramfs.errors import ImageError, MeasureError, ToolError
@@ -116,8 +116,8 @@ class Requests:
         self.last: ImageRequest | None = None
         monkeypatch.setattr(cli, "build_image", self.build)
         monkeypatch.setattr(devices, "mount_of", lambda _: Mount("/dev/vda", Path("/"), "/", "ext4"))
-        monkeypatch.setattr(devices, "modules_for_mount", lambda _: Needed(("virtio_blk",), ("ext4",)))
-        monkeypatch.setattr(devices, "modules_for_target", lambda _: Needed(("nvme",), ()))
+        monkeypatch.setattr(local, "needed_by_mount", lambda _: Needed(("virtio_blk",), ("ext4",)))
+        monkeypatch.setattr(targets, "needed_by", lambda _: Needed(("nvme",), ()))
         monkeypatch.setattr(devices, "keyboard_modules", lambda: ("usbhid",))
         monkeypatch.setattr(watchdogs, "modules", lambda: Needed(("iTCO_wdt",), ("hpwdt",)))
         monkeypatch.setattr("initramfs.modules.host_options", lambda: (("nvme", "poll_queues=1"),))
@@ -373,7 +373,7 @@ def test_several_targets_are_handed_over_in_their_order(machine: Path, monkeypat
 
 def test_the_image_has_the_modules_of_every_target(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = {"LABEL=a": Needed(("nvme",), ()), "LABEL=b": Needed(("sd_mod",), ("ext4",))}
-    monkeypatch.setattr(devices, "modules_for_target", needed.__getitem__)
+    monkeypatch.setattr(targets, "needed_by", needed.__getitem__)
     asked: list[ImageRequest] = []
 
     def build(request: ImageRequest) -> ImageReport:

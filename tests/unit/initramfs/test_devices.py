@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from capture.errors import UsageError
-from initramfs import devices
 from initramfs.devices import (
     Mount,
     Needed,
@@ -16,7 +15,6 @@ from initramfs.devices import (
     keyboard_modules,
     modules_for_device,
     modules_for_filesystem,
-    modules_for_target,
     mount_of,
     path_on_device,
     plain_disk,
@@ -266,12 +264,6 @@ def test_a_path_is_a_device_while_it_is_there() -> None:
     assert find_device("/dev/no=such-disk") is None
 
 
-@pytest.mark.usefixtures("findfs")
-def test_an_image_for_a_disk_that_is_not_there_cannot_be_derived() -> None:
-    with pytest.raises(ImageError, match="UUID=0123: no block device of this machine carries it now; is it"):
-        modules_for_target("UUID=0123")
-
-
 def keyboard(sysfs: Sysfs, number: int, device: str, keys: str) -> None:
     place = sysfs.root / "devices" / device / f"input/input{number}"
     (place / "capabilities").mkdir(parents=True)
@@ -308,17 +300,3 @@ def test_jacks_buttons_and_mice_are_no_keyboards(sysfs: Sysfs) -> None:
 
 def test_a_machine_without_input_devices_has_no_keyboard(sysfs: Sysfs) -> None:
     assert keyboard_modules(sysfs.root) == ()
-
-
-def test_a_target_without_a_file_system_is_refused_while_the_machine_is_healthy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blkid = tmp_path / "blkid"  # as util-linux answers for a disk of zeros: nothing, and status 2
-    blkid.write_text("#!/bin/sh\nexit 2\n")
-    blkid.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(devices, "find_device", lambda _: Path("/dev/vdb"))
-    monkeypatch.setattr(devices, "modules_for_device", lambda _: Needed(("virtio_blk",), ()))
-
-    with pytest.raises(ImageError, match=r"/dev/vdb: blkid finds no file system on it; make one, mkfs\.ext4 /dev/vdb"):
-        modules_for_target("/dev/vdb")
