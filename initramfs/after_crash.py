@@ -1,4 +1,4 @@
-"""After the reboot: crashes that nobody was told of yet are verified, written to the journal, and told to who is to know.
+"""After the reboot: crashes that nobody was told of yet are verified, written to the journal, and made known.
 
 Which ones were is remembered in a file. Who could not be told is told by the next run.
 """
@@ -18,11 +18,11 @@ from capture.dumpfile.reader import KdumpFile
 from capture.errors import CaptureError, IncompleteError
 from capture.verify import verify
 from initramfs import crash_test, crashes, journal, notify, state
-from initramfs.crash_view import size_text
 from initramfs.crash_view import state as state_text
 from initramfs.crashes import WHOLE, SavedCrash
 from initramfs.notify import News, Receiver
 from initramfs.places import Place
+from initramfs.units import size_text
 
 KNOWN_DAYS = 7
 """Crashes that were older than this when the first report was made are not told of: they are no news."""
@@ -98,14 +98,11 @@ def report(
     known = state.read(record())
     entries: dict[str, Any] = {} if known is None else dict(known.get("crashes") or {})
     first_run = known is None
-    found = [
-        (f"{place.shown}/{crash.directory.name}", crash)
-        for place in places
-        for crash in reversed(crashes.find([place.path]))
-    ]
+    found = crashes.find(places)[::-1]  # the oldest first
     test = crash_test.last()
-    expected = crash_test.find(test, [crash for _, crash in found]) if test is not None and test.saved is None else None
-    for shown, crash in found:
+    expected = crash_test.find(test, found) if test is not None and test.saved is None else None
+    for crash in found:
+        shown = crash.shown
         entry = entries.get(shown)
         if entry is not None and not entry.get("pending"):
             continue
@@ -114,7 +111,7 @@ def report(
             entries[shown] = {"reported": None, "pending": []}
             continue
         verdict = check(crash)
-        news = _news(shown, crash, verdict)
+        news = _news(crash, verdict)
         if entry is None:
             _to_journal(news, crash, quiet=quiet)
             pending = list(receivers)
@@ -134,12 +131,12 @@ def report(
         state.write(record(), {"crashes": entries})
         if crash is expected and test is not None:
             done.test = crash_test.finish(test, saved=verdict.status != DAMAGED, result=f"{verdict.text}: {shown}")
-    there = {shown for shown, _ in found}
+    there = {crash.shown for crash in found}
     roots = {place.shown for place in places}
     entries = {name: entry for name, entry in entries.items() if name in there or str(Path(name).parent) not in roots}
     state.write(record(), {"crashes": entries})
     if test is not None and test.saved is None and done.test is None and expected is not None:
-        done.test = crash_test.finish(test, saved=True, result=f"reported before: {expected.directory}")
+        done.test = crash_test.finish(test, saved=True, result=f"reported before: {expected.shown}")
     if test is not None and test.saved is None and done.test is None and crash_test.is_over(test):
         elsewhere = f"; look for it on {', '.join(test.targets)}" if test.targets else ""
         done.test = crash_test.finish(test, saved=False, result=f"nothing of it was found here{elsewhere}")
@@ -148,14 +145,14 @@ def report(
     return done
 
 
-def _news(shown: str, crash: SavedCrash, verdict: Verdict) -> News:
+def _news(crash: SavedCrash, verdict: Verdict) -> News:
     panic = crash.panic or ("encrypted" if crash.encrypted else "no announcement in the log")
     summary = (
-        f"{crash.host} crashed at {crash.when:%Y-%m-%d %H:%M:%S} UTC: {panic}; {shown}: {verdict.text}, "
+        f"{crash.host} crashed at {crash.when:%Y-%m-%d %H:%M:%S} UTC: {panic}; {crash.shown}: {verdict.text}, "
         f"{size_text(crash.size)}"
     )
-    values = {**crash.values(), "directory": shown, "verified": verdict.text, "status": verdict.status}
-    return News(summary, shown, verdict.status, values)
+    values = {**crash.values(), "verified": verdict.text, "status": verdict.status}
+    return News(summary, crash.shown, verdict.status, values)
 
 
 def _to_journal(news: News, crash: SavedCrash, *, quiet: bool) -> None:

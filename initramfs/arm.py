@@ -1,4 +1,4 @@
-"""Brings a machine into the state in which a crash is saved: an image that is current, and loaded. What the unit calls."""
+"""Brings a machine into the state in which a crash is saved: an image that is current, and loaded."""
 
 from __future__ import annotations
 

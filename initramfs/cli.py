@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import capture.cli
@@ -17,7 +16,18 @@ from capture.cli import Subparsers, command, positive
 from capture.console import Console, printable
 from capture.errors import CaptureError, UsageError
 from capture.options import RECIPIENTS
-from initramfs import devices, estimate, kexec, measure, modules, stamp, targets, watchdogs
+from initramfs import (
+    commands_arming,
+    commands_crashes,
+    devices,
+    estimate,
+    kexec,
+    measure,
+    modules,
+    stamp,
+    targets,
+    watchdogs,
+)
 from initramfs.devices import Needed
 from initramfs.errors import ImageError, MeasureError
 from initramfs.estimate import Estimate
@@ -26,7 +36,6 @@ from initramfs.kexec import CrashKernel
 from initramfs.measure import Measurement
 
 CRASH_DIRECTORY = Path("/var/crash")
-NOT_ARMED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,12 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_commands(subparsers: Subparsers) -> None:
-    """Add ``initramfs``, ``load``, ``unload``, ``status`` and ``estimate``."""
+    """Add the set-up side's commands."""
     _add_initramfs(subparsers)
     _add_load(subparsers)
     command(subparsers, "unload", run_unload, "disarm the machine")
-    command(subparsers, "status", run_status, "is the machine armed, with what; exit status 0 when it is", output=True)
     _add_estimate(subparsers)
+    commands_arming.add_commands(subparsers)
+    commands_crashes.add_commands(subparsers)
 
 
 def _add_initramfs(subparsers: Subparsers) -> None:
@@ -195,7 +205,7 @@ def default_image(release: str) -> Path:
     return Path(f"/var/lib/vmcapture/initramfs-{release}.img")
 
 
-def _request(args: argparse.Namespace, output: Path | None) -> ImageRequest:
+def image_request(args: argparse.Namespace, output: Path | None) -> ImageRequest:
     """Return what the image is to hold: by default what this machine's target needs."""
     needed = sum((targets.needed_by(target) for target in args.target), Needed())
     if not args.target and not args.module:
@@ -233,7 +243,7 @@ def _modules_dir(args: argparse.Namespace) -> Path:
 
 def run_initramfs(args: argparse.Namespace) -> int:
     """Build the image."""
-    request = _request(args, args.output)
+    request = image_request(args, args.output)
     console = Console(quiet=args.quiet)
     if args.if_needed:
         why = stamp.stale(request)
@@ -263,6 +273,22 @@ def run_load(args: argparse.Namespace) -> int:
     """Arm the machine."""
     console = Console(quiet=args.quiet)
     kexec.ready(args.kernel_image, args.image)
+    request = crash_kernel(args, console)
+    if args.if_needed and kexec.is_loaded(request):
+        console.say("armed already, with the same kernel, image and command line")
+        return 0
+    loaded = kexec.load(request)
+    console.say(
+        f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}"
+    )
+    for doubt in (kexec.small_reservation(args.image), watchdogs.lacking_driver(args.image)):
+        if doubt is not None:
+            console.say(doubt)
+    return 0
+
+
+def crash_kernel(args: argparse.Namespace, console: Console) -> CrashKernel:
+    """Return what ``load`` is to load."""
     line = args.command_line
     if line is None:
         mounted, path = _mounted_target() if not args.target else ("", str(CRASH_DIRECTORY))
@@ -279,18 +305,7 @@ def run_load(args: argparse.Namespace) -> int:
             free=args.free,
             watchdog=_watchdog_seconds(args),
         )
-    request = CrashKernel(args.kernel_image, args.image, line, args.syscall)
-    if args.if_needed and kexec.is_loaded(request):
-        console.say("armed already, with the same kernel, image and command line")
-        return 0
-    loaded = kexec.load(request)
-    console.say(
-        f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}"
-    )
-    for doubt in (kexec.small_reservation(args.image), watchdogs.lacking_driver(args.image)):
-        if doubt is not None:
-            console.say(doubt)
-    return 0
+    return CrashKernel(args.kernel_image, args.image, line, args.syscall)
 
 
 def _watchdog_seconds(args: argparse.Namespace) -> int:
@@ -310,7 +325,7 @@ def run_estimate(args: argparse.Namespace) -> int:
     if args.kernel_image is not None and not args.kernel_image.is_file():
         raise MeasureError(f"{args.kernel_image}: no such kernel; name another one with --kernel-image")
     with tempfile.TemporaryDirectory(prefix="vmcapture-") as scratch:
-        image = args.image or build_image(_request(args, Path(scratch) / "image")).path
+        image = args.image or build_image(image_request(args, Path(scratch) / "image")).path
         try:
             size = estimate.memory_of(image)
         except OSError as error:
@@ -365,13 +380,3 @@ def run_unload(args: argparse.Namespace) -> int:
     kexec.unload()
     Console(quiet=args.quiet).say("not armed any more")
     return 0
-
-
-def run_status(args: argparse.Namespace) -> int:
-    """Tell whether the machine is armed."""
-    state = kexec.status()
-    if args.json:
-        print(json.dumps(asdict(state), indent=2))
-    else:
-        print("\n".join(kexec.describe(state)))
-    return 0 if state.armed else NOT_ARMED

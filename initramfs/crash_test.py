@@ -1,4 +1,4 @@
-"""A crash on purpose: its id is left on the disk and in the kernel's log, so that the next boot can say what became of it."""
+"""A crash on purpose: its id is left on the disk and in the kernel's log, so that the next boot knows it again."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capture.errors import UsageError
 from initramfs import state
-from initramfs.crashes import SavedCrash, log_has
 from initramfs.errors import KexecError
+
+if TYPE_CHECKING:
+    from initramfs.crashes import SavedCrash
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 KMSG = Path("/dev/kmsg")
@@ -107,6 +109,8 @@ def crash() -> None:
 
 def find(test: CrashTest, crashes: Sequence[SavedCrash]) -> SavedCrash | None:
     """Return the crash that a test made: its log has the id in it; an encrypted one is known by its time."""
+    from initramfs.crashes import log_has  # with NumPy, for which nobody else here has to wait
+
     for crash in crashes:
         if not crash.encrypted and log_has(crash, MARK + test.id):
             return crash

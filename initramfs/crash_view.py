@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from initramfs.crashes import SavedCrash, excerpt, panicked_registers
+from initramfs.units import size_text
 
 _COLUMNS = 3
 _PANIC_WIDTH = 60
@@ -17,15 +18,19 @@ DEBUG_KERNELS = ("/usr/lib/debug/boot/vmlinux-{}", "/usr/lib/debug/lib/modules/{
 def table(crashes: Sequence[SavedCrash]) -> list[str]:
     """Return a line for each crash below a heading, and a line for each directory that they are in."""
     lines: list[str] = []
-    for parent in dict.fromkeys(crash.directory.parent for crash in crashes):
-        rows = [_row(crash) for crash in crashes if crash.directory.parent == parent]
-        heading = (str(parent) + ":", "STATE", "SIZE", "KERNEL", "PANIC")
+    for parent in dict.fromkeys(_parent(crash) for crash in crashes):
+        rows = [_row(crash) for crash in crashes if _parent(crash) == parent]
+        heading = (parent + ":", "STATE", "SIZE", "KERNEL", "PANIC")
         widths = [max(len(row[column]) for row in (heading, *rows)) for column in range(4)]
         lines += [
             f"{name:<{widths[0]}}  {state:<{widths[1]}}  {size:>{widths[2]}}  {kernel:<{widths[3]}}  {panic}".rstrip()
             for name, state, size, kernel, panic in (heading, *rows)
         ]
     return lines
+
+
+def _parent(crash: SavedCrash) -> str:
+    return crash.shown.rpartition("/")[0] or "."
 
 
 def _row(crash: SavedCrash) -> tuple[str, str, str, str, str]:
@@ -40,18 +45,13 @@ def state(crash: SavedCrash) -> str:
     return crash.state + (", encrypted" if crash.encrypted else "")
 
 
-def size_text(size: int) -> str:
-    """Return a size for a person."""
-    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.1f} MiB"
-
-
 def screen(crash: SavedCrash) -> list[str]:
     """Return all that is worth knowing of one crash."""
     version = f" ({crash.version})" if crash.version else ""
     level = "" if crash.level is None else f", dump level {crash.level}"
     lines = [
         f"crash of {crash.host}, {crash.when:%Y-%m-%d %H:%M:%S} UTC",
-        f"directory  {crash.directory}",
+        f"directory  {crash.shown}",
         f"kernel     {crash.release or 'unknown'} {crash.machine or ''}{version}".rstrip(),
         f"panic      {crash.panic or ('in vmcore-dmesg.txt.age' if crash.encrypted else 'no announcement in the log')}",
         f"saved      {state(crash)}; {crash.size:,} bytes ({size_text(crash.size)}){level}",
@@ -81,8 +81,10 @@ def how_to_open(crash: SavedCrash, root: Path = Path("/")) -> list[str]:
     release = crash.release or "RELEASE"
     places = [root / place.format(release).lstrip("/") for place in DEBUG_KERNELS]
     symbols = next((place for place in places if place.exists()), None)
-    vmlinux, dump = shlex.quote(str(symbols or places[0])), shlex.quote(str(crash.dump))
+    vmlinux, dump = shlex.quote(str(symbols or places[0])), shlex.quote(f"{crash.shown}/{crash.dump.name}")
     lines = []
+    if not crash.shown.startswith(("/", ".")) and not Path(crash.shown).exists():
+        lines.append(f"mount {crash.shown.partition(':')[0]}, on which it is, and take its path there:")
     if crash.encrypted:
         lines.append("where the key is, with a copy of the directory:")
         lines.append(f"age -d -i KEY {shlex.quote(crash.dump.name)} | vmcapture dump - vmcore")

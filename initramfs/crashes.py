@@ -24,6 +24,7 @@ from capture.dumpfile.encrypted import SUFFIX
 from capture.dumpfile.output import INCOMPLETE_SUFFIX, MANIFEST
 from capture.errors import SourceError
 from capture.kernel.panic import is_oops, is_panic
+from initramfs.places import Place
 
 WHOLE, INCOMPLETE, WITHOUT_DUMP = "whole", "incomplete", "without dump"
 REGISTERS = "registers.json"
@@ -44,6 +45,7 @@ class SavedCrash:
     """One crash. Texts are printable; ``None`` and ``()`` where nothing is known."""
 
     directory: Path
+    shown: str  # what to call its directory
     host: str
     when: datetime
     state: str  # WHOLE, INCOMPLETE or WITHOUT_DUMP
@@ -61,13 +63,13 @@ class SavedCrash:
     def values(self) -> dict[str, Any]:
         """Return it as values for JSON."""
         return {
-            "directory": str(self.directory),
+            "directory": self.shown,
             "host": self.host,
             "time": self.when.isoformat(),
             "state": self.state,
             "encrypted": self.encrypted,
             "bytes": self.size,
-            "dump": None if self.dump is None else str(self.dump),
+            "dump": None if self.dump is None else self.dump.name,
             "level": self.level,
             "release": self.release,
             "version": self.version,
@@ -78,19 +80,19 @@ class SavedCrash:
         }
 
 
-def find(parents: Iterable[Path]) -> list[SavedCrash]:
-    """Return the crashes in these directories, the newest first. What was not saved by vmcapture is no crash.
+def find(places: Iterable[Place]) -> list[SavedCrash]:
+    """Return the crashes in these places, the newest first. What was not saved by vmcapture is no crash.
 
     Raises:
         OSError: a directory that is there cannot be read.
     """
-    found: dict[Path, tuple[Crash, Path]] = {}
-    for parent in parents:
+    found: dict[Path, tuple[Crash, Place]] = {}
+    for place in places:
         with contextlib.suppress(FileNotFoundError):  # nothing was ever saved
-            for named in _ours(parent):
-                found.setdefault((parent / named.name).resolve(), (named, parent))
+            for named in _ours(place.path):
+                found.setdefault((place.path / named.name).resolve(), (named, place))
     newest_first = sorted(found.values(), key=lambda entry: (entry[0].when, entry[0].number), reverse=True)
-    return [describe(parent / named.name) for named, parent in newest_first]
+    return [describe(place.path / named.name, f"{place.shown}/{named.name}") for named, place in newest_first]
 
 
 def _ours(parent: Path) -> list[Crash]:
@@ -108,8 +110,8 @@ def _ours(parent: Path) -> list[Crash]:
         os.close(descriptor)
 
 
-def describe(directory: Path) -> SavedCrash:
-    """Return what is known of a crash from what lies in its directory.
+def describe(directory: Path, shown: str = "") -> SavedCrash:
+    """Return what is known of a crash from what lies in its directory, which is to be called ``shown``.
 
     Raises:
         SourceError: the directory has not the name of a crash.
@@ -134,6 +136,7 @@ def describe(directory: Path) -> SavedCrash:
         problems.append("no manifest: the save did not come to its end")
     return SavedCrash(
         directory=directory,
+        shown=printable(shown or str(directory)),
         host=named.host,
         when=named.when.replace(tzinfo=UTC),
         state=WITHOUT_DUMP if dump is None else WHOLE if manifest.get("complete") is True else INCOMPLETE,
@@ -224,7 +227,7 @@ def _json(path: Path) -> Any:  # noqa: ANN401
 def _read(path: Path, limit: int) -> bytes:
     """Return a regular file's last ``limit`` bytes; no symbolic link is followed, nothing is waited for."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
+    with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{path} is no regular file")

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from capture.errors import UsageError
-from initramfs import predict, tools, watchdogs
+from initramfs import predict, tools
 from initramfs.errors import KexecError, ToolError
 from initramfs.estimate import estimate, memory_of, unpacked_size
 
@@ -34,6 +34,15 @@ KERNEL_MEMORY = 48 << 20  # what a kernel has taken when it unpacks the image; m
 MAX_COMMAND_LINE = 2047  # COMMAND_LINE_SIZE of x86 without its final NUL (arch/x86/include/asm/setup.h)
 KEXEC_ADDS = 96  # " elfcorehdr=0x…" and, on EFI without runtime services, " acpi_rsdp=0x…"
 PANIC_SECONDS = 10
+
+NO_RESERVATION = (
+    "no memory is reserved for a capture kernel",
+    (
+        "add crashkernel=256M to the kernel command line "
+        "(GRUB_CMDLINE_LINUX in /etc/default/grub, then update-grub) and reboot"
+    ),
+)
+"""What is wrong, and what to do."""
 
 FINALS = ("poweroff", "reboot", "halt", "shell")
 SYSCALLS = ("file", "load", "auto")
@@ -176,16 +185,6 @@ class Loaded:
     machine: str = ""  # what memory and CPUs were then
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
-    """Whether this machine would capture a crash now."""
-
-    armed: bool
-    reservation: int
-    loaded: Loaded | None  # what we loaded last, if anything; another tool may have loaded something since
-    watchdog: str | None = None  # a line, where one runs that the capture kernel will not feed
-
-
 def capture_command_line(
     base: str,
     targets: Sequence[str],
@@ -300,12 +299,12 @@ def out_of_date(loaded: Loaded) -> str | None:
 
 def is_loaded(request: CrashKernel) -> bool:
     """Return whether just that is loaded already, by us, and of this machine as it is now."""
-    loaded = _read_record() if _read_number(CRASH_LOADED) == 1 else None
-    if loaded is None or out_of_date(loaded) is not None:
+    there = loaded()
+    if there is None or out_of_date(there) is not None:
         return False
     wanted = (str(request.kernel), str(request.image), request.command_line)
-    same_call = request.syscall in ("auto", loaded.syscall)
-    return wanted == (loaded.kernel, loaded.image, loaded.command_line) and same_call
+    same_call = request.syscall in ("auto", there.syscall)
+    return wanted == (there.kernel, there.image, there.command_line) and same_call
 
 
 def files_digest(kernel: Path, image: Path) -> str:
@@ -318,7 +317,7 @@ def files_digest(kernel: Path, image: Path) -> str:
 
 
 def machine_digest() -> str:
-    """Return what tells whether the memory and the CPUs have changed that a capture kernel is told of when it is loaded.
+    """Return what tells whether memory and CPUs have changed: a capture kernel is told of them when it is loaded.
 
     What the kernel itself keeps up to date is left out.
     """
@@ -338,32 +337,14 @@ def unload() -> None:
     RECORD.unlink(missing_ok=True)
 
 
-def status() -> Status:
-    """Return whether the machine is armed, and with what."""
-    armed = _read_number(CRASH_LOADED) == 1
-    loaded = _read_record() if armed else None
-    watchdog = watchdogs.doubt(loaded.command_line, Path(loaded.image)) if loaded is not None else None
-    return Status(armed=armed, reservation=reservation(), loaded=loaded, watchdog=watchdog)
+def armed() -> bool:
+    """Return whether a capture kernel is loaded, whoever did it."""
+    return _read_number(CRASH_LOADED) == 1
 
 
-def describe(state: Status) -> Sequence[str]:
-    """Return the status as lines for a person."""
-    reserved = f"{state.reservation >> 20} MiB reserved for the capture kernel"
-    if not state.reservation:
-        return (f"not armed: {_no_reservation()}",)
-    if not state.armed:
-        return (f"not armed: no capture kernel is loaded; run vmcapture load ({reserved})",)
-    if state.loaded is None:
-        return (f"armed, but not by vmcapture ({reserved})",)
-    loaded = state.loaded
-    return (
-        f"armed ({reserved}); last loaded by vmcapture:",
-        f"kernel        {loaded.kernel}",
-        f"image         {loaded.image}",
-        f"command line  {loaded.command_line}",
-        f"system call   kexec_{_syscall_name(loaded.syscall)}",
-        *([f"watchdog      {state.watchdog}"] if state.watchdog else []),
-    )
+def loaded() -> Loaded | None:
+    """Return what we loaded last, if anything is loaded; another tool may have loaded something since."""
+    return _read_record() if armed() else None
 
 
 def ready(kernel: Path, image: Path) -> Path:
@@ -372,7 +353,7 @@ def ready(kernel: Path, image: Path) -> Path:
     kexec = _kexec()
     reserved = reservation()
     if not reserved:
-        raise KexecError(_no_reservation())
+        raise KexecError(": ".join(NO_RESERVATION))
     if not kernel.is_file():
         raise KexecError(f"{kernel}: no such kernel; name one with --kernel-image")
     if not image.is_file():
@@ -418,13 +399,6 @@ def small_reservation(image: Path) -> str | None:
     )
 
 
-def _no_reservation() -> str:
-    return (
-        "no memory is reserved for a capture kernel: add crashkernel=256M to the kernel command line "
-        "(GRUB_CMDLINE_LINUX in /etc/default/grub, then update-grub) and reboot"
-    )
-
-
 def _require_root() -> None:
     if os.geteuid() != 0:
         raise KexecError("only root may load a capture kernel: use sudo")
@@ -448,7 +422,3 @@ def _read_record() -> Loaded | None:
         return Loaded(**{name: str(value) for name, value in record.items() if name in Loaded.__slots__})
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _syscall_name(syscall: str) -> str:
-    return "file_load" if syscall == "file" else "load"

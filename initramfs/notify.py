@@ -28,7 +28,7 @@ DIRECTORY = Path("/etc/vmcapture/notify.d")
 SENDMAIL = Path("/usr/sbin/sendmail")
 TIMEOUT = 30
 """Seconds that one of them may take."""
-HOOK, MAIL, WEBHOOK = "hook", "mail", "webhook"
+HOOK, MAIL, WEBHOOK = "command", "mail", "webhook"
 
 
 @dataclass(frozen=True, slots=True)

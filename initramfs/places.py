@@ -22,7 +22,7 @@ CRASH_DIRECTORY = Path("/var/crash")
 
 
 class Place(NamedTuple):
-    """A directory with crashes: where it is now, and what to call it."""
+    """A directory with crashes: where it is now, and what to call it, where it is mounted for a moment only."""
 
     path: Path
     shown: str
@@ -74,9 +74,20 @@ def _opened(target: str, path: str) -> Iterator[Place]:
     if (there := mounted(device, path)) is not None:
         yield Place(there, str(there))
         return
+    with mounted_for_now(device, "ro,nosuid,nodev,noexec") as root:
+        yield Place(root / path.lstrip("/"), f"{target}:{path}")
+
+
+@contextmanager
+def mounted_for_now(device: Path, options: str) -> Iterator[Path]:
+    """Mount the file system on a device where nobody else looks, and unmount it.
+
+    Raises:
+        ToolError: it cannot be mounted.
+    """
     with tempfile.TemporaryDirectory(prefix="vmcapture-") as point:
-        tools.run([tools.require("mount", "mount"), "-o", "ro,nosuid,nodev,noexec", device, point])
+        tools.run([tools.require("mount", "mount"), "-o", options, device, point])
         try:
-            yield Place(Path(point) / path.lstrip("/"), f"{target}:{path}")
+            yield Path(point)
         finally:
             tools.run([tools.require("umount", "mount"), point])

@@ -1,7 +1,7 @@
 """How large a dump of this machine would be at the most, from what /proc/meminfo says now.
 
-Pages that a dump level leaves out are subtracted from all of memory; what is left is counted as it is in memory: neither
-compressed (guests of 1 and 4 GiB came to between a third and a ninth, README.md, Speed) nor rid of pages of zeros.
+Pages that a dump level leaves out are subtracted from all of memory; what is left is counted as it is in memory,
+neither compressed (guests of 1 and 4 GiB came to between a third and a ninth, README.md) nor rid of pages of zeros.
 ``vmcapture info /proc/kcore`` looks at each page and compresses a sample, and takes seconds for it.
 """
 
