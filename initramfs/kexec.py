@@ -420,5 +420,5 @@ def _read_record() -> Loaded | None:
     try:
         record = json.loads(RECORD.read_text(encoding="utf-8"))
         return Loaded(**{name: str(value) for name, value in record.items() if name in Loaded.__slots__})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return None

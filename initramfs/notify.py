@@ -28,12 +28,12 @@ DIRECTORY = Path("/etc/vmcapture/notify.d")
 SENDMAIL = Path("/usr/sbin/sendmail")
 TIMEOUT = 30
 """Seconds that one of them may take."""
-HOOK, MAIL, WEBHOOK = "command", "mail", "webhook"
+COMMAND, MAIL, WEBHOOK = "command", "mail", "webhook"
 
 
 @dataclass(frozen=True, slots=True)
 class Receiver:
-    """Who is to be told: ``kind`` HOOK, MAIL or WEBHOOK; ``where`` a program, an address or a URL."""
+    """Who is to be told: ``kind`` COMMAND, MAIL or WEBHOOK; ``where`` a program, an address or a URL."""
 
     kind: str
     where: str
@@ -56,7 +56,7 @@ def receivers(configured: Sequence[tuple[str, str]], directory: Path = DIRECTORY
     """Return all who are to be told: the programs in the directory in their names' order, then the configured ones."""
     found = sorted(directory.iterdir()) if directory.is_dir() else []
     programs = [path for path in found if path.is_file() and os.access(path, os.X_OK) and not path.name.startswith(".")]
-    return [*(Receiver(HOOK, str(path)) for path in programs), *(Receiver(kind, to) for kind, to in configured)]
+    return [*(Receiver(COMMAND, str(path)) for path in programs), *(Receiver(kind, to) for kind, to in configured)]
 
 
 def tell(receiver: Receiver, news: News) -> None:
@@ -66,7 +66,7 @@ def tell(receiver: Receiver, news: News) -> None:
         NotifyError: it did not work, within TIMEOUT.
     """
     try:
-        {HOOK: _hook, MAIL: _mail, WEBHOOK: _webhook}[receiver.kind](receiver.where, news)
+        {COMMAND: _hook, MAIL: _mail, WEBHOOK: _webhook}[receiver.kind](receiver.where, news)
     except KeyError:
         raise NotifyError(f"notify {receiver}: only mail ADDRESS and webhook URL are known") from None
     except ToolError as error:
@@ -95,7 +95,8 @@ def _mail(address: str, news: News) -> None:
     message["Subject"] = f"{socket.gethostname()}: {news.summary}"[:200]
     message["Auto-Submitted"] = "auto-generated"  # RFC 3834
     lines = [news.summary, "", *(f"{name}: {value}" for name, value in news.values.items() if _is_plain(value))]
-    message.set_content("\n".join([*lines, "", f"On {socket.gethostname()}: vmcapture show {news.directory}", ""]))
+    text = "\n".join([*lines, "", f"On {socket.gethostname()}: vmcapture show {news.directory}", ""])
+    message.set_content(text, cte="8bit")  # a path in two pieces cannot be copied
     _run([str(SENDMAIL), "-i", "-t"], message.as_string(), {"PATH": tools.SYSTEM_DIRECTORIES})
 
 

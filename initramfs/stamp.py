@@ -67,7 +67,7 @@ def read(image: Path) -> Stamp | None:
     """Return the stamp of an image; None where it has none, or is another image by now."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         values = json.loads(path_of(image).read_text(encoding="utf-8"))
-        if values.pop("format") == FORMAT:
+        if values.pop("format", None) == FORMAT:
             stamp = Stamp(**values)
             return stamp if stamp.image == _identity(image) else None
     return None

@@ -166,7 +166,9 @@ class ImageStore:
         squashfs: bool | None = None,
         more: Callable[[Kernel, Path], object] | None = None,
         recipients: Path | None = None,
+        healthy_files: tuple[tuple[str, Path | bytes], ...] = (),
     ) -> None:
+        self.healthy_files = healthy_files  # more for the healthy system, whose root is read-only
         self.folder = folder
         self.recipients = recipients  # whom saves are encrypted to
         self.squashfs = squashfs  # None: as the builder decides
@@ -207,7 +209,7 @@ class ImageStore:
                 optional_modules=HEALTHY_MODULES,
                 launcher_module="initramfs",
                 binaries=(host.find("kexec"), host.find("blkid")),
-                files=(),
+                files=self.healthy_files,
             )
         )
         shutil.copy(kernel.vmlinuz, contents / "vmlinuz")

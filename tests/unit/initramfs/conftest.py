@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from capture.console import Console
 from initramfs import image, kexec, tools
 from initramfs.image import ImageReport, ImageRequest
 
@@ -139,6 +140,12 @@ def squashfs_image(tmp_path_factory: pytest.TempPathFactory) -> ImageReport:
             files=(("/etc/extra", extra),),
         )
     )
+
+
+@pytest.fixture
+def console() -> Console:
+    """Keeps lines, prints none."""
+    return Console(quiet=True)
 
 
 @pytest.fixture
