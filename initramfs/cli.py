@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import capture.cli
@@ -18,24 +19,26 @@ from capture.errors import CaptureError, UsageError
 from capture.options import RECIPIENTS
 from initramfs import (
     commands_arming,
+    commands_config,
     commands_crashes,
+    config_check,
     devices,
     estimate,
     kexec,
     measure,
     modules,
+    settings,
     stamp,
     targets,
     watchdogs,
 )
+from initramfs.config import Config
 from initramfs.devices import Needed
 from initramfs.errors import ImageError, MeasureError
 from initramfs.estimate import Estimate
 from initramfs.image import ImageRequest, build_image
 from initramfs.kexec import CrashKernel
 from initramfs.measure import Measurement
-
-CRASH_DIRECTORY = Path("/var/crash")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +54,7 @@ def add_commands(subparsers: Subparsers) -> None:
     _add_estimate(subparsers)
     commands_arming.add_commands(subparsers)
     commands_crashes.add_commands(subparsers)
+    commands_config.add_commands(subparsers)
 
 
 def _add_initramfs(subparsers: Subparsers) -> None:
@@ -79,6 +83,7 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
         help="a kernel module that the target needs (repeatable); default: what the target uses now",
     )
     _add_target(parser)
+    settings.add_config(parser)
     add("--no-squashfs", action="store_true", help="a plain tree, for kernels without squashfs: needs more memory")
     add(
         "--bin",
@@ -124,9 +129,11 @@ def _add_load(subparsers: Subparsers) -> None:
         help="the capture image, default: /var/lib/vmcapture/initramfs-RELEASE.img",
     )
     _add_target(parser)
+    settings.add_config(parser)
     add("--path", metavar="DIR", help="directory on the target, default: /var/crash")
-    add("--final", choices=kexec.FINALS, default="reboot", help="what follows a save (default: %(default)s)")
-    add("--failure", choices=kexec.FINALS, default="shell", help="what follows a failure (default: %(default)s)")
+    add("--final", choices=kexec.FINALS, help=f"what follows a save (default: {settings.FINAL})")
+    add("--failure", choices=kexec.FINALS, help=f"what follows a failure (default: {settings.FAILURE})")
+    settings.add_save_options(parser)
     add(
         "--keep", type=positive(MAX_KEEP), metavar="N",
         help="how many crashes of this host stay after a whole save, the new one included (default: all)",
@@ -141,7 +148,7 @@ def _add_load(subparsers: Subparsers) -> None:
         f"(default: {watchdogs.DEFAULT_SECONDS} where a watchdog runs now, else 0)",
     )  # fmt: skip
     way = parser.add_mutually_exclusive_group()
-    way.add_argument("--syscall", choices=kexec.SYSCALLS, default="auto", help="auto: the first one that works")
+    way.add_argument("--syscall", choices=kexec.SYSCALLS, help="auto (the default): the first one that works")
     way.add_argument("-s", dest="syscall", action="store_const", const="file", help="kexec_file_load")
     way.add_argument("-c", dest="syscall", action="store_const", const="load", help="kexec_load")
     add(
@@ -205,11 +212,12 @@ def default_image(release: str) -> Path:
     return Path(f"/var/lib/vmcapture/initramfs-{release}.img")
 
 
-def image_request(args: argparse.Namespace, output: Path | None) -> ImageRequest:
+def image_request(args: argparse.Namespace, config: Config, output: Path | None) -> ImageRequest:
     """Return what the image is to hold: by default what this machine's target needs."""
+    config_check.check_image(config, _modules_dir(args))
     needed = sum((targets.needed_by(target) for target in args.target), Needed())
     if not args.target and not args.module:
-        needed = targets.needed_by_mount(devices.mount_of(CRASH_DIRECTORY))
+        needed = targets.needed_by_mount(devices.mount_of(args.directory))
     release = _release(args)
     # With --module the image may be for another machine.
     watchdog = Needed() if args.module else watchdogs.modules()
@@ -221,12 +229,14 @@ def image_request(args: argparse.Namespace, output: Path | None) -> ImageRequest
         output=output or default_image(release),
         kernel_release=release,
         modules_dir=_modules_dir(args),
-        modules=(*needed.loaded, *args.module),
+        modules=(*needed.loaded, *args.module, *config.extra_modules),
         optional_modules=needed.built_in,
         welcome_modules=(*(() if args.module else devices.keyboard_modules()), *software),
         watchdog_modules=(*watchdog.loaded, *watchdog.built_in),
         module_options=modules.host_options(),
-        binaries=(*args.bin, *needed.binaries, *encrypted.binaries),
+        binaries=(*args.bin, *config.extra_bins, *needed.binaries, *encrypted.binaries),
+        before=config.pre,
+        after=config.post,
         files=(*needed.files, *encrypted.files),
         squashfs=False if args.no_squashfs else None,
     )
@@ -243,14 +253,17 @@ def _modules_dir(args: argparse.Namespace) -> Path:
 
 def run_initramfs(args: argparse.Namespace) -> int:
     """Build the image."""
-    request = image_request(args, args.output)
     console = Console(quiet=args.quiet)
+    config = settings.configure(args)
+    request = image_request(args, config, args.output)
     if args.if_needed:
         why = stamp.stale(request)
         if why is None:
             console.say(f"{request.output}: current")
             return 0
         console.say(f"{request.output}: is built: {why}")
+    for note in config.notes:
+        console.say(note)
     report = build_image(request)
     stamp.write(request, report)
     kind = "squashfs" if report.squashfs else "plain"
@@ -289,23 +302,26 @@ def run_load(args: argparse.Namespace) -> int:
 
 def crash_kernel(args: argparse.Namespace, console: Console) -> CrashKernel:
     """Return what ``load`` is to load."""
+    config = settings.configure(args)
     line = args.command_line
     if line is None:
-        mounted, path = _mounted_target() if not args.target else ("", str(CRASH_DIRECTORY))
+        mounted, path = settings.mounted_target(args.directory) if not args.target else ("", args.directory)
         line = kexec.capture_command_line(
-            kexec.RUNNING_COMMAND_LINE.read_text(encoding="utf-8"),
+            config.base_line or kexec.RUNNING_COMMAND_LINE.read_text(encoding="utf-8"),
             [targets.named(target, console.say) for target in args.target] or [mounted],
-            args.path or path,
-            args.final,
-            args.failure,
-            args.append,
+            args.path or str(path),
+            args.final or settings.FINAL,
+            args.failure or settings.FAILURE,
+            f"{config.append} {args.append}",
             cpus=args.cpus or _cpus(args.image),
             boot_cpu=kexec.boot_cpu_apic_id(),
             keep=args.keep,
             free=args.free,
             watchdog=_watchdog_seconds(args),
+            more=settings.save_words(args),
+            dropped=config.remove,
         )
-    return CrashKernel(args.kernel_image, args.image, line, args.syscall)
+    return CrashKernel(args.kernel_image, args.image, line, args.syscall or settings.SYSCALL)
 
 
 def _watchdog_seconds(args: argparse.Namespace) -> int:
@@ -324,8 +340,9 @@ def run_estimate(args: argparse.Namespace) -> int:
     """Tell how much memory to reserve: measured in QEMU where that is possible, else computed."""
     if args.kernel_image is not None and not args.kernel_image.is_file():
         raise MeasureError(f"{args.kernel_image}: no such kernel; name another one with --kernel-image")
+    config = settings.configure(args)
     with tempfile.TemporaryDirectory(prefix="vmcapture-") as scratch:
-        image = args.image or build_image(image_request(args, Path(scratch) / "image")).path
+        image = args.image or build_image(_to_measure(image_request(args, config, Path(scratch) / "image"))).path
         try:
             size = estimate.memory_of(image)
         except OSError as error:
@@ -343,6 +360,11 @@ def run_estimate(args: argparse.Namespace) -> int:
         if why_not is not None:
             print(f"  computed, not measured: {why_not}")
     return 0
+
+
+def _to_measure(request: ImageRequest) -> ImageRequest:
+    """Return the request without the administrator's own programs: a guest has not what they are for."""
+    return replace(request, before=(), after=())
 
 
 def _measured(
@@ -367,12 +389,6 @@ def _measured(
         return None, printable(str(error))
     except OSError as error:
         return None, printable(f"{error.filename or 'system'}: {error.strerror or error}")
-
-
-def _mounted_target() -> tuple[str, str]:
-    """Return what holds /var/crash, as the capture kernel finds it, and where on it that is."""
-    mount = devices.mount_of(CRASH_DIRECTORY)
-    return targets.named_mount(mount), devices.path_on_device(CRASH_DIRECTORY, mount)
 
 
 def run_unload(args: argparse.Namespace) -> int:

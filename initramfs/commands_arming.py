@@ -13,7 +13,7 @@ from pathlib import Path
 from capture.cli import OneLineParser, Subparsers, command, positive
 from capture.console import Console
 from capture.errors import UsageError
-from initramfs import arm, crash_test, prometheus, rehearsal, status
+from initramfs import arm, crash_test, prometheus, rehearsal, settings, status
 from initramfs.config import read_config
 from initramfs.image import ImageRequest
 from initramfs.kexec import CrashKernel
@@ -114,7 +114,8 @@ def _wanted(args: argparse.Namespace) -> status.Wanted:
 
     def image(path: Path) -> ImageRequest:
         words = ("initramfs", "--kernel", release, "-o", str(path), *config)
-        return image_request(parsed(words), path)
+        args = parsed(words)
+        return image_request(args, settings.configure(args), path)
 
     def kernel() -> CrashKernel:
         words = ("load", "--image", str(default_image(release)), *config)

@@ -124,7 +124,7 @@ def parse(text: str, file: Path) -> Config:
     """
     draft = Draft()
     problems: list[tuple[int, str]] = []
-    for number, name, value in _lines(text):
+    for number, name, value in directive_lines(text):
         draft.line = number
         try:
             directives.apply(draft, name, value)
@@ -147,7 +147,7 @@ def parse(text: str, file: Path) -> Config:
     )
 
 
-def _lines(text: str) -> list[tuple[int, str, str]]:
+def directive_lines(text: str) -> list[tuple[int, str, str]]:
     """Return (line number, directive, value) for each line that has one."""
     found = []
     for number, line in enumerate(text.split("\n"), 1):

@@ -99,23 +99,25 @@ def contradictions(draft: Draft) -> Iterator[tuple[int, str]]:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), DIRECTIVES, 1)
+    word, equals, _ = name.partition("=")
+    near = difflib.get_close_matches(word.lower().replace("-", "_"), DIRECTIVES, 1)
+    if equals and word.isupper():
+        return f"{name}: this is a line of a shell file; vmcapture config import FILE makes directives of it"
+    if equals and near:
+        return f"{name}: a blank stands between a directive and its value: {near[0]} {DIRECTIVES[near[0]][0]}"
     if near:
         return f"{name}: no such directive; is {near[0]} meant?"
-    if "=" in name:
-        return (
-            f"{name}: a directive and its value have a blank between them; a file of shell variables is read by "
-            "vmcapture config import"
-        )
     return f"{name}: no such directive; vmcapture.conf(5) names them all"
 
 
 # --- targets --------------------------------------------------------------------------------------------------------
 
 
-def _add_target(draft: Draft, target: str) -> None:
+def _add_target(draft: Draft, name: str, target: str) -> None:
     if re.search(r"[\s\"]", target):
-        raise UsageError(f"{target}: blanks and quotes do not survive a kernel command line; name it by its UUID")
+        raise UsageError(
+            f"{name} {target}: blanks and quotes do not survive a kernel command line; name it by its UUID"
+        )
     draft.add("targets", "target", target)
 
 
@@ -133,7 +135,7 @@ def _local(name: str, value: str) -> str:
 
 def _filesystem(draft: Draft, name: str, value: str) -> None:
     target = _local(name, value)
-    _add_target(draft, target)
+    _add_target(draft, name, target)
     draft.filesystems.setdefault(target, name)
 
 
@@ -141,7 +143,7 @@ def _raw(draft: Draft, name: str, value: str) -> None:
     tag, equals, rest = value.partition("=")
     if not (tag == "PARTUUID" and equals and rest) and not re.fullmatch(r"/dev/.*[^/]", value):
         raise UsageError(f"{name} {value}: a partition is named PARTUUID=… or /dev/…; lsblk -o +PARTUUID shows them")
-    _add_target(draft, f"raw:{value}")
+    _add_target(draft, name, f"raw:{value}")
 
 
 def _nfs(draft: Draft, name: str, value: str) -> None:
@@ -149,7 +151,7 @@ def _nfs(draft: Draft, name: str, value: str) -> None:
     if match is None:
         raise UsageError(f"{name} {value}: an export is named SERVER:/EXPORT, an IPv6 server in brackets")
     _check_host(name, match[1])
-    _add_target(draft, f"nfs:{value}")
+    _add_target(draft, name, f"nfs:{value}")
 
 
 def _ssh(draft: Draft, name: str, value: str) -> None:
@@ -164,13 +166,13 @@ def _ssh(draft: Draft, name: str, value: str) -> None:
         if not 1 <= int(port[:6]) <= 65535:
             raise UsageError(f"{name} {value}: a port is a number from 1 to 65535")
     _check_host(name, host)
-    _add_target(draft, f"ssh:{user}@{host}{port and f':{port}'}")
+    _add_target(draft, name, f"ssh:{user}@{host}{port and f':{port}'}")
 
 
 def _virtiofs(draft: Draft, name: str, value: str) -> None:
     if not re.fullmatch(r"[^\s/,=]+", value):
         raise UsageError(f"{name} {value}: the tag of a virtiofs device has no blank, comma or slash in it")
-    _add_target(draft, f"virtiofs:{value}")
+    _add_target(draft, name, f"virtiofs:{value}")
 
 
 _KINDS: dict[str, Directive] = {"raw": _raw, "nfs": _nfs, "ssh": _ssh, "virtiofs": _virtiofs}
@@ -185,7 +187,7 @@ def _target(draft: Draft, name: str, value: str) -> None:
             raise UsageError(f"{name} {value}: no such kind of target{meant}")
         _KINDS[kind](draft, f"{name} {kind}:", rest)
     else:
-        _add_target(draft, _local(name, value))
+        _add_target(draft, name, _local(name, value))
 
 
 def _check_host(name: str, host: str) -> None:
@@ -272,8 +274,8 @@ def _free(draft: Draft, name: str, value: str) -> None:
 
 
 def _absolute(name: str, value: str) -> Path:
-    if not value.startswith("/") or value.endswith("/"):
-        raise UsageError(f"{name} {value}: a file is named from / on")
+    if not value.startswith("/") or value.endswith("/") or ".." in value.split("/"):
+        raise UsageError(f"{name} {value}: a file is named from / on, without ..")
     return Path(value)
 
 
@@ -383,9 +385,9 @@ def _dracut(draft: Draft, name: str, value: str) -> None:
                 raise UsageError(f"{name}: --mount {given}: name the target by its own directive, `ext4 UUID=…`")
             taken(draft, "nfs" if kind.startswith("nfs") else kind, fields[0])
         elif option in ("--add-drivers", "--force-drivers"):
-            _modules(draft, f"{name} {option}", given)
+            _modules(draft, "extra_modules", given)
         elif option == "--install":
-            _bins(draft, f"{name} {option}", given)
+            _bins(draft, "extra_bins", given)
         elif option in ("--omit-drivers", "--omit"):
             draft.note(f"{name}: {option} {given} is not needed: the image has only what the target needs")
         else:
@@ -464,9 +466,10 @@ DIRECTIVES: dict[str, tuple[str, Directive]] = {
 }  # fmt: skip
 """Name → (what its value looks like, what it does)."""
 
+TARGETS = frozenset({*FILESYSTEMS, "target", "raw", "nfs", "ssh", "virtiofs"})
 REPEATED = frozenset(
     {
-        *FILESYSTEMS, "target", "raw", "nfs", "ssh", "virtiofs", "kdump_pre", "kdump_post", "extra_bins",
+        *TARGETS, "kdump_pre", "kdump_post", "extra_bins",
         "extra_modules", "append", "command_line_remove", "notify",
     }
 )  # fmt: skip

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from initramfs import cpio, runtime, tools
+from capture.boot.hooks import AFTER, BEFORE
+from initramfs import cpio, runtime, scripts, tools
 from initramfs.errors import ImageError, ToolError
 from initramfs.estimate import unpacked_size
 from initramfs.modules import LoadPlan, ModuleTree, firmware, modinfo, module_name, read_module, read_tree
@@ -51,6 +52,8 @@ class ImageRequest:
     launcher_module: str = "capture"  # what /usr/bin/vmcapture runs
     binaries: tuple[Path, ...] = ()  # extra executables, with their shared objects
     files: tuple[tuple[str, Path | bytes], ...] = ()  # (path in the image, host file or what is in it)
+    before: tuple[Path, ...] = ()  # the administrator's programs, which the capture kernel runs before the save
+    after: tuple[Path, ...] = ()  # and after it
     squashfs: bool | None = None  # None: where mksquashfs and the kernel's squashfs and loop exist
 
 
@@ -166,8 +169,12 @@ def _runtime_tree(request: ImageRequest, traced: runtime.Runtime, busybox: Path,
     for path, content in request.files:
         tree.add(path, host_file(content) if isinstance(content, Path) else File(content))
     runtime.lay_out(traced, tree, request.launcher_module, scratch)
-    for binary in request.binaries:
-        runtime.add_executable(tree, binary)
+    for binary in (*request.binaries, *request.before, *request.after):
+        for program_file in (binary, *scripts.interpreters(binary)):
+            runtime.add_executable(tree, program_file)
+    for place, hooks in ((BEFORE, request.before), (AFTER, request.after)):
+        for number, hook in enumerate(hooks):
+            tree.add(f"{place}/{number:02}", Symlink(str(hook)))
     tree.add("/bin/busybox", program)
     for applet in set(tools.run([busybox, "--list-full"]).split()) - {"linuxrc"}:
         tree.add(f"/{applet}", Symlink("/bin/busybox"))

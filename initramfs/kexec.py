@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -198,21 +198,26 @@ def capture_command_line(
     keep: int | None = None,
     free: str | None = None,
     watchdog: int = 0,
+    more: Mapping[str, str] | None = None,
+    dropped: Sequence[str] = (),
 ) -> str:
     """Return the capture kernel's command line, made from the running kernel's.
 
     ``targets`` in the order in which they are to be tried.
-    ``keep``, ``free`` and ``watchdog`` are ``vmcapture.keep=`` and so on (see ``capture.boot.config``).
+    ``keep``, ``free`` and ``watchdog`` are ``vmcapture.keep=`` and so on (see ``capture.boot.config``), ``more`` are
+    other such words. ``dropped`` are names of parameters of ``base`` that are not wanted, besides those that never are.
     ``boot_cpu`` is the APIC id of the CPU that the firmware started: with more than one CPU the capture kernel must not
     wake it up, because an INIT would reset the machine (kernel-parameters.txt up to Linux 6.8, disable_cpu_apicid).
     Since about 6.9 the kernel finds that CPU itself and does not know the word, which does no harm.
     """
-    kept = [word for word in _words(base) if not _is_dropped(word)]
+    unwanted = {_key(name) for name in dropped}
+    kept = [word for word in _words(base) if not is_dropped(word) and _key(word) not in unwanted]
     added = [*ADDED, f"nr_cpus={cpus}"]
     if cpus > 1 and boot_cpu is not None:
         added.append(f"disable_cpu_apicid={boot_cpu}")
     ours = [*(("target", target) for target in targets), ("path", path), ("final", final), ("failure", failure)]
     ours += [("keep", str(keep or "")), ("free", free or ""), ("watchdog", str(watchdog or ""))]
+    ours += (more or {}).items()
     for key, value in ours:
         if re.search(r"[\s\"]", value):
             raise UsageError(f"vmcapture.{key}={value!r}: blanks and quotes do not survive a kernel command line")
@@ -240,9 +245,15 @@ def _words(line: str) -> Iterator[str]:
         yield match.group()
 
 
-def _is_dropped(word: str) -> bool:
-    key = word.strip('"').partition("=")[0].replace("-", "_")
+def is_dropped(word: str) -> bool:
+    """Tell a parameter that the capture kernel never gets from the running kernel's command line."""
+    key = _key(word)
     return key in DROPPED or key.startswith(DROPPED_PREFIXES)
+
+
+def _key(word: str) -> str:
+    """Return the name of a kernel parameter, in which - and _ are the same."""
+    return word.strip('"').partition("=")[0].replace("-", "_")
 
 
 def boot_cpu_apic_id(cpuinfo: Path = CPUINFO) -> int | None:

@@ -14,11 +14,9 @@ from typing import NamedTuple
 
 from capture.boot.targets import LOCAL, kind_of
 from capture.errors import CaptureError
-from initramfs import devices, tools
+from initramfs import devices, settings, tools
 from initramfs.config import Config
 from initramfs.devices import Mount
-
-CRASH_DIRECTORY = Path("/var/crash")
 
 
 class Place(NamedTuple):
@@ -47,7 +45,7 @@ def _is_on(mount: Mount, number: str, device: Path) -> bool:
 @contextmanager
 def places(config: Config) -> Iterator[tuple[list[Place], list[str]]]:
     """Give the directories of all local targets, and a line for each target where crashes cannot be looked for."""
-    path = config.path or str(CRASH_DIRECTORY)
+    path = config.path or str(settings.CRASH_DIRECTORY)
     lines: list[str] = []
     with ExitStack() as stack:
         found = [Place(Path(path), path)]  # the file system of the running system: the default, and where others end

@@ -10,10 +10,19 @@ from pathlib import Path
 import pytest
 
 from capture.console import Console
-from initramfs import image, kexec, tools
+from initramfs import commands_config, config, image, kexec, tools
 from initramfs.image import ImageReport, ImageRequest
 
 RELEASE = "6.99.0-test"
+
+
+@pytest.fixture(autouse=True)
+def no_configuration(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this machine's configuration file would be: its own says nothing about a test."""
+    place = tmp_path_factory.mktemp("etc") / "vmcapture.conf"
+    for module in (config, commands_config):
+        monkeypatch.setattr(module, "CONFIG", place)
+    return place
 
 
 @pytest.fixture
@@ -120,6 +129,9 @@ def squashfs_image(tmp_path_factory: pytest.TempPathFactory) -> ImageReport:
     folder = tmp_path_factory.mktemp("image")
     program = shutil.which("ls")
     assert program is not None
+    hook = folder / "hook"
+    hook.write_text("#!/bin/bash\nwords=(hook of bash)\necho ${words[@]} $1\n")
+    hook.chmod(0o755)
     extra = folder / "extra.txt"
     extra.write_text("extra")
     modules_dir = make_module_tree(folder / "modules")
@@ -138,6 +150,8 @@ def squashfs_image(tmp_path_factory: pytest.TempPathFactory) -> ImageReport:
             launcher_module="initramfs",
             binaries=(Path(program),),
             files=(("/etc/extra", extra),),
+            before=(hook,),
+            after=(hook, Path(program)),
         )
     )
 

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from capture.console import Console
+from capture.errors import UsageError
 from initramfs import after_crash, crash_test, crashes, journal, notify, state
 from initramfs.after_crash import Reported, Verdict
+from initramfs.errors import StateError
 from initramfs.notify import COMMAND, MAIL, WEBHOOK, Receiver
 from initramfs.places import Place
 from tests.builders import PANIC, PrintkRing
@@ -50,7 +52,7 @@ def entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         listener.setblocking(False)
 
         def received() -> list[dict[str, str]]:
-            found = []
+            found: list[dict[str, str]] = []
             while True:
                 try:
                     datagram = listener.recv(1 << 16).decode()
@@ -326,7 +328,7 @@ def test_an_encrypted_one_is_known_by_its_time(
 @pytest.mark.parametrize("answers", [["web1"], ["db7", "yes"], ["", ""], ["db7", ""]])
 def test_whoever_does_not_say_it_twice_crashes_nothing(answers: list[str]) -> None:
     asked = iter(answers)
-    with pytest.raises(crash_test.UsageError, match="nothing was done"):
+    with pytest.raises(UsageError, match="nothing was done"):
         crash_test.confirm("db7", lambda _: next(asked))
     crash_test.confirm("db7", lambda question: "crash" if "panics" in question else "db7")
 
@@ -348,6 +350,6 @@ def test_a_file_is_written_whole_or_not_at_all(own_state: Path) -> None:
     state.write_text(own_state / "a", "two", 0o644)
     assert [path.name for path in own_state.iterdir()] == ["a"]
     (own_state / "d").mkdir()
-    with pytest.raises(state.StateError, match="/d: cannot be written: "):
+    with pytest.raises(StateError, match="/d: cannot be written: "):
         state.write_text(own_state / "d", "x")
     assert {path.name for path in own_state.iterdir()} == {"a", "d"}
