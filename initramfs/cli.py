@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import capture.cli
-from capture.boot.config import MAX_KEEP, MAX_WATCHDOG, MIN_WATCHDOG
+from capture.boot.config import MAX_KEEP, MAX_WATCHDOG, MIN_WATCHDOG, parse
 from capture.boot.room import parse_floor
 from capture.cli import Subparsers, command, positive
 from capture.console import Console, printable
 from capture.errors import CaptureError, UsageError
 from capture.options import RECIPIENTS
 from initramfs import (
+    collect,
     commands_arming,
     commands_config,
     commands_crashes,
@@ -55,6 +56,7 @@ def add_commands(subparsers: Subparsers) -> None:
     commands_arming.add_commands(subparsers)
     commands_crashes.add_commands(subparsers)
     commands_config.add_commands(subparsers)
+    collect.add_command(subparsers)
 
 
 def _add_initramfs(subparsers: Subparsers) -> None:
@@ -104,9 +106,9 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--target", action="append", default=[], metavar="DEV|UUID=|LABEL=",
-        help="the disk for the dump, default: the one that holds /var/crash; repeatable: the next ones are for when "
-        "those before fail",
+        "--target", action="append", default=[], metavar="DEV|UUID=|LABEL=|KIND:…",
+        help="where the dump goes: a disk, raw:PARTITION, virtiofs:TAG; default: the disk that holds /var/crash; "
+        "repeatable: the next ones are for when those before fail",
     )  # fmt: skip
 
 
@@ -294,7 +296,11 @@ def run_load(args: argparse.Namespace) -> int:
     console.say(
         f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}"
     )
-    for doubt in (kexec.small_reservation(args.image), watchdogs.lacking_driver(args.image)):
+    for doubt in (
+        kexec.small_reservation(args.image),
+        watchdogs.lacking_driver(args.image),
+        targets.lacking_modules(parse(line).targets, args.image),
+    ):
         if doubt is not None:
             console.say(doubt)
     return 0

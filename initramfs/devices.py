@@ -1,7 +1,7 @@
 """Asks the healthy system what the crash target will need: the modules behind a block device and its file system.
 
-sysfs knows the driver of every device between a disk and the root of the bus tree. A volume that has to be put together
-first (device-mapper, md) is refused: nothing in the image can do that.
+sysfs knows the driver of every device between a disk and the root of the bus tree. What stands on other block devices
+is taken apart by initramfs.volumes.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from capture.boot.volumes import tops
 from capture.errors import UsageError
 from initramfs import tools
 from initramfs.errors import ImageError, ToolError
@@ -99,16 +100,16 @@ def path_on_device(path: Path, mount: Mount) -> str:
     return str(Path(mount.root) / path.resolve().relative_to(mount.point))
 
 
-def find_device(target: str) -> Path | None:
-    """Return the device node of ``/dev/…``, ``UUID=…`` or ``LABEL=…``; None when this machine has none now."""
+def find_device(target: str, tags: Collection[str] = TAGS) -> Path | None:
+    """Return the device node of ``/dev/…`` or ``TAG=…``, one of ``tags``; None when this machine has none now."""
     if target.startswith("/dev/"):
         return Path(target) if Path(target).exists() else None
     tag, separator, _ = target.partition("=")
-    if not separator or tag not in TAGS:
+    if not separator or tag not in tags:
         raise UsageError(f"{target}: as a target only UUID=…, LABEL=… and paths below /dev are known")
     findfs = tools.require("findfs", "util-linux")
     try:
-        return Path(tools.run([findfs, target]).strip())
+        return Path(tops(tools.run([findfs, target]).strip())[0])  # (a busybox finds the leg of a mirror as well)
     except ToolError:
         return None
 
@@ -146,11 +147,6 @@ def _tags(device: str) -> dict[str, str]:
     return dict(re.findall(r' (\w+)="([^"]*)"', said))
 
 
-def modules_for_device(device: Path | int, sys: Path = SYS) -> Needed:
-    """Return the modules that the running kernel drives a block device with: its path, or its device number."""
-    return needed(_disk_modules(plain_disk(device, sys), sys), sys)
-
-
 def needed(names: Iterable[str], sys: Path = SYS) -> Needed:
     """Tell the loaded modules of these from those that are built in, in their order."""
     names = tuple(dict.fromkeys(names))
@@ -158,30 +154,22 @@ def needed(names: Iterable[str], sys: Path = SYS) -> Needed:
     return Needed(loaded, tuple(name for name in names if name not in loaded))
 
 
-def plain_disk(device: Path | int, sys: Path = SYS) -> Path:
-    """Return the directory in sysfs of the disk that a block device is, or is a part of.
+def block_directory(device: Path | int, sys: Path = SYS) -> Path:
+    """Return the directory in sysfs of a block device: its path, or its device number.
 
     Raises:
-        ImageError: it is none, or stands on other block devices, which the capture kernel would have to assemble.
+        ImageError: it is none.
     """
     number = device if isinstance(device, int) else _number(device)
-    start = sys / "dev/block" / f"{os.major(number)}:{os.minor(number)}"
-    if not start.exists():
-        raise ImageError(f"{device}: the kernel shows no block device {start.name} in {start.parent}")
-    block = start.resolve()
-    disk = block.parent if (block / "partition").exists() else block
-    if (disk / "dm").exists():
-        layer = "device-mapper (LVM, LUKS, multipath)"
-    elif (disk / "md").exists():
-        layer = "md (RAID)"
-    elif below := sorted(link.name for link in (disk / "slaves").glob("*")):
-        layer = " and ".join(below)
-    else:
-        return disk
-    raise ImageError(
-        f"{device} stands on {layer}: the capture kernel cannot assemble it yet; "
-        "name a plain disk or partition with --target"
-    )
+    place = sys / "dev/block" / f"{os.major(number)}:{os.minor(number)}"
+    if not place.exists():
+        raise ImageError(f"{device}: the kernel shows no block device {place.name} in {place.parent}")
+    return place.resolve()
+
+
+def disk_of(block: Path) -> Path:
+    """Return the directory in sysfs of the disk that the block device of ``block`` is, or is a part of."""
+    return block.parent if (block / "partition").exists() else block
 
 
 def keyboard_modules(sys: Path = SYS) -> tuple[str, ...]:
@@ -224,8 +212,8 @@ def _number(device: Path) -> int:
     return status.st_rdev
 
 
-def _disk_modules(disk: Path, sys: Path) -> Iterator[str]:
-    """Yield the modules of a disk, from the bus down to it."""
+def disk_modules(disk: Path, sys: Path = SYS) -> Iterator[str]:
+    """Yield the modules of a disk, a directory in sysfs, from the bus down to it."""
     # A disk with several paths (NVMe) hangs below no bus: its subsystem lists the controllers.
     controllers = [link.resolve() for link in sorted(disk.parent.glob("nvme*")) if link.is_symlink()]
     for device in (*controllers, (disk / "device").resolve()):

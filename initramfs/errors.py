@@ -35,3 +35,7 @@ class NotifyError(CaptureError):
 
 class StateError(CaptureError):
     """What has to be remembered over a reboot cannot be."""
+
+
+class CollectError(CaptureError):
+    """What was saved cannot be taken off a raw partition."""

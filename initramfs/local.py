@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from initramfs import devices
+from initramfs import devices, volumes
 from initramfs.devices import Mount, Needed
 from initramfs.errors import ImageError, KexecError
 
@@ -19,7 +19,7 @@ def needed(target: str) -> Needed:
     node = devices.find_device(target)
     if node is None:
         raise ImageError(f"{devices.absent(target)}; is it attached?")
-    device = devices.modules_for_device(node)
+    device = volumes.needed_by_device(node)
     kind = devices.filesystem_of(str(node))
     if kind is None:
         raise ImageError(
@@ -35,7 +35,7 @@ def needed_by_mount(mount: Mount) -> Needed:
             f"{mount.point} is a {mount.kind} without a block device; name the disk for the dump with "
             "--target, or its modules with --module"
         )
-    return devices.modules_for_device(Path(mount.device)) + devices.modules_for_filesystem(mount.kind)
+    return volumes.needed_by_device(Path(mount.device)) + devices.modules_for_filesystem(mount.kind)
 
 
 def named(target: str, say: Callable[[str], object]) -> str:
@@ -48,10 +48,10 @@ def named(target: str, say: Callable[[str], object]) -> str:
     if device is None:
         say(devices.absent(target))
     else:
-        devices.plain_disk(device)
+        volumes.needed_by_device(device)  # refuses what cannot work
         if target.startswith("/dev/"):  # links of udev are not there in the capture kernel, and disks may change names
             uuid = devices.uuid_of(str(device))
-            target = f"UUID={uuid}" if uuid else str(device.resolve())
+            target = f"UUID={uuid}" if uuid else volumes.stable_name(device) or str(device.resolve())
     return target
 
 
@@ -65,5 +65,5 @@ def named_mount(mount: Mount) -> str:
     uuid = devices.uuid_of(mount.device)
     if uuid is None:
         raise KexecError(f"{mount.point} is on {mount.device}, which has no UUID: name the disk with --target")
-    devices.plain_disk(Path(mount.device))
+    volumes.needed_by_device(Path(mount.device))  # refuses what cannot work
     return f"UUID={uuid}"

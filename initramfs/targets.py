@@ -5,13 +5,17 @@ Each kind has a row in KINDS, and a module of its own on both sides: capture.boo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
-from capture.boot.targets import LOCAL, kind_of
-from capture.errors import UsageError
-from initramfs import local
-from initramfs.devices import Mount, Needed
+from capture.boot.targets import LOCAL, RAW, VIRTIOFS, kind_of
+from capture.errors import CaptureError, UsageError
+from initramfs import local, raw, virtiofs
+from initramfs.devices import Mount, Needed, is_loaded
+from initramfs.errors import ImageError
+from initramfs.image import load_order, ordered_names
+from initramfs.modules import normal
 
 Say = Callable[[str], object]
 
@@ -32,10 +36,12 @@ class Kind(NamedTuple):
 
 KINDS = {
     LOCAL: Kind(local.needed, local.named),
+    RAW: Kind(raw.needed, raw.named),
+    VIRTIOFS: Kind(virtiofs.needed, virtiofs.named, (VIRTIOFS,), virtiofs.of_mount),
 }
 """What stands before a target's first colon → its kind, with the same keys as capture.boot.targets.KINDS."""
 
-SAMPLES = ("UUID=…", "LABEL=…", "/dev/…")
+SAMPLES = ("UUID=…", "LABEL=…", "/dev/…", "raw:PARTUUID=…", "virtiofs:TAG")
 
 
 def _kind(target: str) -> Kind:
@@ -72,6 +78,27 @@ def named(target: str, say: Say) -> str:
 def named_mount(mount: Mount) -> str:
     """Return what is mounted there as the capture kernel finds it; raises as ``named`` does."""
     return _target_of(mount) or local.named_mount(mount)
+
+
+def lacking_modules(names: Iterable[str], image: Path) -> str | None:
+    """Return a line when disks that are named use modules now that are not in the image; None when all is well."""
+    try:
+        there = ordered_names(load_order(image))
+    except ImageError:  # not ours to judge
+        return None
+    for target in names:
+        if kind_of(target) not in (LOCAL, RAW):
+            continue
+        try:
+            used = [name for name in needed_by(target).loaded if is_loaded(name)]
+        except CaptureError:  # it may be attached when it is needed
+            continue
+        if lacking := [name for name in used if normal(name) not in there]:
+            return (
+                f"{image} has no {' and no '.join(lacking)}, which {target} uses now: build the image anew, "
+                "vmcapture initramfs with the same --target, and load it"
+            )
+    return None
 
 
 def _target_of(mount: Mount) -> str | None:

@@ -2,7 +2,7 @@
 # Programs of the host, by what they are for: installs the Debian packages that bring missing ones when we are root, else
 # says which to install. Prints nothing when all are there.
 #
-# usage: host-packages.sh [python] [guest] [readers] [bench]
+# usage: host-packages.sh [python] [guest] [readers] [storage] [bench]
 set -euo pipefail
 
 # program:package
@@ -29,6 +29,11 @@ readers=(
     age-keygen:age
     makedumpfile:makedumpfile
     crash:crash
+)
+storage=(
+    lvm:lvm2
+    dmsetup:dmsetup
+    mdadm:mdadm
 )
 bench=(
     makedumpfile:makedumpfile
@@ -57,6 +62,7 @@ for purpose in "$@"; do
             ! ldd "$(command -v busybox)" > /dev/null 2>&1 || missing+=(busybox-static)
             ;;
         readers) look_for "${readers[@]}" ;;
+        storage) look_for "${storage[@]}" ;;
         bench) look_for "${bench[@]}" ;;
         *)
             echo "host-packages.sh: no such purpose: $purpose" >&2

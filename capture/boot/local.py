@@ -5,13 +5,14 @@ Searching is left to ``findfs`` (busybox in the capture kernel), which knows eve
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from capture import pulse
-from capture.boot import mounting
+from capture.boot import mounting, volumes
 from capture.console import Console
 from capture.errors import TargetError
 
@@ -41,14 +42,17 @@ def find_device(target: str, wait: int, console: Console) -> str:
     """
     deadline = time.monotonic() + wait
     announced = False
+    assembly = volumes.Assembly(wait, console.say)
     while True:
+        assembly.go_on()
         device = look_up(target)
         if device is not None:
             return device
         if time.monotonic() >= deadline:
+            lacking = f" ({assembly.line})" if assembly.line else ""
             raise TargetError(
-                f"target {target}: no such file system{f' after {wait} s' if wait else ''}; attach it and save again, "
-                "or mount any other and name it: vmcapture save DIR"
+                f"target {target}: no such file system{f' after {wait} s' if wait else ''}{lacking}; attach it and "
+                "save again, or mount any other and name it: vmcapture save DIR"
             )
         if not announced:
             console.say(f"waiting up to {wait} s for {target}")
@@ -72,4 +76,20 @@ def look_up(target: str) -> str | None:
             answer = subprocess.run(["findfs", target], capture_output=True, text=True, check=False)
     except OSError as error:
         raise TargetError(f"findfs cannot be run ({error.strerror}): name the target by its device, /dev/...") from None
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
+    found = answer.stdout.strip()
+    return _topmost(found, target) if answer.returncode == 0 and found else None
+
+
+def _topmost(device: str, target: str) -> str | None:
+    """Return what carries ``target`` at the top of all that stands on ``device``."""
+    tops = volumes.tops(device)
+    if tops == [device] and volumes.is_member(device):  # of an array that is not there yet
+        return None
+    if len(tops) == 1:
+        return tops[0]
+    key, _, value = target.partition("=")
+    for top in tops:
+        with contextlib.suppress(TargetError):
+            if f'{key}="{value}"' in mounting.run(["blkid", top], top).split():
+                return top
+    return device

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,11 +72,11 @@ def _given_up(point: Path) -> Path:
     return point.with_name(f"hangs-{point.name}")
 
 
-def run(command: Sequence[str], failure: str) -> str:
+def run(command: Sequence[str], failure: str, good: Container[int] = (0,)) -> str:
     """Run a program that may wait for a disk or a server; what it printed.
 
     Raises:
-        TargetError: it failed: the text ``failure``, and what it said.
+        TargetError: its exit status is not one of ``good``: the text ``failure``, and what it said.
     """
     import subprocess  # the process that watches over the job has no need of it
 
@@ -85,7 +85,7 @@ def run(command: Sequence[str], failure: str) -> str:
             answer = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:
         raise TargetError(f"{failure}: {command[0]} cannot be run: {error.strerror}") from None
-    if answer.returncode:
+    if answer.returncode not in good:
         said = " ".join((answer.stderr or answer.stdout).split()) or f"{command[0]} ended with {answer.returncode}"
         raise TargetError(f"{failure}: {said}")
     return answer.stdout

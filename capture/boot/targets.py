@@ -16,8 +16,8 @@ from typing import Protocol, cast
 from capture.console import Console
 from capture.errors import TargetError
 
-LOCAL = ""
-KINDS = {LOCAL: "capture.boot.local"}
+LOCAL, RAW, VIRTIOFS = "", "raw", "virtiofs"
+KINDS = {LOCAL: "capture.boot.local", RAW: "capture.boot.raw", VIRTIOFS: "capture.boot.virtiofs"}
 """What stands before the first colon → the module whose ``mounted`` mounts such a target."""
 
 
@@ -39,6 +39,11 @@ def kind_of(target: str) -> str:
     return before if colon and "=" not in before and "/" not in before else LOCAL
 
 
+def place_of(target: str) -> str:
+    """Return the target without its kind: what stands behind the first colon, or all of a local one."""
+    return target if kind_of(target) == LOCAL else target.partition(":")[2]
+
+
 def mounted_target(target: str, wait: int, console: Console, device: str | None = None) -> AbstractContextManager[Path]:
     """Mount ``target``, waiting up to ``wait`` seconds for what it needs to appear; see ``Mounted``.
 
@@ -58,13 +63,15 @@ def devices_of(targets: Iterable[str]) -> dict[str, str]:
     To look for one, all disks are read: to be done before any of them hangs.
     """
     from capture.boot.local import look_up
+    from capture.boot.volumes import Assembly
 
     found: dict[str, str] = {}
-    for target in targets:
-        if kind_of(target) != LOCAL:
-            continue
+    on_disk = [target for target in targets if kind_of(target) in (LOCAL, RAW)]
+    if on_disk:
+        Assembly().go_on()
+    for target in on_disk:
         with contextlib.suppress(TargetError):
-            device = look_up(target)
+            device = look_up(place_of(target))
             if device is not None:
                 found[target] = device
     return found

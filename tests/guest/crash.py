@@ -168,10 +168,14 @@ class ImageStore:
         recipients: Path | None = None,
         healthy_files: tuple[tuple[str, Path | bytes], ...] = (),
         hooks: tuple[tuple[Path, ...], tuple[Path, ...]] = ((), ()),
+        healthy_programs: tuple[Path, ...] = (),
+        healthy_modules: tuple[str, ...] = (),
     ) -> None:
         self.healthy_files = healthy_files  # more for the healthy system, whose root is read-only
         self.folder = folder
         self.hooks = hooks  # programs of this machine that the capture kernel runs before and after a save
+        self.healthy_programs = healthy_programs  # more for the healthy system
+        self.healthy_modules = healthy_modules
         self.recipients = recipients  # whom saves are encrypted to
         self.squashfs = squashfs  # None: as the builder decides
         self.more = more  # puts more files into the folder that becomes the healthy machine's disk
@@ -210,9 +214,9 @@ class ImageStore:
                 output=images.healthy,
                 squashfs=None,
                 python_roots=("capture", "initramfs"),
-                optional_modules=HEALTHY_MODULES,
+                optional_modules=(*HEALTHY_MODULES, *self.healthy_modules),
                 launcher_module="initramfs",
-                binaries=(host.find("kexec"), host.find("blkid")),
+                binaries=(host.find("kexec"), host.find("blkid"), *self.healthy_programs),
                 files=self.healthy_files,
                 before=(),
                 after=(),

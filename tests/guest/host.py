@@ -18,11 +18,14 @@ PACKAGES: Mapping[str, str] = {
     "crash": "crash",
     "debugfs": "e2fsprogs",
     "depmod": "kmod",
+    "dmsetup": "dmsetup",
     "dpkg": "dpkg",
     "e2fsck": "e2fsprogs",
     "kexec": "kexec-tools",
-    "makedumpfile": "makedumpfile",
     "losetup": "mount",
+    "lvm": "lvm2",
+    "makedumpfile": "makedumpfile",
+    "mdadm": "mdadm",
     "mke2fs": "e2fsprogs",
     "mksquashfs": "squashfs-tools",
     "mount": "mount",
@@ -33,7 +36,10 @@ PACKAGES: Mapping[str, str] = {
 }
 """Program → the Debian package that has it."""
 
-_NOT_ALWAYS = {"age", "age-keygen", "crash", "losetup", "makedumpfile", "mount", "qemu-storage-daemon", "umount"}
+_NOT_ALWAYS = {
+    "age", "age-keygen", "crash", "dmsetup", "losetup", "lvm", "makedumpfile", "mdadm", "mount", "qemu-storage-daemon",
+    "umount",
+}  # fmt: skip
 CYCLE = sorted(PACKAGES.keys() - _NOT_ALWAYS)
 """What a whole crash cycle needs on the host; the others only look at what it left."""
 

@@ -182,3 +182,45 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(kexec, "CRASH_LOADED", tmp_path / "crash_loaded")
     monkeypatch.setattr(kexec, "RECORD", tmp_path / "run" / "loaded.json")
     return tmp_path
+
+
+class Sysfs:
+    """A /sys that a test fills."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def driver(self, device: str, module: str, *, loaded: bool = True) -> None:
+        """Give a device a driver that a module brought."""
+        state = self.root / "module" / module
+        state.mkdir(parents=True, exist_ok=True)
+        if loaded:
+            (state / "initstate").write_text("live\n")
+        driver = self.root / "bus" / f"driver-{module}"
+        driver.mkdir(parents=True, exist_ok=True)
+        if not (driver / "module").exists():
+            (driver / "module").symlink_to(state)
+        (self.root / "devices" / device).mkdir(parents=True, exist_ok=True)
+        (self.root / "devices" / device / "driver").symlink_to(driver)
+
+    def block(self, number: str, path: str, device: str | None = None) -> Path:
+        """Make a block device, and its entry in dev/block."""
+        place = self.root / "devices" / path
+        place.mkdir(parents=True)
+        if device is not None:
+            (place / "device").symlink_to(self.root / "devices" / device)
+        entry = self.root / "dev/block" / number
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        entry.symlink_to(place)
+        return place
+
+
+@pytest.fixture
+def sysfs(tmp_path: Path) -> Sysfs:
+    return Sysfs(tmp_path / "sys")
+
+
+def virtio_disk(sysfs: Sysfs) -> Path:
+    sysfs.driver("pci0000:00/0000:00:02.0", "virtio_pci")
+    sysfs.driver("pci0000:00/0000:00:02.0/virtio1", "virtio_blk")
+    return sysfs.block("254:0", "pci0000:00/0000:00:02.0/virtio1/block/vda", "pci0000:00/0000:00:02.0/virtio1")

@@ -11,7 +11,7 @@ from typing import NoReturn
 import pytest
 
 from capture.boot.config import parse
-from initramfs import cli, devices, local, measure, targets, watchdogs
+from initramfs import cli, devices, local, measure, targets, volumes, watchdogs
 from initramfs.cli import main
 from initramfs.devices import Mount, Needed
 from initramfs.errors import ImageError, MeasureError, ToolError
@@ -349,7 +349,7 @@ def test_estimate_prints_what_was_measured(
     assert {"cpus", "kernel", "drivers", "image", "job", "spare", "needed"} <= values.keys()
 
 
-def refuse(device: Path) -> Path:
+def refuse(device: Path) -> NoReturn:
     raise ImageError(f"{device} stands on something")
 
 
@@ -394,7 +394,7 @@ def test_a_target_that_cannot_be_assembled_is_refused(
     machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(devices, "find_device", lambda _: Path("/dev/dm-0"))
-    monkeypatch.setattr(devices, "plain_disk", refuse)
+    monkeypatch.setattr(volumes, "needed_by_device", refuse)
 
     assert load(machine, "--target", "LABEL=crash") == 1
 
@@ -407,7 +407,7 @@ def test_the_file_system_of_the_crash_directory_is_refused_alike(
 ) -> None:
     monkeypatch.setattr(devices, "mount_of", lambda _: Mount("/dev/mapper/vg-root", Path("/"), "/", "ext4"))
     monkeypatch.setattr(devices, "uuid_of", lambda _: "0123")
-    monkeypatch.setattr(devices, "plain_disk", refuse)
+    monkeypatch.setattr(volumes, "needed_by_device", refuse)
 
     assert load(machine) == 1
 

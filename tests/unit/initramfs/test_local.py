@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from initramfs import devices, local
+from initramfs import devices, local, volumes
 from initramfs.devices import Needed
 from initramfs.errors import ImageError
 
@@ -25,7 +25,7 @@ def test_a_target_without_a_file_system_is_refused_while_the_machine_is_healthy(
     blkid.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(devices, "find_device", lambda _: Path("/dev/vdb"))
-    monkeypatch.setattr(devices, "modules_for_device", lambda _: Needed(("virtio_blk",), ()))
+    monkeypatch.setattr(volumes, "needed_by_device", lambda _: Needed(("virtio_blk",), ()))
 
     with pytest.raises(ImageError, match=r"/dev/vdb: blkid finds no file system on it; make one, mkfs\.ext4 /dev/vdb"):
         local.needed("/dev/vdb")
