@@ -299,7 +299,7 @@ def run_load(args: argparse.Namespace) -> int:
     for doubt in (
         kexec.small_reservation(args.image),
         watchdogs.lacking_driver(args.image),
-        targets.lacking_modules(parse(line).targets, args.image),
+        targets.lacking_modules(parse(request.command_line).targets, args.image),
     ):
         if doubt is not None:
             console.say(doubt)
