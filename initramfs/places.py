@@ -48,7 +48,8 @@ def places(config: Config) -> Iterator[tuple[list[Place], list[str]]]:
     path = config.path or str(settings.CRASH_DIRECTORY)
     lines: list[str] = []
     with ExitStack() as stack:
-        found = [Place(Path(path), path)]  # the file system of the running system: the default, and where others end
+        # On the running system: the default target, and where what was on raw partitions is brought to.
+        found = [Place(Path(path), path), Place(settings.CRASH_DIRECTORY, str(settings.CRASH_DIRECTORY))]
         for target in config.targets:
             if kind_of(target) != LOCAL:
                 lines.append(f"{target}: what is there is not looked at")

@@ -155,7 +155,8 @@ def test_arm_itself_is_the_two_commands(machine: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("initramfs.cli.default_image", lambda _: wanted.image)
     monkeypatch.setattr("initramfs.cli.build_image", Commands(initramfs=0))
     monkeypatch.setattr("initramfs.stamp.stale", lambda _: None)
-    monkeypatch.setattr("initramfs.cli.image_request", lambda _args, output: type("R", (), {"output": output})())
+    request = type("Request", (), {"output": wanted.image})()
+    monkeypatch.setattr("initramfs.cli.image_request", lambda *_: request)
     assert main(["arm", "--build-only", "--kernel", "6.1"]) == 0
     assert main(["arm", "--kernel", "6.1"]) == 1  # no memory is reserved
     assert kexec.armed() is False

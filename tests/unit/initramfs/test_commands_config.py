@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from initramfs import devices
+from initramfs import devices, targets
 from initramfs.cli import main
 from initramfs.config import parse
 from initramfs.devices import Mount, Needed
@@ -17,10 +17,10 @@ from .conftest import program_of
 
 @pytest.fixture(autouse=True)
 def disks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "modules_for_target", lambda _: Needed((), ()))
+    monkeypatch.setattr(targets, "needed_by", lambda _: Needed((), ()))
     monkeypatch.setattr(devices, "find_device", lambda _: None)
     monkeypatch.setattr(devices, "mount_of", lambda _: Mount("/dev/vda", Path("/"), "/", "ext4"))
-    monkeypatch.setattr(devices, "modules_for_mount", lambda _: Needed((), ()))
+    monkeypatch.setattr(targets, "needed_by_mount", lambda _: Needed((), ()))
 
 
 def test_check_says_what_would_be_done(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from initramfs import devices
+from initramfs import devices, targets
 from initramfs.config import ConfigError, parse
 from initramfs.config_check import check, check_image
 from initramfs.devices import Mount, Needed
@@ -26,11 +26,11 @@ def disks(monkeypatch: pytest.MonkeyPatch) -> None:
             return Needed((), ())
         raise ImageError(f"{target} stands on something" if target == "LABEL=luks" else devices.absent(target))
 
-    monkeypatch.setattr(devices, "modules_for_target", modules)
+    monkeypatch.setattr(targets, "needed_by", modules)
     monkeypatch.setattr(devices, "find_device", lambda target: Path("/dev/vdb") if target == "LABEL=good" else None)
     monkeypatch.setattr(devices, "filesystem_of", lambda _: "ext4")
     monkeypatch.setattr(devices, "mount_of", lambda _: Mount("/dev/vda", Path("/"), "/", "ext4"))
-    monkeypatch.setattr(devices, "modules_for_mount", lambda _: Needed((), ()))
+    monkeypatch.setattr(targets, "needed_by_mount", lambda _: Needed((), ()))
 
 
 def problems(tree: Path, *lines: str) -> list[str]:
@@ -67,7 +67,7 @@ def test_without_a_target_the_directory_has_to_be_on_a_disk(module_tree: Path, m
         raise ImageError("/run is a tmpfs without a block device")
 
     assert problems(module_tree, "path /srv") == []
-    monkeypatch.setattr(devices, "modules_for_mount", refuse)
+    monkeypatch.setattr(targets, "needed_by_mount", refuse)
     (said,) = problems(module_tree, "", "path /run/x")
     assert said == (
         "/etc/vmcapture.conf:2: no target is named, and /run/x is no place for a dump: "

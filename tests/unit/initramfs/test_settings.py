@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from capture.boot.config import BootConfig, parse
-from initramfs import cli, devices, kexec, settings
+from initramfs import cli, devices, kexec, settings, targets
 from initramfs.cli import main
 from initramfs.devices import Mount, Needed
 from initramfs.image import ImageReport, ImageRequest
@@ -20,8 +20,7 @@ def here(machine: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine whose disks are not there, but for the one that everything is on."""
     monkeypatch.setattr(devices, "find_device", lambda _: None)
     monkeypatch.setattr(devices, "mount_of", lambda path: Mount("/dev/vda", Path("/"), "/", "ext4") if path else None)
-    monkeypatch.setattr(devices, "uuid_of", lambda _: "0123")
-    monkeypatch.setattr(devices, "plain_disk", lambda _: Path("/sys"))
+    monkeypatch.setattr(targets, "named_mount", lambda _: "UUID=0123")
     return machine
 
 
@@ -163,8 +162,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ImageRequest]:
         return ImageReport(request.output, 1, True, request.kernel_release, (), (), 1)
 
     monkeypatch.setattr(cli, "build_image", build)
-    monkeypatch.setattr(devices, "modules_for_target", lambda target: Needed((f"for_{target}",), ()))
-    monkeypatch.setattr(devices, "modules_for_mount", lambda mount: Needed((f"for_{mount.device}",), ()))
+    monkeypatch.setattr("initramfs.stamp.write", lambda *_: None)
+    monkeypatch.setattr(targets, "needed_by", lambda target: Needed((f"for_{target}",), ()))
+    monkeypatch.setattr(targets, "needed_by_mount", lambda mount: Needed((f"for_{mount.device}",), ()))
     monkeypatch.setattr(devices, "mount_of", lambda path: Mount(str(path), Path("/"), "/", "ext4"))
     return requests
 
