@@ -99,8 +99,8 @@ def crash() -> None:
     """
     os.sync()
     try:
-        SYSRQ.write_text("1\n", encoding="ascii")
-        TRIGGER.write_text("c", encoding="ascii")
+        SYSRQ.write_text("1\n", encoding="utf-8")
+        TRIGGER.write_text("c", encoding="utf-8")
     except OSError as error:
         raise KexecError(f"{error.filename}: {error.strerror}: the machine was not crashed") from None
     time.sleep(WAIT)
@@ -131,4 +131,4 @@ def finish(test: CrashTest, *, saved: bool, result: str) -> CrashTest:
 
 
 def _boot_id() -> str:
-    return BOOT_ID.read_text(encoding="ascii").strip()
+    return BOOT_ID.read_text(encoding="utf-8").strip()

@@ -19,7 +19,7 @@ from pathlib import Path
 from capture.boot import config as boot_config
 from capture.boot.targets import LOCAL, kind_of
 from capture.errors import CaptureError
-from initramfs import devices, estimate, measure, places, qemu
+from initramfs import devices, estimate, measure, places, qemu, stamp
 from initramfs.errors import MeasureError, NotSavedError, ToolError
 from initramfs.status import BAD, DOUBT, DOUBTFUL, GOOD, Check, Status, Wanted
 
@@ -134,7 +134,8 @@ def _guest(request: Request, say: Callable[[str], object]) -> Check:
     loaded, reservation = request.state.loaded, request.state.reservation
     assert loaded is not None  # rehearse() has looked
     image, kernel = Path(loaded.image), Path(loaded.kernel)
-    release = request.wanted.image(image).kernel_release if image.exists() else ""
+    made_from = stamp.read(image)
+    release = os.uname().release if made_from is None else made_from.release
     fast = qemu.accelerators()[0] != "tcg"
     asked = measure.Request(
         kernel=kernel,

@@ -12,6 +12,7 @@ import pytest
 from initramfs import devices, places, reach, settings
 from initramfs.config import Config
 from initramfs.devices import Mount
+from initramfs.errors import ToolError
 from initramfs.places import Place
 
 
@@ -86,7 +87,7 @@ def test_what_is_not_mounted_is_mounted_read_only_for_a_moment(
     try:
         with places.mounted_for_now(loop_disk, "rw") as root:
             (root / "var/crash").mkdir(parents=True)
-    except places.tools.ToolError:
+    except ToolError:
         pytest.skip("nothing may be mounted here")
     with places.places(Config(targets=(target,), path="/var/crash")) as (found, lines):
         assert lines == []
