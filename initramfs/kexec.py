@@ -227,6 +227,12 @@ def capture_command_line(
     return line
 
 
+def cpus_of(command_line: str) -> int:
+    """Return how many CPUs a capture kernel with this command line uses; 1 where it does not say."""
+    found = re.findall(r"(?:^|\s)nr_cpus=([1-9]\d{0,3})(?=\s|$)", command_line)
+    return int(found[-1]) if found else 1
+
+
 def check_length(line: str) -> None:
     """Refuse a command line that the capture kernel would cut off."""
     room = MAX_COMMAND_LINE - KEXEC_ADDS

@@ -19,10 +19,11 @@ from pathlib import Path
 from capture.boot import config as boot_config
 from capture.boot.targets import LOCAL, kind_of
 from capture.errors import CaptureError
-from initramfs import devices, estimate, measure, places, qemu, stamp
+from initramfs import devices, estimate, kexec, measure, places, qemu, stamp
 from initramfs.errors import MeasureError, NotSavedError, ToolError
 from initramfs.status import BAD, DOUBT, DOUBTFUL, GOOD, Check, Status, Wanted
 
+MODULES = Path("/lib/modules")
 DEADLINE = 600
 """Seconds for the guest: a minute without KVM on an idle host, and many times as long on a busy one."""
 NOT_FOR_A_GUEST = ("target", "path", "final", "failure", "wait")
@@ -139,11 +140,11 @@ def _guest(request: Request, say: Callable[[str], object]) -> Check:
     fast = qemu.accelerators()[0] != "tcg"
     asked = measure.Request(
         kernel=kernel,
-        modules_dir=Path("/lib/modules") / release,
+        modules_dir=MODULES / release,
         image=image,
         image_memory=estimate.memory_of(image),
         first=reservation,
-        cpus=_cpus(loaded.command_line) if fast else 1,
+        cpus=kexec.cpus_of(loaded.command_line) if fast else 1,
         deadline=request.deadline,
         append=options_of(loaded.command_line),
     )
@@ -172,8 +173,3 @@ def options_of(command_line: str) -> str:
     """Return the words for us on a capture kernel's command line that a guest can be given."""
     words = [word for word in command_line.split() if word.startswith("vmcapture.")]
     return " ".join(word for word in words if word.partition("=")[0].partition(".")[2] not in NOT_FOR_A_GUEST)
-
-
-def _cpus(command_line: str) -> int:
-    found = [word.partition("=")[2] for word in command_line.split() if word.startswith("nr_cpus=")]
-    return int(found[-1]) if found and found[-1].isdecimal() and int(found[-1]) else 1

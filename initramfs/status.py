@@ -123,7 +123,8 @@ def status(wanted: Wanted) -> Status:
     image = Path(loaded.image)
     boot = boot_config.parse(loaded.command_line)
     made_from = stamp.read(image)
-    needed = estimate.estimate(estimate.memory_of(image)).needed if image.exists() else None
+    cpus = kexec.cpus_of(loaded.command_line)
+    needed = estimate.estimate(estimate.memory_of(image), cpus).needed if image.exists() else None
     targets = tuple(reach(target, boot.path) for target in boot.targets)
     predicted = predict.predict(boot.levels[-1], reservation)
     encrypted = None if made_from is None else made_from.encrypted
@@ -210,19 +211,20 @@ def _targets(targets: Sequence[Target]) -> Iterator[Check]:
 
 
 def _room(targets: Sequence[Target], predicted: Prediction) -> Iterator[Check]:
-    """Compare the predicted dump with the room on the first target that is there and tells."""
-    target = next((target for target in targets if target.reached and target.free is not None), None)
-    if target is None or target.free is None:
-        return
+    """Compare the predicted dump with the room on each target that is there and tells."""
+    frees = [(target, target.free) for target in targets if target.reached and target.free is not None]
+    # Where one is full the next is taken.
+    too_small = DOUBT if any(free >= predicted.most // SMALLER for _, free in frees) else BAD
     size = f"a dump of level {predicted.level} has at most {size_text(predicted.most)} ({predict.METHOD})"
-    what = f"{size_text(target.free)} on {target.target}; {size}"
-    remedy = "make room, or keep fewer crashes (keep, free in /etc/vmcapture.conf)"
-    if target.free >= predicted.most:
-        yield Check("room", GOOD, what)
-    elif target.free >= predicted.most // SMALLER:
-        yield Check("room", GOOD, f"{what}, compressed a quarter of it in most cases")
-    else:
-        yield Check("room", BAD, f"{what}: it would be cut short", remedy)
+    for target, free in frees:
+        what = f"{size_text(free)} on {target.target}; {size}"
+        if free >= predicted.most:
+            yield Check("room", GOOD, what)
+        elif free >= predicted.most // SMALLER:
+            yield Check("room", GOOD, f"{what}, compressed a quarter of it in most cases")
+        else:
+            remedy = "make room, or keep fewer crashes (keep, free in /etc/vmcapture.conf)"
+            yield Check("room", too_small, f"{what}: it would be cut short there", remedy)
 
 
 def _encryption(encrypted: bool | None) -> Check:

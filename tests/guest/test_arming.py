@@ -14,6 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from initramfs import rehearsal, stamp
+from initramfs.image import ImageReport, ImageRequest
+from initramfs.kexec import CrashKernel, Loaded
+from initramfs.status import Check, Status, Wanted
 from tests.guest import disk, host
 from tests.guest.cache import Kernel
 from tests.guest.cases import RESCUE
@@ -128,3 +132,31 @@ def test_a_machine_is_armed_crashed_on_purpose_and_told_of_it(store: ImageStore,
         assert "whole, every page read back" in tested["what"]
         exported = demand(machine, "vmcapture status --prometheus -")
         assert 'vmcapture_crashes{state="whole",encrypted="false"} 1\n' in exported
+
+
+@pytest.mark.long
+def test_a_rehearsal_crashes_a_guest_with_what_a_machine_is_armed_with(
+    store: ImageStore, kernels: Callable[[str], Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine is this one, were it armed with a kernel and an image of the tests'."""
+    kernel = kernels(RESCUE.kernel)
+    image = store.images(kernel).capture
+    request = ImageRequest(image, kernel.release, kernel.modules_dir, ())
+    stamp.write(request, ImageReport(image, 1, True, kernel.release, (), (), 1))
+    monkeypatch.setattr(rehearsal, "MODULES", kernel.modules_dir.parent)
+    line = "console=ttyS0 vmcapture.target=LABEL=mine vmcapture.level=17 vmcapture.compress=zlib"
+    loaded = Loaded(str(kernel.vmlinuz), str(image), line, "file")
+    wanted = Wanted(lambda _: request, lambda: CrashKernel(kernel.vmlinuz, image, line))
+    said: list[str] = []
+
+    def rehearsed(reservation: int) -> Check:
+        state = Status(True, reservation, loaded, ())
+        result = rehearsal.rehearse(rehearsal.Request(state, wanted), said.append)
+        return {check.name: check for check in result.checks}["guest"]
+
+    check = rehearsed(160 << 20)
+    assert check.state == "good", check.what
+    assert f"a guest with {kernel.release} and 160 MiB reserved crashed in QEMU" in check.what
+    check = rehearsed(64 << 20)
+    assert check.state == "bad", check.what
+    assert check.what.startswith("a guest crashed, and not all was saved: ")

@@ -286,6 +286,14 @@ def test_what_was_loaded_is_out_of_date_when_a_file_or_the_machine_has_changed(
     assert not kexec.is_loaded(request)
 
 
+@pytest.mark.parametrize(
+    ("line", "cpus"),
+    [("", 1), ("nr_cpus=4", 4), ("quiet nr_cpus=4 x nr_cpus=2", 2), ("nr_cpus=0", 1), ("xnr_cpus=9 nr_cpus=99999", 1)],
+)
+def test_the_last_number_of_cpus_counts(line: str, cpus: int) -> None:
+    assert kexec.cpus_of(line) == cpus
+
+
 def test_unload_disarms_and_forgets(machine: Path) -> None:
     kexec.load(crash_kernel(machine))
 

@@ -205,6 +205,17 @@ def test_what_may_cost_it_is_a_doubt(breaks: Callable[[Healthy], None], name: st
     assert found.lines()[0].startswith("armed, but doubtful: ")
 
 
+def test_a_full_disk_is_a_doubt_where_the_next_one_has_room(healthy: Healthy, monkeypatch: pytest.MonkeyPatch) -> None:
+    kexec.load(replace(healthy.request, command_line=f"{LINE} vmcapture.target=UUID=2"))
+    free = {"UUID=1": 0, "UUID=2": GIB}
+    monkeypatch.setattr(status, "reach", lambda target, _: Target(target, True, target, free=free[target], total=GIB))
+    states = [check.state for check in healthy.status().checks if check.name == "room"]
+    assert states == [DOUBT, GOOD]
+    free["UUID=2"] = GIB // 8
+    states = [check.state for check in healthy.status().checks if check.name == "room"]
+    assert states == [BAD, BAD]
+
+
 @pytest.mark.parametrize("free", [GIB, GIB // 3])
 def test_compressed_a_dump_fits_where_it_would_not_as_it_is(free: int, healthy: Healthy) -> None:
     healthy.target = replace(healthy.target, free=free)
