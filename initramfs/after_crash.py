@@ -94,55 +94,88 @@ def report(
     Raises:
         StateError: it cannot be remembered.
     """
-    done = Reported()
-    known = state.read(record())
-    entries: dict[str, Any] = {} if known is None else dict(known.get("crashes") or {})
-    first_run = known is None
     found = crashes.find(places)[::-1]  # the oldest first
-    test = crash_test.last()
-    expected = crash_test.find(test, found) if test is not None and test.saved is None else None
+    run = _Run(receivers, console, quiet=quiet)
     for crash in found:
-        shown = crash.shown
-        entry = entries.get(shown)
+        run.tell(crash)
+    run.forget_what_is_gone({crash.shown for crash in found}, {place.shown for place in places})
+    run.tell_test(found)
+    return run.done
+
+
+class _Run:
+    """One report: what is remembered of the earlier ones, and what this one did."""
+
+    def __init__(self, receivers: Sequence[Receiver], console: Console, *, quiet: bool) -> None:
+        self.done = Reported()
+        self._receivers = receivers
+        self._console = console
+        self._quiet = quiet
+        known = state.read(record())
+        self._first = known is None
+        entries = None if known is None else known.get("crashes")
+        self._entries: dict[str, Any] = entries if isinstance(entries, dict) else {}
+        self._verdicts: dict[str, Verdict] = {}
+
+    def tell(self, crash: SavedCrash) -> None:
+        """Tell of one crash whom nobody has told yet."""
+        entry = self._entries.get(crash.shown)
         if entry is not None and not entry.get("pending"):
-            continue
-        if first_run and time.time() - crash.when.timestamp() > KNOWN_DAYS * 86400:
-            console.say(f"{shown}: more than {KNOWN_DAYS} days old, not reported")
-            entries[shown] = {"reported": None, "pending": []}
-            continue
-        verdict = check(crash)
+            return
+        if self._first and time.time() - crash.when.timestamp() > KNOWN_DAYS * 86400:
+            self._console.say(f"{crash.shown}: more than {KNOWN_DAYS} days old, not reported")
+            self._remember(crash, reported=False)
+            return
+        verdict = self._verdicts[crash.shown] = check(crash)
         news = _news(crash, verdict)
         if entry is None:
-            _to_journal(news, crash, quiet=quiet)
-            pending = list(receivers)
+            _to_journal(news, crash, quiet=self._quiet)
+        self.done.news.append(news)
+        waiting = [receiver for receiver in self._receivers if entry is None or str(receiver) in entry["pending"]]
+        # At once: a run that is cut short does not tell everything again.
+        self._remember(crash, pending=[receiver for receiver in waiting if not self._told(receiver, news)])
+
+    def _told(self, receiver: Receiver, news: News) -> bool:
+        try:
+            notify.tell(receiver, news)
+        except CaptureError as error:
+            self.done.failures.append(str(error))
+            self._console.say(f"{error}; the next report tries again")
+            return False
+        return True
+
+    def _remember(self, crash: SavedCrash, *, reported: bool = True, pending: Sequence[Receiver] = ()) -> None:
+        now = datetime.now(UTC).isoformat(timespec="seconds") if reported else None
+        self._entries[crash.shown] = {"reported": now, "pending": [str(receiver) for receiver in pending]}
+        state.write(record(), {"crashes": self._entries})
+
+    def forget_what_is_gone(self, there: set[str], looked_at: set[str]) -> None:
+        """Forget crashes that are not there any more, but not those on a disk that was not looked at."""
+        kept = {
+            shown: entry
+            for shown, entry in self._entries.items()
+            if shown in there or shown.rpartition("/")[0] not in looked_at
+        }
+        if self._first or kept != self._entries:
+            self._entries = kept
+            state.write(record(), {"crashes": kept})
+
+    def tell_test(self, found: Sequence[SavedCrash]) -> None:
+        """Tell what became of the last crash on purpose, once."""
+        test = crash_test.last()
+        if test is None or test.saved is not None:
+            return
+        crash = crash_test.find(test, found)
+        if crash is not None:
+            verdict = self._verdicts.get(crash.shown) or check(crash)
+            saved, result = verdict.status != DAMAGED, f"{verdict.text}: {crash.shown}"
+        elif crash_test.is_over(test):
+            elsewhere = f"; look for it on {', '.join(test.targets)}" if test.targets else ""
+            saved, result = False, f"nothing of it was found here{elsewhere}"
         else:
-            pending = [receiver for receiver in receivers if str(receiver) in entry["pending"]]
-        missed = []
-        for receiver in pending:
-            try:
-                notify.tell(receiver, news)
-            except CaptureError as error:
-                missed.append(str(receiver))
-                done.failures.append(str(error))
-                console.say(f"{error}; the next report tries again")
-        entries[shown] = {"reported": datetime.now(UTC).isoformat(timespec="seconds"), "pending": missed}
-        done.news.append(news)
-        # Remembered at once: a run that is cut short does not tell everything again.
-        state.write(record(), {"crashes": entries})
-        if crash is expected and test is not None:
-            done.test = crash_test.finish(test, saved=verdict.status != DAMAGED, result=f"{verdict.text}: {shown}")
-    there = {crash.shown for crash in found}
-    roots = {place.shown for place in places}
-    entries = {name: entry for name, entry in entries.items() if name in there or str(Path(name).parent) not in roots}
-    state.write(record(), {"crashes": entries})
-    if test is not None and test.saved is None and done.test is None and expected is not None:
-        done.test = crash_test.finish(test, saved=True, result=f"reported before: {expected.shown}")
-    if test is not None and test.saved is None and done.test is None and crash_test.is_over(test):
-        elsewhere = f"; look for it on {', '.join(test.targets)}" if test.targets else ""
-        done.test = crash_test.finish(test, saved=False, result=f"nothing of it was found here{elsewhere}")
-    if done.test is not None:
-        _tell_test(done.test, quiet=quiet)
-    return done
+            return
+        self.done.test = crash_test.finish(test, saved=saved, result=result)
+        _tell_test(self.done.test, quiet=self._quiet)
 
 
 def _news(crash: SavedCrash, verdict: Verdict) -> News:
