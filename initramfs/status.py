@@ -21,6 +21,7 @@ from capture.console import printable
 from capture.errors import CaptureError, IncompleteError
 from capture.options import RECIPIENTS
 from initramfs import crash_test, estimate, kexec, predict, services, stamp, watchdogs
+from initramfs.errors import KexecError
 from initramfs.image import ImageRequest
 from initramfs.kexec import CrashKernel, Loaded
 from initramfs.predict import Prediction
@@ -115,11 +116,17 @@ class Status:
 
 
 def status(wanted: Wanted) -> Status:
-    """Look at everything. It takes as long as servers take to answer, and changes nothing."""
+    """Look at everything. It takes as long as servers take to answer, and changes nothing.
+
+    Raises:
+        KexecError: the machine is armed, and with what only root may see.
+    """
     reservation, armed, loaded = kexec.reservation(), kexec.armed(), kexec.loaded()
     if not reservation or not armed or loaded is None:
         checks = (*_unarmed(reservation, armed=armed), *_surroundings(None))
         return Status(armed, reservation, loaded, checks)
+    if os.geteuid() != 0:
+        raise KexecError("armed; whether a crash would be saved only root can see: use sudo")
     image = Path(loaded.image)
     boot = boot_config.parse(loaded.command_line)
     made_from = stamp.read(image)

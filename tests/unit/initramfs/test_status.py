@@ -15,7 +15,7 @@ import pytest
 from capture.errors import CaptureError, UsageError
 from initramfs import crash_test, kexec, predict, reach, services, stamp, state, status, watchdogs
 from initramfs.cli import main
-from initramfs.errors import ImageError
+from initramfs.errors import ImageError, KexecError
 from initramfs.image import ImageReport, ImageRequest
 from initramfs.kexec import CrashKernel
 from initramfs.predict import Prediction
@@ -337,6 +337,14 @@ def test_a_crash_on_purpose_is_remembered_before_it_happens(healthy: Healthy, mo
     assert abs(made.time - time.time()) < 60
     assert made.id in (healthy.folder / "kmsg").read_text()
     assert "not looked at yet" in healthy.check("tested").what
+
+
+def test_an_ordinary_user_is_told_that_only_root_sees_it(healthy: Healthy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(KexecError, match="only root can see: use sudo"):
+        healthy.status()
+    broken_load(healthy)
+    assert healthy.status().exit_status == 1
 
 
 def test_reach_is_what_status_asks(tmp_path: Path) -> None:
