@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import capture.cli
@@ -19,7 +19,9 @@ from capture.errors import CaptureError, UsageError
 from capture.options import RECIPIENTS
 from initramfs import (
     collect,
+    commands_arming,
     commands_config,
+    commands_crashes,
     config_check,
     devices,
     estimate,
@@ -28,6 +30,7 @@ from initramfs import (
     modules,
     remote,
     settings,
+    stamp,
     targets,
     watchdogs,
     wishes,
@@ -40,8 +43,6 @@ from initramfs.image import ImageRequest, build_image
 from initramfs.kexec import CrashKernel
 from initramfs.measure import Measurement
 
-NOT_ARMED = 1
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, the set-up side's included, and return its exit status."""
@@ -53,8 +54,9 @@ def add_commands(subparsers: Subparsers) -> None:
     _add_initramfs(subparsers)
     _add_load(subparsers)
     command(subparsers, "unload", run_unload, "disarm the machine")
-    command(subparsers, "status", run_status, "is the machine armed, with what; exit status 0 when it is", output=True)
     _add_estimate(subparsers)
+    commands_arming.add_commands(subparsers)
+    commands_crashes.add_commands(subparsers)
     commands_config.add_commands(subparsers)
     collect.add_command(subparsers)
 
@@ -63,6 +65,11 @@ def _add_initramfs(subparsers: Subparsers) -> None:
     parser = command(subparsers, "initramfs", run_initramfs, "build the capture image")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="IMAGE", help="default: /var/lib/vmcapture/initramfs-RELEASE.img"
+    )
+    parser.add_argument(
+        "--if-needed",
+        action="store_true",
+        help="do nothing when the image is there and what it is made from is the same",
     )
     _add_image_options(parser)
 
@@ -153,6 +160,7 @@ def _add_load(subparsers: Subparsers) -> None:
         "--cpus", type=positive(), metavar="N",
         help="CPUs in the capture kernel (default: as many as the reserved memory is enough for)",
     )  # fmt: skip
+    add("--if-needed", action="store_true", help="do nothing when just that is loaded already")
     add("--append", default="", metavar="STR", help="more for the capture kernel's command line")
     add("--command-line", metavar="STR", help="the capture kernel's whole command line")
 
@@ -209,7 +217,7 @@ def default_image(release: str) -> Path:
     return Path(f"/var/lib/vmcapture/initramfs-{release}.img")
 
 
-def _request(args: argparse.Namespace, config: Config, output: Path | None) -> ImageRequest:
+def image_request(args: argparse.Namespace, config: Config, output: Path | None) -> ImageRequest:
     """Return what the image is to hold: by default what this machine's target needs."""
     config_check.check_image(config, _modules_dir(args))
     wanted = wishes.of(args)
@@ -253,10 +261,17 @@ def run_initramfs(args: argparse.Namespace) -> int:
     """Build the image."""
     console = Console(quiet=args.quiet)
     config = settings.configure(args)
+    request = image_request(args, config, args.output)
+    if args.if_needed:
+        why = stamp.stale(request)
+        if why is None:
+            console.say(f"{request.output}: current")
+            return 0
+        console.say(f"{request.output}: is built: {why}")
     for note in config.notes:
         console.say(note)
-    request = _request(args, config, args.output)
     report = build_image(request)
+    stamp.write(request, report)
     kind = "squashfs" if report.squashfs else "plain"
     console.say(
         f"{report.path}: {report.size / (1 << 20):.1f} MiB ({kind}), for {report.kernel_release}; "
@@ -279,6 +294,26 @@ def run_load(args: argparse.Namespace) -> int:
     """Arm the machine."""
     console = Console(quiet=args.quiet)
     kexec.ready(args.kernel_image, args.image)
+    request = crash_kernel(args, console)
+    if args.if_needed and kexec.is_loaded(request):
+        console.say("armed already, with the same kernel, image and command line")
+        return 0
+    loaded = kexec.load(request)
+    console.say(
+        f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}"
+    )
+    for doubt in (
+        kexec.small_reservation(args.image),
+        watchdogs.lacking_driver(args.image),
+        targets.lacking_modules(parse(request.command_line).targets, args.image),
+    ):
+        if doubt is not None:
+            console.say(doubt)
+    return 0
+
+
+def crash_kernel(args: argparse.Namespace, console: Console) -> CrashKernel:
+    """Return what ``load`` is to load."""
     config = settings.configure(args)
     line = args.command_line
     if line is None:
@@ -298,18 +333,7 @@ def run_load(args: argparse.Namespace) -> int:
             more=settings.save_words(args),
             dropped=config.remove,
         )
-    loaded = kexec.load(CrashKernel(args.kernel_image, args.image, line, args.syscall or settings.SYSCALL))
-    console.say(
-        f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}"
-    )
-    for doubt in (
-        kexec.small_reservation(args.image),
-        watchdogs.lacking_driver(args.image),
-        targets.lacking_modules(parse(line).targets, args.image),
-    ):
-        if doubt is not None:
-            console.say(doubt)
-    return 0
+    return CrashKernel(args.kernel_image, args.image, line, args.syscall or settings.SYSCALL)
 
 
 def _watchdog_seconds(args: argparse.Namespace) -> int:
@@ -330,7 +354,7 @@ def run_estimate(args: argparse.Namespace) -> int:
         raise MeasureError(f"{args.kernel_image}: no such kernel; name another one with --kernel-image")
     config = settings.configure(args)
     with tempfile.TemporaryDirectory(prefix="vmcapture-") as scratch:
-        image = args.image or build_image(_to_measure(_request(args, config, Path(scratch) / "image"))).path
+        image = args.image or build_image(_to_measure(image_request(args, config, Path(scratch) / "image"))).path
         try:
             size = estimate.memory_of(image)
         except OSError as error:
@@ -384,13 +408,3 @@ def run_unload(args: argparse.Namespace) -> int:
     kexec.unload()
     Console(quiet=args.quiet).say("not armed any more")
     return 0
-
-
-def run_status(args: argparse.Namespace) -> int:
-    """Tell whether the machine is armed."""
-    state = kexec.status()
-    if args.json:
-        print(json.dumps(asdict(state), indent=2))
-    else:
-        print("\n".join(kexec.describe(state)))
-    return 0 if state.armed else NOT_ARMED

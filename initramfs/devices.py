@@ -66,18 +66,23 @@ def mount_of(path: Path, mountinfo: Path = Path("/proc/self/mountinfo"), sys: Pa
         place = place.parent
     best: Mount | None = None
     number = ""
-    for line in mountinfo.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        left, _, right = line.partition(" - ")
-        fields, kind = left.split(" "), right.split(" ")
-        point = Path(_unescape(fields[4]))
+    for mount, its_number in mounts(mountinfo):
         # A later mount on the same place hides the earlier one.
-        if place.is_relative_to(point) and (best is None or len(point.parts) >= len(best.point.parts)):
-            best = Mount(device=_unescape(kind[1]), point=point, root=_unescape(fields[3]), kind=kind[0])
-            number = fields[2]
+        if place.is_relative_to(mount.point) and (best is None or len(mount.point.parts) >= len(best.point.parts)):
+            best, number = mount, its_number
     if best is None:
         raise ImageError(f"{path}: no mounted file system holds it")
     # The kernel calls what it mounted itself /dev/root, and no such node exists.
     return best if Path(best.device).exists() else replace(best, device=_name_of(number, sys) or best.device)
+
+
+def mounts(mountinfo: Path = Path("/proc/self/mountinfo")) -> Iterator[tuple[Mount, str]]:
+    """Yield what is mounted, with its device number (``253:1``), in the order in which it was."""
+    for line in mountinfo.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        left, _, right = line.partition(" - ")
+        fields, kind = left.split(" "), right.split(" ")
+        point, root = Path(_unescape(fields[4])), _unescape(fields[3])
+        yield Mount(device=_unescape(kind[1]), point=point, root=root, kind=kind[0]), fields[2]
 
 
 def _name_of(number: str, sys: Path) -> str | None:

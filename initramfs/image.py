@@ -68,6 +68,7 @@ class ImageReport:
     modules: tuple[str, ...]  # in load order
     missing_modules: tuple[str, ...]  # optional ones that this kernel does not have
     runtime_size: int  # bytes of the runtime tree, unpacked
+    sources: tuple[Path, ...] = ()  # files of the host that it was made from: when one changes, it is out of date
 
 
 def build_image(request: ImageRequest) -> ImageReport:
@@ -80,8 +81,10 @@ def build_image(request: ImageRequest) -> ImageReport:
     try:
         with tempfile.TemporaryDirectory(prefix="vmcapture-") as name:
             scratch = Path(name)
+            traced = runtime.trace(request.python_roots)
             # Stage one has a busybox of its own, and lends it to the squashfs (a bind mount).
-            root = _runtime_tree(request, busybox, File(b"", 0o755) if squashfs else host_program(busybox), scratch)
+            program = File(b"", 0o755) if squashfs else host_program(busybox)
+            root = _runtime_tree(request, traced, busybox, program, scratch)
             if squashfs:
                 stage_one = Tree()
                 stage_one.add(ROOT_IMAGE, File(_make_squashfs(root, scratch)))
@@ -89,6 +92,7 @@ def build_image(request: ImageRequest) -> ImageReport:
                 stage_one = root
             _add_stage_one(stage_one, busybox)
             _add_modules(stage_one, plan, request)
+            sources = {*root.host_files(), *stage_one.host_files(), *traced.modules, *_module_files(plan, request)}
             size = _write(stage_one, request.output, compress=not squashfs)
             return ImageReport(
                 path=request.output,
@@ -98,6 +102,7 @@ def build_image(request: ImageRequest) -> ImageReport:
                 modules=tuple(module.name for module in plan.modules),
                 missing_modules=plan.missing,
                 runtime_size=root.size(),
+                sources=tuple(sorted(path for path in sources if not path.is_relative_to(scratch))),
             )
     except OSError as error:
         raise ImageError(f"{error.filename or request.output}: {error.strerror}") from error
@@ -143,7 +148,14 @@ def static_busybox() -> Path:
     return found.resolve()
 
 
-def _runtime_tree(request: ImageRequest, busybox: Path, program: File, scratch: Path) -> Tree:
+def _module_files(plan: LoadPlan, request: ImageRequest) -> Iterator[Path]:
+    """Yield what the kernel's modules came from; depmod writes the list anew whenever one comes, goes or changes."""
+    yield request.modules_dir / "modules.dep"
+    for module in plan.modules:
+        yield module.path
+
+
+def _runtime_tree(request: ImageRequest, traced: runtime.Runtime, busybox: Path, program: File, scratch: Path) -> Tree:
     """Lay out the system that the job runs in; the extra files win over ours, real programs over busybox's.
 
     ``program`` is what stands for ``busybox`` in it.
@@ -156,10 +168,10 @@ def _runtime_tree(request: ImageRequest, busybox: Path, program: File, scratch: 
         tree.add(point, Directory())
     for place, content in request.files:
         tree.add(place, host_file(content) if isinstance(content, Path) else File(content))
-    runtime.lay_out(runtime.trace(request.python_roots), tree, request.launcher_module, scratch)
+    runtime.lay_out(traced, tree, request.launcher_module, scratch)
     for binary in (*request.binaries, *request.before, *request.after):
-        for path in (binary, *scripts.interpreters(binary)):
-            runtime.add_executable(tree, path)
+        for program_file in (binary, *scripts.interpreters(binary)):
+            runtime.add_executable(tree, program_file)
     for place, hooks in ((BEFORE, request.before), (AFTER, request.after)):
         for number, hook in enumerate(hooks):
             tree.add(f"{place}/{number:03}", Symlink(str(hook)))

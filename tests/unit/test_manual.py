@@ -15,8 +15,8 @@ from tests.guest import host
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    "dump", "dmesg", "registers", "info", "verify", "save", "initramfs", "load", "unload", "status",
-    "estimate", "config", "collect",
+    "dump", "dmesg", "registers", "info", "verify", "save", "initramfs", "load", "unload",
+    "estimate", "arm", "status", "test", "list", "show", "report", "config", "collect",
 )  # fmt: skip
 BELOW: dict[str, tuple[str, ...]] = {"config": ("check", "import")}
 """Commands with commands of their own."""

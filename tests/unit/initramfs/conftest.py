@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from capture.console import Console
 from initramfs import commands_config, config, image, kexec, scripts, tools
 from initramfs.image import ImageReport, ImageRequest
 
@@ -159,6 +160,12 @@ def squashfs_image(tmp_path_factory: pytest.TempPathFactory) -> ImageReport:
             after=(hook, Path(program)),
         )
     )
+
+
+@pytest.fixture
+def console() -> Console:
+    """Keeps lines, prints none."""
+    return Console(quiet=True)
 
 
 @pytest.fixture

@@ -162,6 +162,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ImageRequest]:
         return ImageReport(request.output, 1, True, request.kernel_release, (), (), 1)
 
     monkeypatch.setattr(cli, "build_image", build)
+    monkeypatch.setattr("initramfs.stamp.write", lambda *_: None)
     monkeypatch.setattr(targets, "needed_by", lambda target, _: Needed((f"for_{target}",), ()))
     monkeypatch.setattr(targets, "needed_by_mount", lambda mount, _: Needed((f"for_{mount.device}",), ()))
     monkeypatch.setattr(devices, "mount_of", lambda path: Mount(str(path), Path("/"), "/", "ext4"))

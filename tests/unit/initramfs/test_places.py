@@ -1,0 +1,107 @@
+"""Where crashes are looked for: wherever the file systems of the targets are mounted, and where they are not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from initramfs import devices, places, reach, settings
+from initramfs.config import Config
+from initramfs.devices import Mount
+from initramfs.errors import ToolError
+from initramfs.places import Place
+
+
+@pytest.fixture
+def mounts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Mount, str]]:
+    """What is mounted: a test adds to it."""
+    found: list[tuple[Mount, str]] = []
+    monkeypatch.setattr(devices, "mounts", lambda: iter(found))
+    return found
+
+
+def test_a_path_of_a_device_is_found_where_that_part_of_it_is_mounted(
+    mounts: list[tuple[Mount, str]], tmp_path: Path
+) -> None:
+    device = tmp_path / "sdz1"
+    device.touch()
+    assert places.mounted(device, "/var/crash") is None
+    mounts.append((Mount("/dev/other", Path("/"), "/", "ext4"), "8:1"))
+    mounts.append((Mount("tmpfs", Path("/run"), "/", "tmpfs"), "0:20"))
+    assert places.mounted(device, "/var/crash") is None
+    mounts.append((Mount(f"/dev/../{device}", Path("/home"), "/home", "ext4"), "8:2"))  # a part without it
+    assert places.mounted(device, "/var/crash") is None
+    mounts.append((Mount(f"/dev/../{device}", Path("/srv/var"), "/var", "ext4"), "8:2"))
+    assert places.mounted(device, "/var/crash") == Path("/srv/var/crash")
+
+
+def test_a_device_is_known_by_its_number_as_well(
+    mounts: list[tuple[Mount, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = tmp_path / "vda1"
+    device.touch()
+    (tmp_path / "class/block/vda1").mkdir(parents=True)
+    (tmp_path / "class/block/vda1/dev").write_text("254:1\n")
+    monkeypatch.setattr(devices, "SYS", tmp_path)
+    mounts.append((Mount("/dev/root", Path("/"), "/", "ext4"), "254:1"))
+    assert places.mounted(device, "/var/crash") == Path("/var/crash")
+
+
+def test_without_a_target_it_is_the_machines_own_directory() -> None:
+    with places.places(Config()) as (found, lines):
+        assert found == [Place(Path("/var/crash"), "/var/crash")]
+        assert lines == []
+    with places.places(Config(path="/srv/crash", targets=("nfs:server:/export", "raw:/dev/vdz"))) as (found, lines):
+        assert [place.shown for place in found] == ["/srv/crash", "/var/crash"]
+        assert [line.partition(": ")[0] for line in lines] == ["nfs:server:/export", "raw:/dev/vdz"]
+
+
+def test_a_disk_that_is_not_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "find_device", lambda _: None)
+    with places.places(Config(targets=("UUID=1",))) as (_, lines):
+        assert lines == ["UUID=1: it is not attached now"]
+
+
+@pytest.fixture
+def loop_disk(tmp_path: Path) -> Iterator[Path]:
+    """A block device with an ext4 file system, which nobody has mounted."""
+    image = tmp_path / "disk"
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", image, "16M"], check=True)
+    try:
+        made = subprocess.run(["losetup", "--find", "--show", image], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no loop device can be made here")
+    yield Path(made.stdout.strip())
+    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
+
+
+def test_what_is_not_mounted_is_mounted_read_only_for_a_moment(
+    loop_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "CRASH_DIRECTORY", tmp_path / "none")
+    target = str(loop_disk)
+    try:
+        with places.mounted_for_now(loop_disk, "rw") as root:
+            (root / "var/crash").mkdir(parents=True)
+    except ToolError:
+        pytest.skip("nothing may be mounted here")
+    with places.places(Config(targets=(target,), path="/var/crash")) as (found, lines):
+        assert lines == []
+        (place,) = [place for place in found if place.shown == f"{target}:/var/crash"]
+        assert place.path.is_dir()
+        with pytest.raises(OSError, match="Read-only"):
+            (place.path / "x").touch()
+    assert not place.path.exists()
+    known = reach.reach(target, "/var/crash")
+    assert known.reached
+    assert known.what == f"{target}, not mounted"
+    assert 8 << 20 < (known.free or 0) < (known.total or 0) <= 16 << 20
+    with places.mounted_for_now(loop_disk, "rw") as root:
+        volume = os.statvfs(root)
+        known = reach.reach(target, "/var/crash")
+        assert known.what == target
+        assert known.free == volume.f_bfree * volume.f_frsize

@@ -1,0 +1,77 @@
+"""Room on file systems that are not mounted: their own tools make them, and say how much there is."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from initramfs import superblock
+
+MIB = 1 << 20
+
+
+def need(*programs: str) -> None:
+    for program in programs:
+        if shutil.which(program, path="/usr/sbin:/sbin:/usr/bin:/bin") is None:
+            pytest.skip(f"{program} is not installed")
+
+
+def made(folder: Path, size: int, *command: str) -> Path:
+    image = folder / "disk"
+    image.touch()
+    with image.open("r+b") as file:
+        file.truncate(size)
+    subprocess.run([*command, image], check=True, capture_output=True)
+    return image
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("-b", "1024"), ("-b", "4096"), ("-O", "^64bit"), ("-t", "ext2")], ids=" ".join
+)
+@pytest.mark.parametrize("size", [64 * MIB, 3 << 40], ids=["64M", "3T"])
+def test_ext(options: tuple[str, ...], size: int, tmp_path: Path) -> None:
+    if size > 1 << 40:
+        if "1024" in options or "ext2" in options:
+            pytest.skip("slow, and no more is tested")
+        options = (*options, "-T", "largefile4", "-E", "lazy_itable_init=1,nodiscard", "-J", "size=4")
+    kind = () if "-t" in options else ("-t", "ext4")
+    image = made(tmp_path, size, "mke2fs", "-q", "-F", *kind, *options)
+    said = subprocess.run(["dumpe2fs", "-h", image], check=True, capture_output=True, text=True).stdout
+    numbers = dict(re.findall(r"^(Block count|Free blocks|Block size): +(\d+)", said, re.MULTILINE))
+    block = int(numbers["Block size"])
+    assert superblock.room(image) == (int(numbers["Free blocks"]) * block, int(numbers["Block count"]) * block)
+
+
+def test_xfs(tmp_path: Path) -> None:
+    need("mkfs.xfs", "xfs_db")
+    image = made(tmp_path, 512 * MIB, "mkfs.xfs", "-q", "-f")
+    said = subprocess.run(
+        ["xfs_db", "-r", "-c", "sb 0", "-c", "print fdblocks dblocks blocksize", image],
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    free, total, block = (int(number) for number in re.findall(r"= (\d+)", said))
+    assert superblock.room(image) == (free * block, total * block)
+
+
+def test_btrfs(tmp_path: Path) -> None:
+    need("mkfs.btrfs", "btrfs")
+    image = made(tmp_path, 512 * MIB, "mkfs.btrfs", "-q", "-f")
+    found = superblock.room(image)
+    assert found is not None
+    assert found.total == 512 * MIB
+    said = subprocess.run(
+        ["btrfs", "inspect-internal", "dump-super", image], check=True, capture_output=True, text=True
+    ).stdout
+    used = re.search(r"^bytes_used\s+(\d+)", said, re.MULTILINE)
+    assert used is not None
+    assert found.free == found.total - int(used[1])
+
+
+@pytest.mark.parametrize("content", [b"", b"x", bytes(2 * MIB), b"\xff" * 70_000, b"XFSB"])
+def test_what_is_none_of_them_is_not_known(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(content)
+    assert superblock.room(tmp_path / "disk") is None
