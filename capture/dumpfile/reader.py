@@ -102,6 +102,11 @@ class KdumpFile:
         return int(self.sub_header["dump_level"])
 
     @property
+    def gaps(self) -> bool:
+        """Whether pages that it left out may read as zeros: never in this format."""
+        return False
+
+    @property
     def max_mapnr(self) -> int:
         """The highest PFN plus one."""
         return int(self.sub_header["max_mapnr_64"]) or int(self.header["max_mapnr"])
