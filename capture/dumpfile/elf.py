@@ -3,7 +3,7 @@
 In the file: ELF header, program headers, (with more of them than e_phnum holds) section header 0, the notes as one
 PT_NOTE, then the pages of the dump in PFN order, from a page boundary on. Page frame numbers are p_paddr; p_vaddr is
 where the dead kernel had the page: in the direct map, and in the mapping of its image, which is a PT_LOAD of its own
-over the same bytes of the file, so that no page is there twice.
+over the same bytes of the file, so that no page is there twice. In the notes each CPU has a PID of its own, for gdb.
 
 Pages of zeros are holes in the file. Segments are the runs of pages that the dump has; with more of them than
 MAX_RUNS, the smallest gaps become holes that read as zeros, and the header says so (GAPS).
@@ -42,6 +42,7 @@ from capture.memory.elfcore import (
     SH_INFO,
 )
 from capture.memory.image import LinearMap
+from capture.notes.prstatus import told_apart
 
 MAX_RUNS = 1 << 15
 """Runs of pages that are told apart. A reader has a table of them; gdb goes through it again and again."""
@@ -90,7 +91,7 @@ class ElfWriter(Selection):
         pages = int(self._runs_written["pages"].sum())
         self.gap_pages = pages - self.pages
         loads = self._loads()
-        notes = self._plan.notes.blob
+        notes = told_apart(self._plan.notes)
         count = len(loads) + 1
         sections = SH_INFO.itemsize if count >= PN_XNUM else 0
         table = ELF_HEADER_SIZE + count * PROGRAM_HEADER.itemsize
