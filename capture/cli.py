@@ -43,17 +43,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None, extend: Callable[[Subparsers], None] | None = None) -> int:
-    """Run one command and return its exit status.
-
-    ``extend`` adds further commands (the set-up side's, which this package does not know). A command is a sub-parser
-    whose defaults carry ``run``: a function from the parsed arguments to an exit status.
-    """
-    parser = OneLineParser(prog="vmcapture", description="Save what is left of a crashed Linux kernel.", epilog=EPILOG)
-    parser.add_argument("--version", action="version", version=f"vmcapture {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_commands(subparsers)
-    if extend is not None:
-        extend(subparsers)
+    """Run one command and return its exit status; ``extend`` as for ``make_parser``."""
+    parser = make_parser(extend)
     open_standard_streams()
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _terminated)
@@ -78,6 +69,21 @@ def main(argv: Sequence[str] | None = None, extend: Callable[[Subparsers], None]
             f"internal error: {type(error).__name__}: {error}; -v shows where, please report it", EXIT_FAILED
         )
     return status
+
+
+def make_parser(extend: Callable[[Subparsers], None] | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the whole command line.
+
+    ``extend`` adds further commands (the set-up side's, which this package does not know). A command is a sub-parser
+    whose defaults carry ``run``: a function from the parsed arguments to an exit status.
+    """
+    parser = OneLineParser(prog="vmcapture", description="Save what is left of a crashed Linux kernel.", epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"vmcapture {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_commands(subparsers)
+    if extend is not None:
+        extend(subparsers)
+    return parser
 
 
 def add_commands(subparsers: Subparsers) -> None:
