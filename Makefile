@@ -58,6 +58,7 @@ test-debuginfo: guest-host readers-host venv
 	$(PYTEST) -m 'debuginfo and not long'
 
 test-long: guest-host readers-host venv
+	@bash tests/host-packages.sh deb debian
 	$(PYTEST) -m long
 
 # BENCH="--memory 2G --repeat 1" and the like: what to give the benchmark.

@@ -2,7 +2,7 @@
 # Programs of the host, by what they are for: installs the Debian packages that bring missing ones when we are root, else
 # says which to install. Prints nothing when all are there.
 #
-# usage: host-packages.sh [python] [guest] [readers] [bench] [deb]
+# usage: host-packages.sh [python] [guest] [readers] [bench] [deb] [debian]
 set -euo pipefail
 
 # program:package
@@ -30,6 +30,11 @@ readers=(
     makedumpfile:makedumpfile
     crash:crash
     gdb:gdb
+)
+debian=(
+    debootstrap:debootstrap
+    chroot:coreutils
+    cp:coreutils
 )
 deb=(
     dpkg-buildpackage:dpkg-dev
@@ -77,6 +82,7 @@ for purpose in "$@"; do
                 /usr/bin/python3 -c "import ${need%%:*}" 2> /dev/null || missing+=("${need##*:}")
             done
             ;;
+        debian) look_for "${debian[@]}" ;;
         bench) look_for "${bench[@]}" ;;
         *)
             echo "host-packages.sh: no such purpose: $purpose" >&2

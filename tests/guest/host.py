@@ -15,11 +15,15 @@ PACKAGES: Mapping[str, str] = {
     "apt-get": "apt",
     "blkid": "util-linux",
     "busybox": "busybox-static",
+    "chroot": "coreutils",
+    "cp": "coreutils",
     "crash": "crash",
+    "debootstrap": "debootstrap",
     "debugfs": "e2fsprogs",
     "depmod": "kmod",
     "dpkg": "dpkg",
     "e2fsck": "e2fsprogs",
+    "gdb": "gdb",
     "kexec": "kexec-tools",
     "makedumpfile": "makedumpfile",
     "losetup": "mount",
@@ -33,7 +37,10 @@ PACKAGES: Mapping[str, str] = {
 }
 """Program → the Debian package that has it."""
 
-_NOT_ALWAYS = {"age", "age-keygen", "crash", "losetup", "makedumpfile", "mount", "qemu-storage-daemon", "umount"}
+_NOT_ALWAYS = {
+    "age", "age-keygen", "chroot", "cp", "crash", "debootstrap", "gdb", "losetup", "makedumpfile", "mount",
+    "qemu-storage-daemon", "umount",
+}  # fmt: skip
 CYCLE = sorted(PACKAGES.keys() - _NOT_ALWAYS)
 """What a whole crash cycle needs on the host; the others only look at what it left."""
 
