@@ -74,12 +74,8 @@ def test_fish_offers_every_command_and_option(tmp_path: Path) -> None:
         short = {word for word in words if len(word) == 2}
         assert words - short <= offered, path
         assert len(short - offered) <= 1, path  # where both are one option, fish shows one of them at times
-    assert {
-        answer.split("\t")[0] for answer in said_by("fish", f"source {file}; complete -C 'vmcapture dump --format '")
-    } == {
-        "elf",
-        "kdump",
-    }
+    answers = said_by("fish", f"source {file}; complete -C 'vmcapture dump --format '")
+    assert {answer.split("\t")[0] for answer in answers} == {"elf", "kdump"}
 
 
 def test_zsh_offers_every_command_and_option(tmp_path: Path) -> None:
@@ -88,9 +84,7 @@ def test_zsh_offers_every_command_and_option(tmp_path: Path) -> None:
     stand_ins = '_arguments() { print -rl -- "$@" }; _describe() { print -rl -- ${(P)2} }; _files() {};'
     for path, words in COMMANDS:
         name = "_".join(("_vmcapture", *path)).replace("-", "_")
-        state = "state=command" if not path else ":"
-        body = f'functions[body]="${{$(<{file})}}"; {stand_ins} source {file} > /dev/null; {state}; {name}'
-        offered = said_by("zsh", body)
+        offered = said_by("zsh", f"{stand_ins} source {file} > /dev/null; {name}")
         found = {line.lstrip("*").split("[")[0] for line in offered if line.startswith("*-")}
         assert found == {word for word in words if word.startswith("-")}, path
     listed = said_by("zsh", f"{stand_ins} source {file} > /dev/null; print -rl -- $functions[_vmcapture]")
