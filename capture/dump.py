@@ -22,6 +22,7 @@ from capture.footprint import Footprint
 from capture.kernel.address import KernelMemory
 from capture.kernel.utsname import read_utsname
 from capture.memory.image import Chunk
+from capture.notes import prstatus
 from capture.options import DumpOptions
 from capture.pagefilter import PageFilter
 from capture.progress import Progress
@@ -254,8 +255,11 @@ def _writer(vmcore: Vmcore, output: Output, plan: DumpPlan, place: _Place, optio
         return KdumpWriter(output, plan)
     from capture.dumpfile.elf import ElfWriter  # not in a capture kernel's save
 
-    maps = KernelMemory(vmcore.image, vmcore.info, vmcore.core.machine).linear_maps()
-    return ElfWriter(output, plan, vmcore.core.machine, maps, place.scratch)
+    machine = vmcore.core.machine
+    memory = KernelMemory(vmcore.image, vmcore.info, machine)
+    cpus, _ = prstatus.parse(vmcore.notes.prstatus(), machine)
+    stacks = [page for cpu in cpus for page in memory.stack_pages(cpu.registers[prstatus.STACK_POINTER[machine]])]
+    return ElfWriter(output, plan, machine, memory.linear_maps(), stacks, place.scratch)
 
 
 def _named(report: DumpReport, unfinished: Path, path: Path) -> DumpReport:

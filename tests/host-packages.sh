@@ -35,6 +35,7 @@ debian=(
     debootstrap:debootstrap
     chroot:coreutils
     cp:coreutils
+    unshare:util-linux
 )
 deb=(
     dpkg-buildpackage:dpkg-dev

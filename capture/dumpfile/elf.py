@@ -2,8 +2,9 @@
 
 In the file: ELF header, program headers, (with more of them than e_phnum holds) section header 0, the notes as one
 PT_NOTE, then the pages of the dump in PFN order, from a page boundary on. Page frame numbers are p_paddr; p_vaddr is
-where the dead kernel had the page: in the direct map, and in the mapping of its image, which is a PT_LOAD of its own
-over the same bytes of the file, so that no page is there twice. In the notes each CPU has a PID of its own, for gdb.
+where the dead kernel had the page: in the direct map; in the mapping of its image, and of the stacks that CPUs were on
+(vmalloc), which are PT_LOADs of their own over the same bytes of the file, so that no page is there twice. In the
+notes each CPU has a PID of its own, for gdb.
 
 Pages of zeros are holes in the file. Segments are the runs of pages that the dump has; with more of them than
 MAX_RUNS, the smallest gaps become holes that read as zeros, and the header says so (GAPS).
@@ -59,13 +60,22 @@ _GAP_BITS = 64
 class ElfWriter(Selection):
     """Writes one dump to ``output``; use it as KdumpWriter. ``close`` it before ``output`` is closed.
 
-    ``maps`` are where the dead kernel had its memory; bitmaps are kept in a file without a name in ``scratch``.
+    ``maps`` are where the dead kernel had its memory, ``pages`` where it had single ones besides; bitmaps are kept in a
+    file without a name in ``scratch``.
 
     Raises:
         TargetError: from every method; what was written before stays readable, marked incomplete.
     """
 
-    def __init__(self, output: Output, plan: DumpPlan, machine: str, maps: Sequence[LinearMap], scratch: Path) -> None:
+    def __init__(
+        self,
+        output: Output,
+        plan: DumpPlan,
+        machine: str,
+        maps: Sequence[LinearMap],
+        pages: Sequence[LinearMap],
+        scratch: Path,
+    ) -> None:
         bitmap_bytes = -(-plan.max_mapnr // 8)
         self._bitmaps = ScratchFile(scratch)
         super().__init__(self._bitmaps, BitmapPlaces(0, bitmap_bytes, bitmap_bytes), plan.max_mapnr)
@@ -73,6 +83,7 @@ class ElfWriter(Selection):
         self._plan = plan
         self._machine = next(number for number, name in MACHINES.items() if name == machine)
         self._maps = merged(maps)
+        self._maps += list(self._beyond_the_maps(pages))
         self._runs_written = np.zeros(0, dtype=_RUN)
         self._header = np.zeros((), dtype=ELF_HEADER)
         self._data = 0
@@ -175,6 +186,12 @@ class ElfWriter(Selection):
             start, end = first, first + pages
         if end > start:
             yield start, end - start, place
+
+    def _beyond_the_maps(self, pages: Sequence[LinearMap]) -> Iterator[LinearMap]:
+        shifts = {linear.virtual - linear.physical for linear in self._maps}
+        for page in dict.fromkeys(pages):
+            if page.virtual - page.physical not in shifts:
+                yield page
 
     def _loads(self) -> NDArray[np.void]:
         """Return the PT_LOADs: of each linear mapping what runs have of it, and without an address what none has."""

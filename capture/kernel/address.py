@@ -15,6 +15,8 @@ from capture.kernel.pagetable import Mapping, PageTables
 from capture.memory.image import LinearMap, MemoryImage, UnreadableMemory
 from capture.notes.vmcoreinfo import VmcoreInfo
 
+THREAD_SIZE = 16 << 10
+"""Of a task's stack, which is aligned to it, on both architectures; KASAN doubles it."""
 _TEXT_SHIFT = 21
 """The kernel image begins at a multiple of 2 MiB; _stext may lie a little behind."""
 _MAX_IMAGE = 1 << 30
@@ -96,6 +98,16 @@ class KernelMemory:
         if self._image.linear_maps:
             return list(self._image.linear_maps)
         return [] if self.tables is None else [*self._mapped_image(self.tables), *self._direct_map(self.tables)]
+
+    def stack_pages(self, pointer: int) -> Iterator[LinearMap]:
+        """Yield the pages of a task's stack from its stack pointer up, as far as they are mapped."""
+        size = self._image.page_size
+        end = (pointer | max(THREAD_SIZE, size) - 1) + 1
+        for page in range(pointer - pointer % size, end, size):
+            physical = self.physical(page)
+            if physical is None:
+                return
+            yield LinearMap(page, physical, size)
 
     def _mapped_image(self, tables: PageTables) -> Iterator[LinearMap]:
         """Yield the kernel image, from its first mapped page to the last: VMCOREINFO has no symbol for its end."""

@@ -27,6 +27,7 @@ AARCH64_REGISTERS = (*(f"x{number}" for number in range(31)), "sp", "pc", "pstat
 
 REGISTERS = {"x86_64": X86_64_REGISTERS, "aarch64": AARCH64_REGISTERS}
 INSTRUCTION_POINTER = {"x86_64": "rip", "aarch64": "pc"}
+STACK_POINTER = {"x86_64": "rsp", "aarch64": "sp"}
 
 
 class CpuRegisters(NamedTuple):

@@ -41,7 +41,7 @@ TARGETS = ("lvm2", "mdadm", "nfs-common", "openssh-client", "openssh-server", "s
 PEER = "kdump-tools"
 """Lies in /root, with what it depends on installed: a server has it before ours."""
 PEER_NEEDS = ("bsdextrautils", "debconf", "file", "linux-base", "lsb-base", "makedumpfile", "ucf")
-PROGRAMS = ("debootstrap", "mke2fs", "chroot")
+PROGRAMS = ("chroot", "cp", "debootstrap", "mke2fs", "unshare")
 
 GETTY = """\
 [Service]
@@ -102,7 +102,8 @@ def base() -> Debian:
 def _make(tree: Path, made: Path) -> None:
     """Put the machine's files into ``tree``, and what it boots into ``made``."""
     packages = ",".join((*SYSTEM, *NEEDED, *TARGETS, *PEER_NEEDS))
-    host.run("debootstrap", "--variant=minbase", f"--include={packages}", SUITE, tree, _mirror())
+    # What it mounts in there goes with it, whatever happens: the folder is removed then.
+    host.run("unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={packages}", SUITE, tree, _mirror())
     for name, text in FILES.items():
         path = tree / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,12 +34,13 @@ PACKAGES: Mapping[str, str] = {
     "qemu-system-x86_64": "qemu-system-x86",
     "tar": "tar",
     "umount": "mount",
+    "unshare": "util-linux",
 }
 """Program → the Debian package that has it."""
 
 _NOT_ALWAYS = {
     "age", "age-keygen", "chroot", "cp", "crash", "debootstrap", "gdb", "losetup", "makedumpfile", "mount",
-    "qemu-storage-daemon", "umount",
+    "qemu-storage-daemon", "umount", "unshare",
 }  # fmt: skip
 CYCLE = sorted(PACKAGES.keys() - _NOT_ALWAYS)
 """What a whole crash cycle needs on the host; the others only look at what it left."""

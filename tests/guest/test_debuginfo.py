@@ -118,8 +118,10 @@ def test_gdb_reads_the_kernel_at_its_virtual_addresses(crashed: Crashed, vmlinux
     with open_vmcore(str(crashed.elf)) as vmcore:
         (offset,) = re.findall(rb"KERNELOFFSET=([0-9a-f]+)", vmcore.notes.blob)
     with_symbols = f"add-symbol-file {vmlinux} -o 0x{offset.decode()}"
-    said = gdb_output(with_symbols, None, elf_core, more=("print init_uts_ns.name.release",))
+    said = gdb_output(with_symbols, None, elf_core, more=("print init_uts_ns.name.release", "thread apply all -s bt"))
     assert f'"{crashed.kernel.release}"' in said
+    assert re.search(r"^#\d+ .* in sysrq_handle_crash ", said, re.MULTILINE)
+    assert re.search(r"^#\d+ .* in ksys_write ", said, re.MULTILINE)
 
 
 def test_crash_and_drgn_read_the_elf_core(crashed: Crashed, vmlinux: Path, elf_core: Path) -> None:

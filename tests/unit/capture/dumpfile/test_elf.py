@@ -20,8 +20,10 @@ from capture.dump import write_dump
 from capture.dumpfile import elf
 from capture.dumpfile.output import OutputFile
 from capture.errors import TargetError
+from capture.kernel.address import THREAD_SIZE, KernelMemory
 from capture.memory.elfcore import GAPS, INCOMPLETE
 from capture.memory.image import LinearMap
+from capture.notes import prstatus
 from capture.notes.prstatus import PID_LIMIT
 from capture.selftest import elf_core
 from capture.vmcore import open_vmcore
@@ -139,6 +141,23 @@ def test_a_kdump_compressed_source_gets_its_addresses_from_page_tables(tmp_path:
     assert theirs.items() <= found.items()  # page tables are rounder than what the kernel says of its image
 
 
+def test_the_stacks_that_cpus_were_on_are_at_their_addresses(tmp_path: Path, corpus_vmcore: Path) -> None:
+    """Most of them lie in vmalloc, which no PT_LOAD of a vmcore has."""
+    found = dict(virtual_pages(made(corpus_vmcore, tmp_path / "core").read_bytes()))
+    loads = [load for load in program_headers(mapped(corpus_vmcore)) if load.type == PT_LOAD]
+    beyond = 0
+    with open_vmcore(str(corpus_vmcore)) as vmcore:
+        memory = KernelMemory(vmcore.image, vmcore.info, vmcore.core.machine)
+        for cpu in prstatus.parse(vmcore.notes.prstatus(), vmcore.core.machine)[0]:
+            page = cpu.registers["rsp"] // PAGE * PAGE
+            beyond += not any(load.vaddr <= page < load.vaddr + load.filesz for load in loads)
+            end = (page | THREAD_SIZE - 1) + 1
+            while page < end and memory.physical(page) is not None:  # a stack for interrupts may end before
+                assert found[page] == memory.read(page, PAGE)
+                page += PAGE
+    assert beyond
+
+
 def test_every_page_of_a_real_vmcore_is_read_by_drgn(tmp_path: Path, corpus_vmcore: Path, run: Run) -> None:
     core = made(corpus_vmcore, tmp_path / "core", levels=(31,))
     ours, theirs = drgn_reader(core), ElfPages(mapped(corpus_vmcore))
@@ -230,7 +249,7 @@ pages = {writer_pages}
 with open_vmcore({source!r}) as vmcore, closing(OutputFile(Path({str(tmp_path / "out")!r}), hashed=False)) as output:
     plan = _plan(vmcore, DumpOptions(), codec.codec("none"))._replace(max_mapnr=pages)
     maps = [LinearMap(1 << 63, 0, pages * 4096)]
-    with closing(ElfWriter(output, plan, "x86_64", maps, Path({str(tmp_path)!r}))) as writer:
+    with closing(ElfWriter(output, plan, "x86_64", maps, [], Path({str(tmp_path)!r}))) as writer:
         writer.map_memory([(0, pages)])
         bits = np.zeros(1 << 19, dtype=np.bool_)
         bits[::2] = True
