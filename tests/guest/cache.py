@@ -79,7 +79,7 @@ def debug_vmlinux(of: Kernel) -> Path:
         return vmlinux
     vmlinux.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder() as scratch, _written_whole(vmlinux) as draft:
-        deb = _download(f"{of.package}-dbg={of.version}", scratch)
+        deb = download(f"{of.package}-dbg={of.version}", scratch)
         _extract_member(deb, f"./usr/lib/debug/boot/vmlinux-{of.release}", draft)
     return vmlinux
 
@@ -133,7 +133,7 @@ def _apt_options() -> list[str]:
     return options
 
 
-def _download(package: str, folder: Path) -> Path:
+def download(package: str, folder: Path) -> Path:
     """Fetch a package (``name`` or ``name=version``); apt's lists are refreshed when they are stale."""
     try:
         host.run("apt-get", *_apt_options(), "download", package, cwd=folder)
@@ -152,7 +152,7 @@ def _download(package: str, folder: Path) -> Path:
 def _unpack_kernel(package: str, unpacked: Path) -> None:
     unpacked.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder() as scratch:
-        deb = _download(package, scratch)
+        deb = download(package, scratch)
         tree = scratch / "tree"
         host.run("dpkg", "-x", deb, tree)
         (release,) = (path.name for path in (tree / "lib/modules").iterdir())

@@ -32,11 +32,11 @@ SYSTEM = (
     "initramfs-tools", "linux-image-cloud-amd64",
 )  # fmt: skip
 NEEDED = (
-    "busybox-static", "kexec-tools", "python3", "python3-numpy", "python3-pyelftools", "python3-tqdm",
-    "python3-zstandard", "squashfs-tools", "zstd",
+    "busybox-static", "kexec-tools", "python3", "python3-cffi-backend", "python3-numpy", "python3-pyelftools",
+    "python3-tqdm", "python3-zstandard", "squashfs-tools", "zstd",
 )  # fmt: skip
 """What our package depends on: a guest has no network to install it from."""
-TARGETS = ("lvm2", "mdadm", "nfs-common", "openssh-client", "openssh-server", "sshfs", "age", "xfsprogs")
+TARGETS = ("lvm2", "mdadm", "nfs-common", "openssh-client", "sshfs", "age", "xfsprogs")
 """What it suggests: for targets of every kind."""
 PEER = "kdump-tools"
 """Lies in /root, with what it depends on installed: a server has it before ours."""
@@ -57,8 +57,11 @@ FILES = {
     "root/.bashrc": "PS1='# '\nbind 'set enable-bracketed-paste off'\n",
 }
 # What a server does on its own of an evening, and what takes a minute of an emulated CPU.
-MASKED = ("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "fstrim.timer",
-          "man-db.timer", "systemd-timesyncd.service", "mdmonitor.service", "nfs-blkmap.service")  # fmt: skip
+MASKED = (
+    "apt-daily.timer", "apt-daily-upgrade.timer", "blk-availability.service", "dpkg-db-backup.timer",
+    "e2scrub_all.timer", "e2scrub_reap.service", "fstrim.timer", "lvm2-monitor.service", "man-db.timer",
+    "mdmonitor.service", "nfs-blkmap.service", "rpcbind.service", "rpcbind.socket", "systemd-timesyncd.service",
+)  # fmt: skip
 
 BOOT_TIMEOUT = 300.0
 INSTALL_TIMEOUT = 300.0
@@ -108,8 +111,7 @@ def _make(tree: Path, made: Path) -> None:
         path = tree / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    # The lists are still those of the mirror: what lies in /root is of the same day.
-    host.run("chroot", tree, "sh", "-c", f"cd /root && apt-get -q download {PEER}")
+    cache.download(PEER, tree / "root")
     host.run("chroot", tree, "sh", "-c", "apt-get clean && rm -rf /var/lib/apt/lists/* && passwd -d root")
     host.run("chroot", tree, "systemctl", "mask", *MASKED)
     (tree / "etc/machine-id").write_text("uninitialized\n")
