@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help venv guest-host readers-host demo test test-unit test-guest test-debuginfo test-long bench bench-filter bench-memory bench-reservation fuzz fuzz-coverage deb check format clean
+.PHONY: help venv guest-host readers-host storage-host demo test test-unit test-guest test-debuginfo test-long bench bench-filter bench-memory bench-reservation fuzz fuzz-coverage deb check format clean
 
 help:
 	@echo 'make demo            crash a real kernel in QEMU, save it, show what was saved'
@@ -42,22 +42,25 @@ guest-host:
 readers-host:
 	@bash tests/host-packages.sh readers
 
+storage-host:
+	@bash tests/host-packages.sh storage
+
 demo: guest-host venv
 	@$(BIN)/python -m tests.guest.demo
 
-test: guest-host readers-host venv
+test: guest-host readers-host storage-host venv
 	$(PYTEST) -m 'not debuginfo and not long'
 
 test-unit: venv
 	$(PYTEST) tests/unit tests/fuzz
 
-test-guest: guest-host readers-host venv
+test-guest: guest-host readers-host storage-host venv
 	$(PYTEST) -m 'not debuginfo and not long' tests/guest
 
 test-debuginfo: guest-host readers-host venv
 	$(PYTEST) -m 'debuginfo and not long'
 
-test-long: guest-host readers-host venv
+test-long: guest-host readers-host storage-host venv
 	@bash tests/host-packages.sh deb debian
 	$(PYTEST) -m long
 

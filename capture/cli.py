@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None, extend: Callable[[Subparsers], None]
         status: int = args.run(args)
         sys.stdout.flush()
     except CaptureError as error:
-        return _failed(str(error), error.exit_status)
+        return [_failed(line, error.exit_status) for line in error.lines][-1]
     except KeyboardInterrupt:
         return _failed("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has seen enough: `vmcapture dmesg | head`

@@ -14,6 +14,11 @@ class CaptureError(Exception):
 
     exit_status: ClassVar[int] = 1
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What to print: one line, unless several things are wrong at once (a configuration file)."""
+        return (str(self),)
+
 
 class UsageError(CaptureError):
     """The request itself is wrong: an option, a combination, a level that does not exist."""

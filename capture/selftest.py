@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from capture.boot import job, targets
+from capture.boot import job, mounting
 from capture.boot.config import BootConfig
 from capture.boot.supervisor import save_to_targets
 from capture.console import Console
@@ -89,7 +89,7 @@ def run() -> None:
                 result = verify(KdumpFile(saved.dump.path), vmcore.image, progress=False)
             if not result.good:
                 raise CaptureError(f"selftest: {compression}: {result.text()}")
-        targets.MOUNT_POINT = Path(folder) / "run" / "target"  # where no other build, nor a save, is in the way
+        mounting.MOUNT_POINT = Path(folder) / "run" / "target"  # where no other build, nor a save, is in the way
         boot = BootConfig(targets=(f"LABEL={'x' * 12}",), wait=0)
         outcome = save_to_targets(boot, console, source=str(source))
         if outcome.status != TargetError.exit_status:  # (or findfs is not there to look for it)

@@ -7,26 +7,39 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import capture.cli
-from capture.boot.config import MAX_KEEP, MAX_WATCHDOG, MIN_WATCHDOG
+from capture.boot.config import MAX_KEEP, MAX_WATCHDOG, MIN_WATCHDOG, parse
 from capture.boot.room import parse_floor
 from capture.cli import Subparsers, command, positive
 from capture.console import Console, printable
 from capture.errors import CaptureError, UsageError
 from capture.options import RECIPIENTS
-from initramfs import devices, estimate, kexec, measure, modules, watchdogs
+from initramfs import (
+    collect,
+    commands_arming,
+    commands_config,
+    commands_crashes,
+    config_check,
+    devices,
+    estimate,
+    kexec,
+    measure,
+    modules,
+    settings,
+    stamp,
+    targets,
+    watchdogs,
+)
+from initramfs.config import Config
 from initramfs.devices import Needed
-from initramfs.errors import ImageError, KexecError, MeasureError
+from initramfs.errors import ImageError, MeasureError
 from initramfs.estimate import Estimate
 from initramfs.image import ImageRequest, build_image
 from initramfs.kexec import CrashKernel
 from initramfs.measure import Measurement
-
-CRASH_DIRECTORY = Path("/var/crash")
-NOT_ARMED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,18 +48,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_commands(subparsers: Subparsers) -> None:
-    """Add ``initramfs``, ``load``, ``unload``, ``status`` and ``estimate``."""
+    """Add the set-up side's commands."""
     _add_initramfs(subparsers)
     _add_load(subparsers)
     command(subparsers, "unload", run_unload, "disarm the machine")
-    command(subparsers, "status", run_status, "is the machine armed, with what; exit status 0 when it is", output=True)
     _add_estimate(subparsers)
+    commands_arming.add_commands(subparsers)
+    commands_crashes.add_commands(subparsers)
+    commands_config.add_commands(subparsers)
+    collect.add_command(subparsers)
 
 
 def _add_initramfs(subparsers: Subparsers) -> None:
     parser = command(subparsers, "initramfs", run_initramfs, "build the capture image")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="IMAGE", help="default: /var/lib/vmcapture/initramfs-RELEASE.img"
+    )
+    parser.add_argument(
+        "--if-needed",
+        action="store_true",
+        help="do nothing when the image is there and what it is made from is the same",
     )
     _add_image_options(parser)
 
@@ -64,6 +85,7 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
         help="a kernel module that the target needs (repeatable); default: what the target uses now",
     )
     _add_target(parser)
+    settings.add_config(parser)
     add("--no-squashfs", action="store_true", help="a plain tree, for kernels without squashfs: needs more memory")
     add(
         "--bin",
@@ -84,9 +106,9 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--target", action="append", default=[], metavar="DEV|UUID=|LABEL=",
-        help="the disk for the dump, default: the one that holds /var/crash; repeatable: the next ones are for when "
-        "those before fail",
+        "--target", action="append", default=[], metavar="DEV|UUID=|LABEL=|KIND:…",
+        help="where the dump goes: a disk, raw:PARTITION, virtiofs:TAG; default: the disk that holds /var/crash; "
+        "repeatable: the next ones are for when those before fail",
     )  # fmt: skip
 
 
@@ -109,9 +131,11 @@ def _add_load(subparsers: Subparsers) -> None:
         help="the capture image, default: /var/lib/vmcapture/initramfs-RELEASE.img",
     )
     _add_target(parser)
+    settings.add_config(parser)
     add("--path", metavar="DIR", help="directory on the target, default: /var/crash")
-    add("--final", choices=kexec.FINALS, default="reboot", help="what follows a save (default: %(default)s)")
-    add("--failure", choices=kexec.FINALS, default="shell", help="what follows a failure (default: %(default)s)")
+    add("--final", choices=kexec.FINALS, help=f"what follows a save (default: {settings.FINAL})")
+    add("--failure", choices=kexec.FINALS, help=f"what follows a failure (default: {settings.FAILURE})")
+    settings.add_save_options(parser)
     add(
         "--keep", type=positive(MAX_KEEP), metavar="N",
         help="how many crashes of this host stay after a whole save, the new one included (default: all)",
@@ -126,13 +150,14 @@ def _add_load(subparsers: Subparsers) -> None:
         f"(default: {watchdogs.DEFAULT_SECONDS} where a watchdog runs now, else 0)",
     )  # fmt: skip
     way = parser.add_mutually_exclusive_group()
-    way.add_argument("--syscall", choices=kexec.SYSCALLS, default="auto", help="auto: the first one that works")
+    way.add_argument("--syscall", choices=kexec.SYSCALLS, help="auto (the default): the first one that works")
     way.add_argument("-s", dest="syscall", action="store_const", const="file", help="kexec_file_load")
     way.add_argument("-c", dest="syscall", action="store_const", const="load", help="kexec_load")
     add(
         "--cpus", type=positive(), metavar="N",
         help="CPUs in the capture kernel (default: as many as the reserved memory is enough for)",
     )  # fmt: skip
+    add("--if-needed", action="store_true", help="do nothing when just that is loaded already")
     add("--append", default="", metavar="STR", help="more for the capture kernel's command line")
     add("--command-line", metavar="STR", help="the capture kernel's whole command line")
 
@@ -189,17 +214,16 @@ def default_image(release: str) -> Path:
     return Path(f"/var/lib/vmcapture/initramfs-{release}.img")
 
 
-def _request(args: argparse.Namespace, output: Path | None) -> ImageRequest:
+def image_request(args: argparse.Namespace, config: Config, output: Path | None) -> ImageRequest:
     """Return what the image is to hold: by default what this machine's target needs."""
-    needed = Needed((), ())
-    for target in args.target:
-        needed += devices.modules_for_target(target)
+    config_check.check_image(config, _modules_dir(args))
+    needed = sum((targets.needed_by(target) for target in args.target), Needed())
     if not args.target and not args.module:
-        needed = devices.modules_for_mount(devices.mount_of(CRASH_DIRECTORY))
+        needed = targets.needed_by_mount(devices.mount_of(args.directory))
     release = _release(args)
     # With --module the image may be for another machine.
-    watchdog = Needed((), ()) if args.module else watchdogs.modules()
-    software = () if args.module or watchdog != Needed((), ()) else (watchdogs.SOFTWARE,)
+    watchdog = Needed() if args.module else watchdogs.modules()
+    software = () if args.module or watchdog != Needed() else (watchdogs.SOFTWARE,)
     from initramfs.encryption import encryption  # with NumPy, for which no other command has to wait
 
     encrypted = encryption(args.recipients)
@@ -207,13 +231,15 @@ def _request(args: argparse.Namespace, output: Path | None) -> ImageRequest:
         output=output or default_image(release),
         kernel_release=release,
         modules_dir=_modules_dir(args),
-        modules=(*needed.loaded, *args.module),
+        modules=(*needed.loaded, *args.module, *config.extra_modules),
         optional_modules=needed.built_in,
         welcome_modules=(*(() if args.module else devices.keyboard_modules()), *software),
         watchdog_modules=(*watchdog.loaded, *watchdog.built_in),
         module_options=modules.host_options(),
-        binaries=(*args.bin, *encrypted.binaries),
-        files=encrypted.files,
+        binaries=(*args.bin, *config.extra_bins, *needed.binaries, *encrypted.binaries),
+        before=config.pre,
+        after=config.post,
+        files=(*needed.files, *encrypted.files),
         squashfs=False if args.no_squashfs else None,
     )
 
@@ -229,16 +255,26 @@ def _modules_dir(args: argparse.Namespace) -> Path:
 
 def run_initramfs(args: argparse.Namespace) -> int:
     """Build the image."""
-    request = _request(args, args.output)
-    report = build_image(request)
-    kind = "squashfs" if report.squashfs else "plain"
     console = Console(quiet=args.quiet)
+    config = settings.configure(args)
+    request = image_request(args, config, args.output)
+    if args.if_needed:
+        why = stamp.stale(request)
+        if why is None:
+            console.say(f"{request.output}: current")
+            return 0
+        console.say(f"{request.output}: is built: {why}")
+    for note in config.notes:
+        console.say(note)
+    report = build_image(request)
+    stamp.write(request, report)
+    kind = "squashfs" if report.squashfs else "plain"
     console.say(
         f"{report.path}: {report.size / (1 << 20):.1f} MiB ({kind}), for {report.kernel_release}; "
         f"modules: {' '.join(report.modules) or 'none'}"
     )
     for place, path in request.files:
-        if place == str(RECIPIENTS):
+        if place == str(RECIPIENTS) and isinstance(path, Path):
             console.say(f"what it saves is encrypted to the keys in {path}: only their secret halves open it")
     if report.missing_modules:
         console.say(
@@ -252,30 +288,46 @@ def run_load(args: argparse.Namespace) -> int:
     """Arm the machine."""
     console = Console(quiet=args.quiet)
     kexec.ready(args.kernel_image, args.image)
+    request = crash_kernel(args, console)
+    if args.if_needed and kexec.is_loaded(request):
+        console.say("armed already, with the same kernel, image and command line")
+        return 0
+    loaded = kexec.load(request)
+    console.say(
+        f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}"
+    )
+    for doubt in (
+        kexec.small_reservation(args.image),
+        watchdogs.lacking_driver(args.image),
+        targets.lacking_modules(parse(request.command_line).targets, args.image),
+    ):
+        if doubt is not None:
+            console.say(doubt)
+    return 0
+
+
+def crash_kernel(args: argparse.Namespace, console: Console) -> CrashKernel:
+    """Return what ``load`` is to load."""
+    config = settings.configure(args)
     line = args.command_line
     if line is None:
-        mounted, path = _mounted_target() if not args.target else ("", str(CRASH_DIRECTORY))
+        mounted, path = settings.mounted_target(args.directory) if not args.target else ("", args.directory)
         line = kexec.capture_command_line(
-            kexec.RUNNING_COMMAND_LINE.read_text(encoding="utf-8"),
-            [_named_target(target, console) for target in args.target] or [mounted],
-            args.path or path,
-            args.final,
-            args.failure,
-            args.append,
+            config.base_line or kexec.RUNNING_COMMAND_LINE.read_text(encoding="utf-8"),
+            [targets.named(target, console.say) for target in args.target] or [mounted],
+            args.path or str(path),
+            args.final or settings.FINAL,
+            args.failure or settings.FAILURE,
+            f"{config.append} {args.append}",
             cpus=args.cpus or _cpus(args.image),
             boot_cpu=kexec.boot_cpu_apic_id(),
             keep=args.keep,
             free=args.free,
             watchdog=_watchdog_seconds(args),
+            more=settings.save_words(args),
+            dropped=config.remove,
         )
-    loaded = kexec.load(CrashKernel(args.kernel_image, args.image, line, args.syscall))
-    console.say(
-        f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}"
-    )
-    for doubt in (kexec.small_reservation(args.image), watchdogs.lacking_driver(args.image)):
-        if doubt is not None:
-            console.say(doubt)
-    return 0
+    return CrashKernel(args.kernel_image, args.image, line, args.syscall or settings.SYSCALL)
 
 
 def _watchdog_seconds(args: argparse.Namespace) -> int:
@@ -294,8 +346,9 @@ def run_estimate(args: argparse.Namespace) -> int:
     """Tell how much memory to reserve: measured in QEMU where that is possible, else computed."""
     if args.kernel_image is not None and not args.kernel_image.is_file():
         raise MeasureError(f"{args.kernel_image}: no such kernel; name another one with --kernel-image")
+    config = settings.configure(args)
     with tempfile.TemporaryDirectory(prefix="vmcapture-") as scratch:
-        image = args.image or build_image(_request(args, Path(scratch) / "image")).path
+        image = args.image or build_image(_to_measure(image_request(args, config, Path(scratch) / "image"))).path
         try:
             size = estimate.memory_of(image)
         except OSError as error:
@@ -313,6 +366,11 @@ def run_estimate(args: argparse.Namespace) -> int:
         if why_not is not None:
             print(f"  computed, not measured: {why_not}")
     return 0
+
+
+def _to_measure(request: ImageRequest) -> ImageRequest:
+    """Return the request without the administrator's own programs: a guest has not what they are for."""
+    return replace(request, before=(), after=())
 
 
 def _measured(
@@ -339,41 +397,8 @@ def _measured(
         return None, printable(f"{error.filename or 'system'}: {error.strerror or error}")
 
 
-def _mounted_target() -> tuple[str, str]:
-    """Return the file system that holds /var/crash, and where on it that is."""
-    mount = devices.mount_of(CRASH_DIRECTORY)
-    uuid = devices.uuid_of(mount.device)
-    if uuid is None:
-        raise KexecError(f"{mount.point} is on {mount.device}, which has no UUID: name the disk with --target")
-    devices.plain_disk(Path(mount.device))
-    return f"UUID={uuid}", devices.path_on_device(CRASH_DIRECTORY, mount)
-
-
-def _named_target(target: str, console: Console) -> str:
-    """Return the target as the capture kernel finds it; a disk that is not there may be attached when it is needed."""
-    device = devices.find_device(target)
-    if device is None:
-        console.say(devices.absent(target))
-    else:
-        devices.plain_disk(device)
-        if target.startswith("/dev/"):  # links of udev are not there in the capture kernel, and disks may change names
-            uuid = devices.uuid_of(str(device))
-            target = f"UUID={uuid}" if uuid else str(device.resolve())
-    return target
-
-
 def run_unload(args: argparse.Namespace) -> int:
     """Disarm the machine."""
     kexec.unload()
     Console(quiet=args.quiet).say("not armed any more")
     return 0
-
-
-def run_status(args: argparse.Namespace) -> int:
-    """Tell whether the machine is armed."""
-    state = kexec.status()
-    if args.json:
-        print(json.dumps(asdict(state), indent=2))
-    else:
-        print("\n".join(kexec.describe(state)))
-    return 0 if state.armed else NOT_ARMED

@@ -1,7 +1,7 @@
 """Asks the healthy system what the crash target will need: the modules behind a block device and its file system.
 
-sysfs knows the driver of every device between a disk and the root of the bus tree. A volume that has to be put together
-first (device-mapper, md) is refused: nothing in the image can do that.
+sysfs knows the driver of every device between a disk and the root of the bus tree. What stands on other block devices
+is taken apart by initramfs.volumes.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from capture.boot.volumes import tops
 from capture.errors import UsageError
 from initramfs import tools
 from initramfs.errors import ImageError, ToolError
@@ -38,13 +39,24 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Needed:
-    """Module names: loaded now as modules, or part of the running kernel (another kernel may have them as modules)."""
+    """What an image has to hold for something: kernel modules first of all.
 
-    loaded: tuple[str, ...]
-    built_in: tuple[str, ...]
+    Module names: ``loaded`` now as modules, or part of the running kernel (another kernel may have them as modules).
+    ``binaries`` go in with their shared objects; ``files`` are (path in the image, host file or the bytes themselves).
+    """
+
+    loaded: tuple[str, ...] = ()
+    built_in: tuple[str, ...] = ()
+    binaries: tuple[Path, ...] = ()
+    files: tuple[tuple[str, Path | bytes], ...] = ()
 
     def __add__(self, other: Needed) -> Needed:
-        return Needed((*self.loaded, *other.loaded), (*self.built_in, *other.built_in))
+        return Needed(
+            (*self.loaded, *other.loaded),
+            (*self.built_in, *other.built_in),
+            (*self.binaries, *other.binaries),
+            (*self.files, *other.files),
+        )
 
 
 def mount_of(path: Path, mountinfo: Path = Path("/proc/self/mountinfo"), sys: Path = SYS) -> Mount:
@@ -54,18 +66,23 @@ def mount_of(path: Path, mountinfo: Path = Path("/proc/self/mountinfo"), sys: Pa
         place = place.parent
     best: Mount | None = None
     number = ""
-    for line in mountinfo.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        left, _, right = line.partition(" - ")
-        fields, kind = left.split(" "), right.split(" ")
-        point = Path(_unescape(fields[4]))
+    for mount, its_number in mounts(mountinfo):
         # A later mount on the same place hides the earlier one.
-        if place.is_relative_to(point) and (best is None or len(point.parts) >= len(best.point.parts)):
-            best = Mount(device=_unescape(kind[1]), point=point, root=_unescape(fields[3]), kind=kind[0])
-            number = fields[2]
+        if place.is_relative_to(mount.point) and (best is None or len(mount.point.parts) >= len(best.point.parts)):
+            best, number = mount, its_number
     if best is None:
         raise ImageError(f"{path}: no mounted file system holds it")
     # The kernel calls what it mounted itself /dev/root, and no such node exists.
     return best if Path(best.device).exists() else replace(best, device=_name_of(number, sys) or best.device)
+
+
+def mounts(mountinfo: Path = Path("/proc/self/mountinfo")) -> Iterator[tuple[Mount, str]]:
+    """Yield what is mounted, with its device number (``253:1``), in the order in which it was."""
+    for line in mountinfo.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        left, _, right = line.partition(" - ")
+        fields, kind = left.split(" "), right.split(" ")
+        point, root = Path(_unescape(fields[4])), _unescape(fields[3])
+        yield Mount(device=_unescape(kind[1]), point=point, root=root, kind=kind[0]), fields[2]
 
 
 def _name_of(number: str, sys: Path) -> str | None:
@@ -83,16 +100,16 @@ def path_on_device(path: Path, mount: Mount) -> str:
     return str(Path(mount.root) / path.resolve().relative_to(mount.point))
 
 
-def find_device(target: str) -> Path | None:
-    """Return the device node of ``/dev/…``, ``UUID=…`` or ``LABEL=…``; None when this machine has none now."""
+def find_device(target: str, tags: Collection[str] = TAGS) -> Path | None:
+    """Return the device node of ``/dev/…`` or ``TAG=…``, one of ``tags``; None when this machine has none now."""
     if target.startswith("/dev/"):
         return Path(target) if Path(target).exists() else None
     tag, separator, _ = target.partition("=")
-    if not separator or tag not in TAGS:
+    if not separator or tag not in tags:
         raise UsageError(f"{target}: as a target only UUID=…, LABEL=… and paths below /dev are known")
     findfs = tools.require("findfs", "util-linux")
     try:
-        return Path(tools.run([findfs, target]).strip())
+        return Path(tops(tools.run([findfs, target]).strip())[0])  # (a busybox finds the leg of a mirror as well)
     except ToolError:
         return None
 
@@ -130,11 +147,6 @@ def _tags(device: str) -> dict[str, str]:
     return dict(re.findall(r' (\w+)="([^"]*)"', said))
 
 
-def modules_for_device(device: Path | int, sys: Path = SYS) -> Needed:
-    """Return the modules that the running kernel drives a block device with: its path, or its device number."""
-    return needed(_disk_modules(plain_disk(device, sys), sys), sys)
-
-
 def needed(names: Iterable[str], sys: Path = SYS) -> Needed:
     """Tell the loaded modules of these from those that are built in, in their order."""
     names = tuple(dict.fromkeys(names))
@@ -142,30 +154,22 @@ def needed(names: Iterable[str], sys: Path = SYS) -> Needed:
     return Needed(loaded, tuple(name for name in names if name not in loaded))
 
 
-def plain_disk(device: Path | int, sys: Path = SYS) -> Path:
-    """Return the directory in sysfs of the disk that a block device is, or is a part of.
+def block_directory(device: Path | int, sys: Path = SYS) -> Path:
+    """Return the directory in sysfs of a block device: its path, or its device number.
 
     Raises:
-        ImageError: it is none, or stands on other block devices, which the capture kernel would have to assemble.
+        ImageError: it is none.
     """
     number = device if isinstance(device, int) else _number(device)
-    start = sys / "dev/block" / f"{os.major(number)}:{os.minor(number)}"
-    if not start.exists():
-        raise ImageError(f"{device}: the kernel shows no block device {start.name} in {start.parent}")
-    block = start.resolve()
-    disk = block.parent if (block / "partition").exists() else block
-    if (disk / "dm").exists():
-        layer = "device-mapper (LVM, LUKS, multipath)"
-    elif (disk / "md").exists():
-        layer = "md (RAID)"
-    elif below := sorted(link.name for link in (disk / "slaves").glob("*")):
-        layer = " and ".join(below)
-    else:
-        return disk
-    raise ImageError(
-        f"{device} stands on {layer}: the capture kernel cannot assemble it yet; "
-        "name a plain disk or partition with --target"
-    )
+    place = sys / "dev/block" / f"{os.major(number)}:{os.minor(number)}"
+    if not place.exists():
+        raise ImageError(f"{device}: the kernel shows no block device {place.name} in {place.parent}")
+    return place.resolve()
+
+
+def disk_of(block: Path) -> Path:
+    """Return the directory in sysfs of the disk that the block device of ``block`` is, or is a part of."""
+    return block.parent if (block / "partition").exists() else block
 
 
 def keyboard_modules(sys: Path = SYS) -> tuple[str, ...]:
@@ -193,30 +197,6 @@ def modules_for_filesystem(kind: str, sys: Path = SYS) -> Needed:
     return Needed((), (kind, *companions))
 
 
-def modules_for_target(target: str) -> Needed:
-    """Return everything that a save on the target needs."""
-    node = find_device(target)
-    if node is None:
-        raise ImageError(f"{absent(target)}; is it attached?")
-    device = modules_for_device(node)
-    kind = filesystem_of(str(node))
-    if kind is None:
-        raise ImageError(
-            f"{target}: blkid finds no file system on it; make one, mkfs.ext4 {node}, or name another disk"
-        )
-    return device + modules_for_filesystem(kind)
-
-
-def modules_for_mount(mount: Mount) -> Needed:
-    """Return everything that a save on a mounted file system needs."""
-    if not mount.device.startswith("/dev/"):
-        raise ImageError(
-            f"{mount.point} is a {mount.kind} without a block device; name the disk for the dump with "
-            "--target, or its modules with --module"
-        )
-    return modules_for_device(Path(mount.device)) + modules_for_filesystem(mount.kind)
-
-
 def is_loaded(name: str, sys: Path = SYS) -> bool:
     """Tell a loaded module from a built-in one: only the former has a state."""
     return (sys / "module" / name.replace("-", "_") / "initstate").exists()
@@ -232,8 +212,8 @@ def _number(device: Path) -> int:
     return status.st_rdev
 
 
-def _disk_modules(disk: Path, sys: Path) -> Iterator[str]:
-    """Yield the modules of a disk, from the bus down to it."""
+def disk_modules(disk: Path, sys: Path = SYS) -> Iterator[str]:
+    """Yield the modules of a disk, a directory in sysfs, from the bus down to it."""
     # A disk with several paths (NVMe) hangs below no bus: its subsystem lists the controllers.
     controllers = [link.resolve() for link in sorted(disk.parent.glob("nvme*")) if link.is_symlink()]
     for device in (*controllers, (disk / "device").resolve()):

@@ -27,3 +27,15 @@ class MeasureError(CaptureError):
 
 class NotSavedError(MeasureError):
     """A guest crashed, and its capture kernel did not save everything: more memory may help."""
+
+
+class NotifyError(CaptureError):
+    """Somebody who was to be told of a crash could not be."""
+
+
+class StateError(CaptureError):
+    """What has to be remembered over a reboot cannot be."""
+
+
+class CollectError(CaptureError):
+    """What was saved cannot be taken off a raw partition."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from initramfs import cpio, runtime, tools
+from capture.boot.hooks import AFTER, BEFORE
+from initramfs import cpio, runtime, scripts, tools
 from initramfs.errors import ImageError, ToolError
 from initramfs.estimate import unpacked_size
 from initramfs.modules import LoadPlan, ModuleTree, firmware, modinfo, module_name, read_module, read_tree
@@ -50,7 +51,9 @@ class ImageRequest:
     python_roots: tuple[str, ...] = ("capture",)
     launcher_module: str = "capture"  # what /usr/bin/vmcapture runs
     binaries: tuple[Path, ...] = ()  # extra executables, with their shared objects
-    files: tuple[tuple[str, Path], ...] = ()  # (path in the image, host file)
+    files: tuple[tuple[str, Path | bytes], ...] = ()  # (path in the image, host file or what is in it)
+    before: tuple[Path, ...] = ()  # the administrator's programs, which the capture kernel runs before the save
+    after: tuple[Path, ...] = ()  # and after it
     squashfs: bool | None = None  # None: where mksquashfs and the kernel's squashfs and loop exist
 
 
@@ -65,6 +68,7 @@ class ImageReport:
     modules: tuple[str, ...]  # in load order
     missing_modules: tuple[str, ...]  # optional ones that this kernel does not have
     runtime_size: int  # bytes of the runtime tree, unpacked
+    sources: tuple[Path, ...] = ()  # files of the host that it was made from: when one changes, it is out of date
 
 
 def build_image(request: ImageRequest) -> ImageReport:
@@ -77,8 +81,10 @@ def build_image(request: ImageRequest) -> ImageReport:
     try:
         with tempfile.TemporaryDirectory(prefix="vmcapture-") as name:
             scratch = Path(name)
+            traced = runtime.trace(request.python_roots)
             # Stage one has a busybox of its own, and lends it to the squashfs (a bind mount).
-            root = _runtime_tree(request, busybox, File(b"", 0o755) if squashfs else host_program(busybox), scratch)
+            program = File(b"", 0o755) if squashfs else host_program(busybox)
+            root = _runtime_tree(request, traced, busybox, program, scratch)
             if squashfs:
                 stage_one = Tree()
                 stage_one.add(ROOT_IMAGE, File(_make_squashfs(root, scratch)))
@@ -86,6 +92,7 @@ def build_image(request: ImageRequest) -> ImageReport:
                 stage_one = root
             _add_stage_one(stage_one, busybox)
             _add_modules(stage_one, plan, request)
+            sources = {*root.host_files(), *stage_one.host_files(), *traced.modules, *_module_files(plan, request)}
             size = _write(stage_one, request.output, compress=not squashfs)
             return ImageReport(
                 path=request.output,
@@ -95,6 +102,7 @@ def build_image(request: ImageRequest) -> ImageReport:
                 modules=tuple(module.name for module in plan.modules),
                 missing_modules=plan.missing,
                 runtime_size=root.size(),
+                sources=tuple(sorted(path for path in sources if not path.is_relative_to(scratch))),
             )
     except OSError as error:
         raise ImageError(f"{error.filename or request.output}: {error.strerror}") from error
@@ -140,7 +148,14 @@ def static_busybox() -> Path:
     return found.resolve()
 
 
-def _runtime_tree(request: ImageRequest, busybox: Path, program: File, scratch: Path) -> Tree:
+def _module_files(plan: LoadPlan, request: ImageRequest) -> Iterator[Path]:
+    """Yield what the kernel's modules came from; depmod writes the list anew whenever one comes, goes or changes."""
+    yield request.modules_dir / "modules.dep"
+    for module in plan.modules:
+        yield module.path
+
+
+def _runtime_tree(request: ImageRequest, traced: runtime.Runtime, busybox: Path, program: File, scratch: Path) -> Tree:
     """Lay out the system that the job runs in; the extra files win over ours, real programs over busybox's.
 
     ``program`` is what stands for ``busybox`` in it.
@@ -151,11 +166,15 @@ def _runtime_tree(request: ImageRequest, busybox: Path, program: File, scratch: 
         tree.add(f"/{name}", Symlink(f"usr/{name}"))
     for point in MOUNT_POINTS:
         tree.add(point, Directory())
-    for path, host in request.files:
-        tree.add(path, host_file(host))
-    runtime.lay_out(runtime.trace(request.python_roots), tree, request.launcher_module, scratch)
-    for binary in request.binaries:
-        runtime.add_executable(tree, binary)
+    for path, content in request.files:
+        tree.add(path, host_file(content) if isinstance(content, Path) else File(content))
+    runtime.lay_out(traced, tree, request.launcher_module, scratch)
+    for binary in (*request.binaries, *request.before, *request.after):
+        for program_file in (binary, *scripts.interpreters(binary)):
+            runtime.add_executable(tree, program_file)
+    for place, hooks in ((BEFORE, request.before), (AFTER, request.after)):
+        for number, hook in enumerate(hooks):
+            tree.add(f"{place}/{number:02}", Symlink(str(hook)))
     tree.add("/bin/busybox", program)
     for applet in set(tools.run([busybox, "--list-full"]).split()) - {"linuxrc"}:
         tree.add(f"/{applet}", Symlink("/bin/busybox"))

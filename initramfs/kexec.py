@@ -7,15 +7,16 @@ spelt with underscores: to the kernel a dash in a parameter's name is the same (
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from capture.errors import UsageError
-from initramfs import tools, watchdogs
+from initramfs import predict, tools
 from initramfs.errors import KexecError, ToolError
 from initramfs.estimate import estimate, memory_of, unpacked_size
 
@@ -24,11 +25,24 @@ CRASH_LOADED = Path("/sys/kernel/kexec_crash_loaded")
 RUNNING_COMMAND_LINE = Path("/proc/cmdline")
 CPUINFO = Path("/proc/cpuinfo")
 RECORD = Path("/run/vmcapture/loaded.json")
+MEMORY_HOTPLUG = Path("/sys/devices/system/memory/crash_hotplug")
+CPU_HOTPLUG = Path("/sys/devices/system/cpu/crash_hotplug")
+"""1 where the kernel itself tells the loaded capture kernel of memory and CPUs that come and go (since Linux 6.6)."""
+CPUS = Path("/sys/devices/system/cpu/present")
 
 KERNEL_MEMORY = 48 << 20  # what a kernel has taken when it unpacks the image; measured with Debian's 6.1 in 256M
 MAX_COMMAND_LINE = 2047  # COMMAND_LINE_SIZE of x86 without its final NUL (arch/x86/include/asm/setup.h)
 KEXEC_ADDS = 96  # " elfcorehdr=0x…" and, on EFI without runtime services, " acpi_rsdp=0x…"
 PANIC_SECONDS = 10
+
+NO_RESERVATION = (
+    "no memory is reserved for a capture kernel",
+    (
+        "add crashkernel=256M to the kernel command line "
+        "(GRUB_CMDLINE_LINUX in /etc/default/grub, then update-grub) and reboot"
+    ),
+)
+"""What is wrong, and what to do."""
 
 FINALS = ("poweroff", "reboot", "halt", "shell")
 SYSCALLS = ("file", "load", "auto")
@@ -167,16 +181,8 @@ class Loaded:
     image: str
     command_line: str
     syscall: str
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """Whether this machine would capture a crash now."""
-
-    armed: bool
-    reservation: int
-    loaded: Loaded | None  # what we loaded last, if anything; another tool may have loaded something since
-    watchdog: str | None = None  # a line, where one runs that the capture kernel will not feed
+    files: str = ""  # what kernel and image were then
+    machine: str = ""  # what memory and CPUs were then
 
 
 def capture_command_line(
@@ -192,21 +198,26 @@ def capture_command_line(
     keep: int | None = None,
     free: str | None = None,
     watchdog: int = 0,
+    more: Mapping[str, str] | None = None,
+    dropped: Sequence[str] = (),
 ) -> str:
     """Return the capture kernel's command line, made from the running kernel's.
 
     ``targets`` in the order in which they are to be tried.
-    ``keep``, ``free`` and ``watchdog`` are ``vmcapture.keep=`` and so on (see ``capture.boot.config``).
+    ``keep``, ``free`` and ``watchdog`` are ``vmcapture.keep=`` and so on (see ``capture.boot.config``), ``more`` are
+    other such words. ``dropped`` are names of parameters of ``base`` that are not wanted, besides those that never are.
     ``boot_cpu`` is the APIC id of the CPU that the firmware started: with more than one CPU the capture kernel must not
     wake it up, because an INIT would reset the machine (kernel-parameters.txt up to Linux 6.8, disable_cpu_apicid).
     Since about 6.9 the kernel finds that CPU itself and does not know the word, which does no harm.
     """
-    kept = [word for word in _words(base) if not _is_dropped(word)]
+    unwanted = {_key(name) for name in dropped}
+    kept = [word for word in _words(base) if not is_dropped(word) and _key(word) not in unwanted]
     added = [*ADDED, f"nr_cpus={cpus}"]
     if cpus > 1 and boot_cpu is not None:
         added.append(f"disable_cpu_apicid={boot_cpu}")
     ours = [*(("target", target) for target in targets), ("path", path), ("final", final), ("failure", failure)]
     ours += [("keep", str(keep or "")), ("free", free or ""), ("watchdog", str(watchdog or ""))]
+    ours += (more or {}).items()
     for key, value in ours:
         if re.search(r"[\s\"]", value):
             raise UsageError(f"vmcapture.{key}={value!r}: blanks and quotes do not survive a kernel command line")
@@ -234,9 +245,15 @@ def _words(line: str) -> Iterator[str]:
         yield match.group()
 
 
-def _is_dropped(word: str) -> bool:
-    key = word.strip('"').partition("=")[0].replace("-", "_")
+def is_dropped(word: str) -> bool:
+    """Tell a parameter that the capture kernel never gets from the running kernel's command line."""
+    key = _key(word)
     return key in DROPPED or key.startswith(DROPPED_PREFIXES)
+
+
+def _key(word: str) -> str:
+    """Return the name of a kernel parameter, in which - and _ are the same."""
+    return word.strip('"').partition("=")[0].replace("-", "_")
 
 
 def boot_cpu_apic_id(cpuinfo: Path = CPUINFO) -> int | None:
@@ -271,6 +288,8 @@ def load(request: CrashKernel) -> Loaded:
             image=str(request.image),
             command_line=request.command_line,
             syscall="file" if flag == "-s" else "load",
+            files=files_digest(request.kernel, request.image),
+            machine=machine_digest(),
         )
         RECORD.parent.mkdir(parents=True, exist_ok=True)
         RECORD.write_text(json.dumps(asdict(loaded), indent=2) + "\n", encoding="utf-8")
@@ -280,6 +299,48 @@ def load(request: CrashKernel) -> Loaded:
     raise KexecError("; ".join(errors))
 
 
+def out_of_date(loaded: Loaded) -> str | None:
+    """Return why what is loaded has to be loaded again, in a few words; None when it need not."""
+    if loaded.files != files_digest(Path(loaded.kernel), Path(loaded.image)):
+        return "kernel or image have changed since"
+    if loaded.machine != machine_digest():
+        return "memory or CPUs have come or gone since"
+    return None
+
+
+def is_loaded(request: CrashKernel) -> bool:
+    """Return whether just that is loaded already, by us, and of this machine as it is now."""
+    there = loaded()
+    if there is None or out_of_date(there) is not None:
+        return False
+    wanted = (str(request.kernel), str(request.image), request.command_line)
+    same_call = request.syscall in ("auto", there.syscall)
+    return wanted == (there.kernel, there.image, there.command_line) and same_call
+
+
+def files_digest(kernel: Path, image: Path) -> str:
+    """Return what tells whether two files have changed: their sizes and times."""
+    parts = []
+    for path in (kernel, image):
+        status = path.stat() if path.exists() else None
+        parts.append("" if status is None else f"{status.st_size} {status.st_mtime_ns}")
+    return _digest(*parts)
+
+
+def machine_digest() -> str:
+    """Return what tells whether memory and CPUs have changed: a capture kernel is told of them when it is loaded.
+
+    What the kernel itself keeps up to date is left out.
+    """
+    memory = [] if _read_number(MEMORY_HOTPLUG) else predict.memory_ranges()
+    cpus = CPUS.read_text(encoding="utf-8") if CPUS.exists() and not _read_number(CPU_HOTPLUG) else ""
+    return _digest(repr(memory), cpus.strip())
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
 def unload() -> None:
     """Disarm the machine."""
     _require_root()
@@ -287,32 +348,14 @@ def unload() -> None:
     RECORD.unlink(missing_ok=True)
 
 
-def status() -> Status:
-    """Return whether the machine is armed, and with what."""
-    armed = _read_number(CRASH_LOADED) == 1
-    loaded = _read_record() if armed else None
-    watchdog = watchdogs.doubt(loaded.command_line, Path(loaded.image)) if loaded is not None else None
-    return Status(armed=armed, reservation=reservation(), loaded=loaded, watchdog=watchdog)
+def armed() -> bool:
+    """Return whether a capture kernel is loaded, whoever did it."""
+    return _read_number(CRASH_LOADED) == 1
 
 
-def describe(state: Status) -> Sequence[str]:
-    """Return the status as lines for a person."""
-    reserved = f"{state.reservation >> 20} MiB reserved for the capture kernel"
-    if not state.reservation:
-        return (f"not armed: {_no_reservation()}",)
-    if not state.armed:
-        return (f"not armed: no capture kernel is loaded; run vmcapture load ({reserved})",)
-    if state.loaded is None:
-        return (f"armed, but not by vmcapture ({reserved})",)
-    loaded = state.loaded
-    return (
-        f"armed ({reserved}); last loaded by vmcapture:",
-        f"kernel        {loaded.kernel}",
-        f"image         {loaded.image}",
-        f"command line  {loaded.command_line}",
-        f"system call   kexec_{_syscall_name(loaded.syscall)}",
-        *([f"watchdog      {state.watchdog}"] if state.watchdog else []),
-    )
+def loaded() -> Loaded | None:
+    """Return what we loaded last, if anything is loaded; another tool may have loaded something since."""
+    return _read_record() if armed() else None
 
 
 def ready(kernel: Path, image: Path) -> Path:
@@ -321,7 +364,7 @@ def ready(kernel: Path, image: Path) -> Path:
     kexec = _kexec()
     reserved = reservation()
     if not reserved:
-        raise KexecError(_no_reservation())
+        raise KexecError(": ".join(NO_RESERVATION))
     if not kernel.is_file():
         raise KexecError(f"{kernel}: no such kernel; name one with --kernel-image")
     if not image.is_file():
@@ -367,13 +410,6 @@ def small_reservation(image: Path) -> str | None:
     )
 
 
-def _no_reservation() -> str:
-    return (
-        "no memory is reserved for a capture kernel: add crashkernel=256M to the kernel command line "
-        "(GRUB_CMDLINE_LINUX in /etc/default/grub, then update-grub) and reboot"
-    )
-
-
 def _require_root() -> None:
     if os.geteuid() != 0:
         raise KexecError("only root may load a capture kernel: use sudo")
@@ -394,10 +430,6 @@ def _read_number(path: Path) -> int:
 def _read_record() -> Loaded | None:
     try:
         record = json.loads(RECORD.read_text(encoding="utf-8"))
-        return Loaded(**{name: str(record[name]) for name in Loaded.__slots__})
-    except (OSError, ValueError, KeyError, TypeError):
+        return Loaded(**{name: str(value) for name, value in record.items() if name in Loaded.__slots__})
+    except (OSError, ValueError, AttributeError, TypeError):
         return None
-
-
-def _syscall_name(syscall: str) -> str:
-    return "file_load" if syscall == "file" else "load"

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from capture.boot import config
 from capture.boot.config import BootConfig
 from capture.dumpfile.output import MANIFEST
 from capture.errors import CaptureError
@@ -136,6 +137,7 @@ class Request:
     first: int  # the reservation to begin with, in bytes
     cpus: int = 1
     deadline: int = DEADLINE  # seconds
+    append: str = ""  # more words for the capture kernel's command line
 
 
 def measure(request: Request, scratch: Path, say: Callable[[str], object]) -> Measurement:
@@ -236,7 +238,7 @@ class Laboratory:
         names = add_modules(request.image, self._contents / "capture.img", disk_modules)
         self.drivers = without_device(tree, names)
         self._initrd = scratch / "healthy.img"
-        write_healthy(self._initrd, kexec_program, disk_modules, capture_line(request.cpus))
+        write_healthy(self._initrd, kexec_program, disk_modules, capture_line(request.cpus, request.append))
 
     def crash(self, reservation: int) -> Run:
         """Crash one guest that reserves so many bytes, and return what its capture kernel found.
@@ -316,8 +318,9 @@ class Laboratory:
             raise NotSavedError(f"no complete save: {last_words(console)}") from None
         if complete is not True:
             raise NotSavedError(f"no complete save: {'; '.join(map(str, manifest.get('failures') or ['?']))}")
-        if [level] != list(BootConfig().levels):
-            raise MeasureError(f"a dump of level {level} was made, not {BootConfig().levels[0]}")
+        levels = config.parse(self._request.append).levels
+        if level not in levels:
+            raise MeasureError(f"a dump of level {level} was made, not {levels[0]}")
         return Run(reservation, *sizes)
 
     def _manifest(self, disk: Path) -> str:
@@ -331,12 +334,12 @@ class Laboratory:
         return tools.run([self._debugfs, "-R", request, disk])
 
 
-def capture_line(cpus: int) -> str:
+def capture_line(cpus: int, append: str = "") -> str:
     """Return the guest's capture kernel's command line: as ``vmcapture load`` makes it, and with no one to be asked."""
     path = BootConfig().path
     targets = (f"LABEL={TARGET_LABEL}",)
     return kexec.capture_command_line(
-        "console=ttyS0", targets, path, "poweroff", "poweroff", "panic=-1", cpus=cpus, boot_cpu=0
+        "console=ttyS0", targets, path, "poweroff", "poweroff", f"panic=-1 {append}", cpus=cpus, boot_cpu=0
     )
 
 

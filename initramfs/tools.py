@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from initramfs.errors import ToolError
@@ -31,8 +31,18 @@ def require(name: str, package: str) -> Path:
     return found
 
 
-def run(command: Sequence[str | Path], *, stdin: str = "", environment: Mapping[str, str] | None = None) -> str:
-    """Run to the end and return what it wrote to standard output; a failure carries its last line of stderr."""
+def run(
+    command: Sequence[str | Path],
+    *,
+    stdin: str = "",
+    environment: Mapping[str, str] | None = None,
+    good: Container[int] = (0,),
+) -> str:
+    """Run to the end and return what it wrote to standard output; a failure carries its last line of stderr.
+
+    Raises:
+        ToolError: it cannot be run, or its exit status is not one of ``good``.
+    """
     words = [str(word) for word in command]
     try:
         done = subprocess.run(
@@ -46,7 +56,7 @@ def run(command: Sequence[str | Path], *, stdin: str = "", environment: Mapping[
         )
     except OSError as error:
         raise ToolError(f"cannot run {words[0]}: {error.strerror}") from error
-    if done.returncode != 0:
+    if done.returncode not in good:
         raise ToolError(f"{words[0]} {describe_status(done.returncode)}: {last_line(done.stderr or done.stdout)}")
     return done.stdout
 

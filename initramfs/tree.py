@@ -76,6 +76,12 @@ class Tree:
         """Return the bytes of all regular files."""
         return sum(entry.size() for entry in self._entries.values() if isinstance(entry, File))
 
+    def host_files(self) -> Iterator[Path]:
+        """Yield the host's files whose bytes are in the tree."""
+        for entry in self._entries.values():
+            if isinstance(entry, File) and isinstance(entry.content, Path):
+                yield entry.content
+
     def resolve(self, path: str) -> str:
         """Return where the path leads when the links among its parents are followed (its last part is not)."""
         here = PurePosixPath("/")

@@ -2,7 +2,7 @@
 # Programs of the host, by what they are for: installs the Debian packages that bring missing ones when we are root, else
 # says which to install. Prints nothing when all are there.
 #
-# usage: host-packages.sh [python] [guest] [readers] [bench] [deb] [debian]
+# usage: host-packages.sh [python] [guest] [readers] [storage] [bench] [deb] [debian]
 set -euo pipefail
 
 # program:package
@@ -50,6 +50,11 @@ deb_modules=(
     tqdm:python3-tqdm
     zstandard:python3-zstandard
 )
+storage=(
+    lvm:lvm2
+    dmsetup:dmsetup
+    mdadm:mdadm
+)
 bench=(
     makedumpfile:makedumpfile
     zstd:zstd
@@ -84,6 +89,7 @@ for purpose in "$@"; do
             done
             ;;
         debian) look_for "${debian[@]}" ;;
+        storage) look_for "${storage[@]}" ;;
         bench) look_for "${bench[@]}" ;;
         *)
             echo "host-packages.sh: no such purpose: $purpose" >&2

@@ -92,7 +92,7 @@ def make_room(saved: Path, keep: int | None, floor: Floor | None, console: Conso
         console.say(f"making room: internal error: {type(error).__name__}: {error}; this crash is saved")
 
 
-class _Crash(NamedTuple):
+class Crash(NamedTuple):
     """A directory of a crash; in order of age."""
 
     when: datetime
@@ -101,15 +101,35 @@ class _Crash(NamedTuple):
     host: str
 
 
-def _crash(name: str) -> _Crash | None:
+def crash_named(name: str) -> Crash | None:
     """Return what a directory's name says; None when it is not a name of ours."""
     if (found := _NAME.fullmatch(name)) is None:
         return None
     host, day, clock, number = found.groups()
     try:
-        return _Crash(datetime.fromisoformat(f"{day} {clock}"), int(number or 0), name, host)
+        return Crash(datetime.fromisoformat(f"{day} {clock}"), int(number or 0), name, host)
     except ValueError:
         return None
+
+
+def made_by_us(parent: int, name: str) -> bool:
+    """Return whether a save of ours made the directory ``name`` of the open directory ``parent``.
+
+    Raises:
+        OSError: it cannot be looked into.
+    """
+    folder = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+    try:
+        if os.fstat(folder).st_dev != os.fstat(parent).st_dev:
+            return False  # another file system is mounted there
+        with os.scandir(folder) as entries:
+            files = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+        for dump, beside in _DUMPS.items():
+            if f"{dump}{INCOMPLETE_SUFFIX}" in files or (dump in files and files.intersection(beside)):
+                return True
+        return MANIFEST in files and _WRITTEN_BY in _start(folder, MANIFEST)
+    finally:
+        os.close(folder)
 
 
 class _Pruning:
@@ -132,37 +152,23 @@ class _Pruning:
             self._hold(floor, older[len(surplus) :])
         os.fsync(self._parent)
 
-    def _older(self) -> list[_Crash]:
+    def _older(self) -> list[Crash]:
         """Return the other crashes of this host, the oldest first."""
-        mine = _crash(self._saved)
+        mine = crash_named(self._saved)
         with os.scandir(self._parent) as entries:
             names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-        named = [crash for name in names if name != self._saved and (crash := _crash(name)) is not None]
+        named = [crash for name in names if name != self._saved and (crash := crash_named(name)) is not None]
         return sorted(crash for crash in named if mine and crash.host == mine.host and self._is_ours(crash.name))
 
     def _is_ours(self, name: str) -> bool:
         """Return whether a save of ours made the directory."""
         try:
-            folder = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=self._parent)
+            return made_by_us(self._parent, name)
         except OSError as error:
             self._failed(name, error, "looking into it failed")
             return False
-        try:
-            if os.fstat(folder).st_dev != os.fstat(self._parent).st_dev:
-                return False  # another file system is mounted there
-            with os.scandir(folder) as entries:
-                files = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
-            for dump, beside in _DUMPS.items():
-                if f"{dump}{INCOMPLETE_SUFFIX}" in files or (dump in files and files.intersection(beside)):
-                    return True
-            return MANIFEST in files and _WRITTEN_BY in _start(folder, MANIFEST)
-        except OSError as error:
-            self._failed(name, error, "looking into it failed")
-            return False
-        finally:
-            os.close(folder)
 
-    def _hold(self, floor: Floor, older: list[_Crash]) -> None:
+    def _hold(self, floor: Floor, older: list[Crash]) -> None:
         """Remove crashes until the floor is free."""
         volume = os.fstatvfs(self._parent)
         total = volume.f_blocks * volume.f_frsize

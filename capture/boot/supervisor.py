@@ -28,7 +28,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capture import pulse
-from capture.boot import targets
+from capture.boot import mounting, targets
 from capture.boot.config import BootConfig
 from capture.boot.watchdog import Watchdog
 from capture.console import Console
@@ -152,7 +152,7 @@ def _save(
         console.say(f"{ended.line}; once more, with one thread and reading instead of mapping")
         found, ended = watch.run(partial(at_target, options._replace(threads=1), can_map=False))
     if ended.hung:  # also where it could be killed: its mount may come through later
-        targets.give_up_mount_points()
+        mounting.give_up_mount_points()
     if found is None:
         what = "saved in part" if watch.pulse.log_saved else "not saved"
         status = IncompleteError.exit_status if watch.pulse.log_saved else TargetError.exit_status
@@ -388,7 +388,7 @@ def _only_one() -> Iterator[None]:
     Raises:
         TargetError: another one is running.
     """
-    folder = targets.MOUNT_POINT.parent
+    folder = mounting.MOUNT_POINT.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

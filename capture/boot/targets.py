@@ -1,81 +1,60 @@
-"""The target: find the file system that the command line names, mount it, unmount it.
+"""The targets that the command line names: which kind each is of, and who mounts that.
 
-Searching and mounting are left to ``findfs`` and ``mount`` (busybox in the capture kernel): they know every file
-system, and their one line of error is worth passing on.
+A target is ``KIND:…``, or names a local file system: ``LABEL=…``, ``UUID=…``, ``/dev/…``. Each kind has a module of its
+own, imported when its turn comes: what the process that watches takes, the job lacks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import importlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol, cast
 
-from capture import pulse
 from capture.console import Console
 from capture.errors import TargetError
 
-MOUNT_POINT = Path("/run/vmcapture/target")
-"""Where a target is mounted; at ``target-2`` and so on while something hangs there."""
-_MOST_MOUNT_POINTS = 9
-_POLL = 0.5
+LOCAL, RAW, VIRTIOFS = "", "raw", "virtiofs"
+KINDS = {LOCAL: "capture.boot.local", RAW: "capture.boot.raw", VIRTIOFS: "capture.boot.virtiofs"}
+"""What stands before the first colon → the module whose ``mounted`` mounts such a target."""
 
 
-@contextmanager
-def mounted_target(target: str, wait: int, console: Console, device: str | None = None) -> Iterator[Path]:
-    """Mount ``target`` (``LABEL=``, ``UUID=`` or a device path), waiting up to ``wait`` seconds for it to appear.
+class Mounted(Protocol):
+    """What a kind does: it mounts ``target`` and gives the directory, waiting up to ``wait`` seconds for what it needs.
 
-    ``device`` is where it was found before (``devices_of``); where that is gone, it is looked for again.
+    ``device`` is where it was found before (``devices_of``), for kinds that look for one. It raises TargetError, and
+    nothing else, when that is not there or cannot be mounted read-write.
+    """
+
+    def __call__(  # noqa: D102
+        self, target: str, wait: int, console: Console, device: str | None = None
+    ) -> AbstractContextManager[Path]: ...
+
+
+def kind_of(target: str) -> str:
+    """Return the kind of a target, a key of KINDS: what stands before its first colon, where no ``=`` does."""
+    before, colon, _ = target.partition(":")
+    return before if colon and "=" not in before and "/" not in before else LOCAL
+
+
+def place_of(target: str) -> str:
+    """Return the target without its kind: what stands behind the first colon, or all of a local one."""
+    return target if kind_of(target) == LOCAL else target.partition(":")[2]
+
+
+def mounted_target(target: str, wait: int, console: Console, device: str | None = None) -> AbstractContextManager[Path]:
+    """Mount ``target``, waiting up to ``wait`` seconds for what it needs to appear; see ``Mounted``.
 
     Raises:
-        TargetError: it did not appear, or cannot be mounted read-write.
+        TargetError: it cannot be mounted read-write, or nobody knows how.
     """
-    if device is None or not Path(device).is_block_device():
-        device = find_device(target, wait, console)
-    point = _mount_point()
-    _run(["mount", "-o", "rw", device, str(point)], f"{target} ({device}) cannot be mounted")
-    try:
-        yield point
-    finally:
-        try:
-            _run(["umount", str(point)], f"{target} cannot be unmounted")
-        except TargetError as error:  # everything is on the disk: this must not hide what was saved, or why it was not
-            console.say(f"{error}; what was saved is synced")
-
-
-def _mount_point() -> Path:
-    """Return the first place with nothing mounted on it.
-
-    A save that was killed may have left its target mounted: it is unmounted. Where somebody works in it, or a disk
-    hangs (``give_up_mount_points``), that place stays as it is.
-
-    Raises:
-        TargetError: all places are in use.
-    """
-    for number in range(1, _MOST_MOUNT_POINTS + 1):
-        point = MOUNT_POINT.with_name(f"{MOUNT_POINT.name}-{number}") if number > 1 else MOUNT_POINT
-        if _given_up(point).exists():
-            continue
-        point.mkdir(parents=True, exist_ok=True)
-        try:
-            if os.path.ismount(point):
-                _run(["umount", str(point)], "in use")
-        except TargetError:
-            continue
-        return point
-    raise TargetError(f"{MOUNT_POINT} to {point.name} are all in use: unmount them")
-
-
-def give_up_mount_points() -> None:
-    """Touch no more what is mounted now: a disk hangs, and whoever touches it hangs too."""
-    for point in MOUNT_POINT.parent.glob(f"{MOUNT_POINT.name}*"):
-        _given_up(point).touch()
-
-
-def _given_up(point: Path) -> Path:
-    return point.with_name(f"hangs-{point.name}")
+    kind = kind_of(target)
+    if kind not in KINDS:
+        raise TargetError(f"target {target}: no such kind of target; mount any disk and name it: vmcapture save DIR")
+    mounted = cast("Mounted", importlib.import_module(KINDS[kind]).mounted)
+    return mounted(target, wait, console, device)
 
 
 def devices_of(targets: Iterable[str]) -> dict[str, str]:
@@ -83,60 +62,16 @@ def devices_of(targets: Iterable[str]) -> dict[str, str]:
 
     To look for one, all disks are read: to be done before any of them hangs.
     """
+    from capture.boot.local import look_up
+    from capture.boot.volumes import Assembly
+
     found: dict[str, str] = {}
-    for target in targets:
+    on_disk = [target for target in targets if kind_of(target) in (LOCAL, RAW)]
+    if on_disk:
+        Assembly().go_on()
+    for target in on_disk:
         with contextlib.suppress(TargetError):
-            device = _look_up(target)
+            device = look_up(place_of(target))
             if device is not None:
                 found[target] = device
     return found
-
-
-def find_device(target: str, wait: int, console: Console) -> str:
-    """Return the block device of ``target``.
-
-    Raises:
-        TargetError: there is none after ``wait`` seconds.
-    """
-    deadline = time.monotonic() + wait
-    announced = False
-    while True:
-        device = _look_up(target)
-        if device is not None:
-            return device
-        if time.monotonic() >= deadline:
-            raise TargetError(
-                f"target {target}: no such file system{f' after {wait} s' if wait else ''}; attach it and save again, "
-                "or mount any other and name it: vmcapture save DIR"
-            )
-        if not announced:
-            console.say(f"waiting up to {wait} s for {target}")
-            announced = True
-        pulse.beat()  # to wait is what was asked for
-        time.sleep(_POLL)
-
-
-def _look_up(target: str) -> str | None:
-    if "=" not in target:
-        return target if Path(target).is_block_device() else None
-    import subprocess  # the process that watches over the job has no need of it
-
-    try:
-        with pulse.at_target():
-            answer = subprocess.run(["findfs", target], capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise TargetError(f"findfs cannot be run ({error.strerror}): name the target by its device, /dev/...") from None
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
-
-
-def _run(command: list[str], failure: str) -> None:
-    import subprocess  # see _look_up
-
-    try:
-        with pulse.at_target():
-            answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise TargetError(f"{failure}: {command[0]} cannot be run: {error.strerror}") from None
-    if answer.returncode:
-        said = " ".join((answer.stderr or answer.stdout).split()) or f"{command[0]} ended with {answer.returncode}"
-        raise TargetError(f"{failure}: {said}")

@@ -50,7 +50,7 @@ class PanicFinder:
             yield record
 
     def _see(self, record: Record) -> None:
-        if _PANIC.search(record.text) or (_OOPS.search(record.text) and not self._goes_on(record)):
+        if is_panic(record.text) or (is_oops(record.text) and not self._goes_on(record)):
             line = record.text.split(b"\n", 1)[0].decode("utf-8", "replace")
             printable = "".join(letter if letter.isprintable() else "?" for letter in line)
             self.panic = Panic(printable, caller_id=record.caller_id)
@@ -63,6 +63,16 @@ class PanicFinder:
         """Whether the announcement before is still being explained: its first line says most."""
         panic = self.panic
         return bool(panic.line) and panic.cpu is None and record.caller_id == panic.caller_id
+
+
+def is_panic(text: bytes) -> bool:
+    """Return whether a line of the log, without its time stamp, is panic()'s own."""
+    return _PANIC.search(text) is not None
+
+
+def is_oops(text: bytes) -> bool:
+    """Return whether a line of the log, without its time stamp, begins an oops."""
+    return _OOPS.search(text) is not None
 
 
 def panicked_cpu(panic: Panic, cpus: list[CpuRegisters]) -> int | None:

@@ -166,8 +166,16 @@ class ImageStore:
         squashfs: bool | None = None,
         more: Callable[[Kernel, Path], object] | None = None,
         recipients: Path | None = None,
+        healthy_files: tuple[tuple[str, Path | bytes], ...] = (),
+        hooks: tuple[tuple[Path, ...], tuple[Path, ...]] = ((), ()),
+        healthy_programs: tuple[Path, ...] = (),
+        healthy_modules: tuple[str, ...] = (),
     ) -> None:
+        self.healthy_files = healthy_files  # more for the healthy system, whose root is read-only
         self.folder = folder
+        self.hooks = hooks  # programs of this machine that the capture kernel runs before and after a save
+        self.healthy_programs = healthy_programs  # more for the healthy system
+        self.healthy_modules = healthy_modules
         self.recipients = recipients  # whom saves are encrypted to
         self.squashfs = squashfs  # None: as the builder decides
         self.more = more  # puts more files into the folder that becomes the healthy machine's disk
@@ -196,6 +204,8 @@ class ImageStore:
             squashfs=self.squashfs,
             binaries=encrypted.binaries,
             files=encrypted.files,
+            before=self.hooks[0],
+            after=self.hooks[1],
         )
         build_image(capture)
         build_image(
@@ -204,10 +214,12 @@ class ImageStore:
                 output=images.healthy,
                 squashfs=None,
                 python_roots=("capture", "initramfs"),
-                optional_modules=HEALTHY_MODULES,
+                optional_modules=(*HEALTHY_MODULES, *self.healthy_modules),
                 launcher_module="initramfs",
-                binaries=(host.find("kexec"), host.find("blkid")),
-                files=(),
+                binaries=(host.find("kexec"), host.find("blkid"), *self.healthy_programs),
+                files=self.healthy_files,
+                before=(),
+                after=(),
             )
         )
         shutil.copy(kernel.vmlinuz, contents / "vmlinuz")
@@ -526,11 +538,14 @@ def rescue_shell(
     target: str = f"LABEL={TARGET_LABEL}",
     target_attached: bool = True,
     append: str = "",
+    before: tuple[str, ...] = (),
+    saver: Saver | None = None,
 ) -> Iterator[Machine]:
     """A machine whose capture kernel has done its job, or could not, and waits at the rescue shell."""
     with panicked(
-        case, store, workdir, final="shell", target=target, target_attached=target_attached, append=append
-    ) as machine:
+        case, store, workdir, final="shell", target=target, target_attached=target_attached, append=append,
+        before=before, saver=saver,
+    ) as machine:  # fmt: skip
         machine.expect(r"^vmcapture: (saved in|not saved).*\n", BOOT_TIMEOUT + SAVE_TIMEOUT)
         machine.shell()
         yield machine

@@ -21,12 +21,15 @@ PACKAGES: Mapping[str, str] = {
     "debootstrap": "debootstrap",
     "debugfs": "e2fsprogs",
     "depmod": "kmod",
+    "dmsetup": "dmsetup",
     "dpkg": "dpkg",
     "e2fsck": "e2fsprogs",
     "gdb": "gdb",
     "kexec": "kexec-tools",
-    "makedumpfile": "makedumpfile",
     "losetup": "mount",
+    "lvm": "lvm2",
+    "makedumpfile": "makedumpfile",
+    "mdadm": "mdadm",
     "mke2fs": "e2fsprogs",
     "mksquashfs": "squashfs-tools",
     "mount": "mount",
@@ -39,8 +42,8 @@ PACKAGES: Mapping[str, str] = {
 """Program → the Debian package that has it."""
 
 _NOT_ALWAYS = {
-    "age", "age-keygen", "chroot", "cp", "crash", "debootstrap", "gdb", "losetup", "makedumpfile", "mount",
-    "qemu-storage-daemon", "umount", "unshare",
+    "age", "age-keygen", "chroot", "cp", "crash", "debootstrap", "dmsetup", "gdb", "losetup", "lvm", "makedumpfile",
+    "mdadm", "mount", "qemu-storage-daemon", "umount", "unshare",
 }  # fmt: skip
 CYCLE = sorted(PACKAGES.keys() - _NOT_ALWAYS)
 """What a whole crash cycle needs on the host; the others only look at what it left."""

@@ -141,16 +141,49 @@ def test_a_save_that_ran_out_of_room_goes_on_once_there_is_some(
     drgn_reader(saved / "vmcore")
 
 
-def test_a_kernel_without_squashfs_runs_from_a_plain_tree(case: Case, guest_folder: Path, tmp_path: Path) -> None:
-    """All of the tree is in memory, in a tmpfs that the kernel caps at half of it."""
-    store = ImageStore(guest_folder / "plain-images", squashfs=False)
-    with rescue_shell(replace(case, crashkernel="320M"), store, tmp_path) as machine:
-        assert "vmcapture: saved in LABEL=crash" in machine.console
+KDUMP_TOOLS = """\
+USE_KDUMP=1
+KDUMP_COREDIR="/var/crash"
+MAKEDUMP_ARGS="-c -d 17"
+KDUMP_NUM_DUMPS=3
+KDUMP_CMDLINE_APPEND="reset_devices nr_cpus=1 usbcore.nousb"
+"""
+
+
+def test_a_plain_tree_with_hooks_follows_what_kdump_tools_was_told(
+    case: Case, guest_folder: Path, tmp_path: Path
+) -> None:
+    """All of the tree, for a kernel without squashfs, is in memory, in a tmpfs that the kernel caps at half of it."""
+    hooks = []
+    for name, script in (
+        ("pre", "#!/bin/bash\nwords=(before the save)\necho ${words[@]}; sleep 1000\n"),
+        ("post", '#!/bin/sh\necho "after it: $1 $VMCAPTURE_OUTCOME in $VMCAPTURE_TARGET"\n'),
+    ):
+        hooks.append(tmp_path / name)
+        hooks[-1].write_text(script)
+        hooks[-1].chmod(0o755)
+    store = ImageStore(guest_folder / "plain-images", squashfs=False, hooks=((hooks[0],), (hooks[1],)))
+    told = f"cat > /run/kdump-tools <<'END'\n{KDUMP_TOOLS}END"
+    imported = "vmcapture config import -o /run/vmcapture.conf /run/kdump-tools; echo timeout 5 >> /run/vmcapture.conf"
+    armed = Saver(OURS.name, lambda *words: f"{OURS.load(*words)} --config /run/vmcapture.conf")
+    with rescue_shell(
+        replace(case, crashkernel="320M"), store, tmp_path, before=(told, imported), saver=armed
+    ) as machine:
+        console = machine.console.rpartition("Kernel panic - not syncing")[2]
+        assert "vmcapture: pre: before the save" in console
+        assert "/pre: no end after 5 s (vmcapture.timeout=), killed; going on" in console
+        assert "vmcapture: saved in LABEL=crash" in console
         assert "squashfs" not in demand(machine, "cat /proc/mounts")
+        words = demand(machine, "cat /proc/cmdline").split()
+        assert {"vmcapture.failure=reboot", "vmcapture.keep=3", "vmcapture.timeout=5", "usbcore.nousb"} <= set(words)
         machine.send("poweroff -f")
         machine.wait_exit(BOOT_TIMEOUT)
+    assert "vmcapture: post: after it: 0 saved in LABEL=crash" in machine.console
     saved = only_crash(target_image(tmp_path), tmp_path / "saved")
-    assert json.loads((saved / "manifest.json").read_text())["complete"]
+    manifest = json.loads((saved / "manifest.json").read_text())
+    assert manifest["complete"]
+    assert (manifest["dump"]["level"], manifest["dump"]["compression"]) == (17, "zlib")
+    assert "pre: before the save" in (saved / "capture-log.txt").read_text()
 
 
 def test_an_image_that_arrives_damaged_ends_as_it_was_told_when_no_one_is_there(

@@ -92,9 +92,7 @@ def test_the_modules_behind_a_real_disk_are_those_that_the_kernel_loaded_for_it(
     # The launcher's environment and interpreter, with a question of our own.
     demand(machine, "grep ^export /usr/bin/vmcapture > /run/environment")
     python = demand(machine, "sed -n \"s/^exec '\\([^']*\\)'.*/\\1/p\" /usr/bin/vmcapture").strip()
-    asked = (
-        "from pathlib import Path; from initramfs import devices; print(devices.modules_for_device(Path('/dev/vdb')))"
-    )
+    asked = "from pathlib import Path; from initramfs import volumes; print(volumes.needed_by_device(Path('/dev/vdb')))"
     said = demand(machine, f'(. /run/environment; {python} -s -S -P -c "{asked}")')
     loaded = demand(machine, "lsmod")
     for module in ("virtio_pci", "virtio_blk"):

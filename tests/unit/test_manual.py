@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 
 from capture.boot import config
+from initramfs import directives
 from initramfs.cli import main
+from initramfs.config import parse
 from tests.guest import host
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    "dump", "dmesg", "registers", "info", "verify", "save", "initramfs", "load", "unload", "status",
-    "estimate",
+    "dump", "dmesg", "registers", "info", "verify", "save", "initramfs", "load", "unload",
+    "estimate", "arm", "status", "test", "list", "show", "report", "config", "collect",
 )  # fmt: skip
+BELOW: dict[str, tuple[str, ...]] = {"config": ("check", "import")}
+"""Commands with commands of their own."""
 
 
 def helped(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -34,15 +38,40 @@ def readme() -> str:
 
 def test_these_are_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert tuple(re.findall(r"^    (\w+)", helped(capsys), re.MULTILINE)) == COMMANDS
+    for command, names in BELOW.items():
+        assert tuple(re.findall(r"^    (\w+)", helped(capsys, command), re.MULTILINE)) == names
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_in_the_man_page(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", helped(capsys, command).partition("options:")[2]))
+    ways: list[tuple[str, ...]] = [(command, name) for name in BELOW.get(command, ())] or [(command,)]
+    options = {
+        option
+        for way in ways
+        for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", helped(capsys, *way).partition("options:")[2])
+    }
     assert len(options) >= 5
     assert [option for option in sorted(options) if option not in manual()] == []
     assert f"\n.TP\n.B {command}\n" in manual()
     assert re.search(rf"vmcapture[^\n]*\b{command}\b", readme())
+
+
+def test_every_directive_is_in_its_man_page_and_no_other() -> None:
+    text = (REPOSITORY / "docs/vmcapture.conf.5").read_text().replace("\\-", "-")
+    tags = "\n".join(re.findall(r"^\.TP\n\.B (.*)$", text, re.MULTILINE))
+    documented = set(re.findall(r"(?:^|\\fB|, )([a-z][a-z0-9_]+)(?=[ \\]|$)", tags, re.MULTILINE))
+    values = {word for hint, _ in directives.DIRECTIVES.values() for word in re.findall(r"[a-z]\w+", hint)}
+    assert documented - values <= directives.DIRECTIVES.keys()
+    assert directives.DIRECTIVES.keys() <= documented
+
+
+def test_the_configuration_in_readme_and_man_page_is_a_good_one() -> None:
+    page = (REPOSITORY / "docs/vmcapture.conf.5").read_text().replace("\\-", "-")
+    for text, begins, ends in ((readme(), "```\next4", "```"), (page, ".nf\n", ".fi")):
+        example = begins[begins.index("\n") + 1 :] + text.partition(begins)[2].partition(ends)[0]
+        found = parse(example, Path("example"))
+        assert len(found.targets) >= 2
+        assert (found.keep, found.levels) == (5, "1,17,31")
 
 
 def test_no_word_of_the_kernel_command_line_is_missing_or_made_up() -> None:

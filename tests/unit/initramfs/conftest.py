@@ -9,10 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from initramfs import image, kexec, tools
+from capture.console import Console
+from initramfs import commands_config, config, image, kexec, tools
 from initramfs.image import ImageReport, ImageRequest
 
 RELEASE = "6.99.0-test"
+
+
+@pytest.fixture(autouse=True)
+def no_configuration(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this machine's configuration file would be: its own says nothing about a test."""
+    place = tmp_path_factory.mktemp("etc") / "vmcapture.conf"
+    for module in (config, commands_config):
+        monkeypatch.setattr(module, "CONFIG", place)
+    return place
 
 
 @pytest.fixture
@@ -119,6 +129,9 @@ def squashfs_image(tmp_path_factory: pytest.TempPathFactory) -> ImageReport:
     folder = tmp_path_factory.mktemp("image")
     program = shutil.which("ls")
     assert program is not None
+    hook = folder / "hook"
+    hook.write_text("#!/bin/bash\nwords=(hook of bash)\necho ${words[@]} $1\n")
+    hook.chmod(0o755)
     extra = folder / "extra.txt"
     extra.write_text("extra")
     modules_dir = make_module_tree(folder / "modules")
@@ -137,8 +150,16 @@ def squashfs_image(tmp_path_factory: pytest.TempPathFactory) -> ImageReport:
             launcher_module="initramfs",
             binaries=(Path(program),),
             files=(("/etc/extra", extra),),
+            before=(hook,),
+            after=(hook, Path(program)),
         )
     )
+
+
+@pytest.fixture
+def console() -> Console:
+    """Keeps lines, prints none."""
+    return Console(quiet=True)
 
 
 @pytest.fixture
@@ -161,3 +182,45 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(kexec, "CRASH_LOADED", tmp_path / "crash_loaded")
     monkeypatch.setattr(kexec, "RECORD", tmp_path / "run" / "loaded.json")
     return tmp_path
+
+
+class Sysfs:
+    """A /sys that a test fills."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def driver(self, device: str, module: str, *, loaded: bool = True) -> None:
+        """Give a device a driver that a module brought."""
+        state = self.root / "module" / module
+        state.mkdir(parents=True, exist_ok=True)
+        if loaded:
+            (state / "initstate").write_text("live\n")
+        driver = self.root / "bus" / f"driver-{module}"
+        driver.mkdir(parents=True, exist_ok=True)
+        if not (driver / "module").exists():
+            (driver / "module").symlink_to(state)
+        (self.root / "devices" / device).mkdir(parents=True, exist_ok=True)
+        (self.root / "devices" / device / "driver").symlink_to(driver)
+
+    def block(self, number: str, path: str, device: str | None = None) -> Path:
+        """Make a block device, and its entry in dev/block."""
+        place = self.root / "devices" / path
+        place.mkdir(parents=True)
+        if device is not None:
+            (place / "device").symlink_to(self.root / "devices" / device)
+        entry = self.root / "dev/block" / number
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        entry.symlink_to(place)
+        return place
+
+
+@pytest.fixture
+def sysfs(tmp_path: Path) -> Sysfs:
+    return Sysfs(tmp_path / "sys")
+
+
+def virtio_disk(sysfs: Sysfs) -> Path:
+    sysfs.driver("pci0000:00/0000:00:02.0", "virtio_pci")
+    sysfs.driver("pci0000:00/0000:00:02.0/virtio1", "virtio_blk")
+    return sysfs.block("254:0", "pci0000:00/0000:00:02.0/virtio1/block/vda", "pci0000:00/0000:00:02.0/virtio1")

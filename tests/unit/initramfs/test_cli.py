@@ -11,7 +11,7 @@ from typing import NoReturn
 import pytest
 
 from capture.boot.config import parse
-from initramfs import cli, devices, measure, watchdogs
+from initramfs import cli, devices, local, measure, targets, volumes, watchdogs
 from initramfs.cli import main
 from initramfs.devices import Mount, Needed
 from initramfs.errors import ImageError, MeasureError, ToolError
@@ -34,7 +34,9 @@ def test_status_of_a_machine_without_a_reservation_is_not_armed(capsys: pytest.C
         pytest.skip("this machine may have a reservation")
 
     assert main(["status", "--json"]) == 1
-    assert json.loads(capsys.readouterr().out) == {"armed": False, "reservation": 0, "loaded": None, "watchdog": None}
+    found = json.loads(capsys.readouterr().out)
+    assert (found["armed"], found["reservation"], found["loaded"], found["verdict"]) == (False, 0, None, "bad")
+    assert found["checks"][0]["remedy"].startswith("add crashkernel=256M to the kernel command line ")
 
 
 def test_an_image_for_a_foreign_kernel_tree(
@@ -115,9 +117,10 @@ class Requests:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.last: ImageRequest | None = None
         monkeypatch.setattr(cli, "build_image", self.build)
+        monkeypatch.setattr("initramfs.stamp.write", lambda *_: None)
         monkeypatch.setattr(devices, "mount_of", lambda _: Mount("/dev/vda", Path("/"), "/", "ext4"))
-        monkeypatch.setattr(devices, "modules_for_mount", lambda _: Needed(("virtio_blk",), ("ext4",)))
-        monkeypatch.setattr(devices, "modules_for_target", lambda _: Needed(("nvme",), ()))
+        monkeypatch.setattr(local, "needed_by_mount", lambda _: Needed(("virtio_blk",), ("ext4",)))
+        monkeypatch.setattr(targets, "needed_by", lambda _: Needed(("nvme",), ()))
         monkeypatch.setattr(devices, "keyboard_modules", lambda: ("usbhid",))
         monkeypatch.setattr(watchdogs, "modules", lambda: Needed(("iTCO_wdt",), ("hpwdt",)))
         monkeypatch.setattr("initramfs.modules.host_options", lambda: (("nvme", "poll_queues=1"),))
@@ -346,7 +349,7 @@ def test_estimate_prints_what_was_measured(
     assert {"cpus", "kernel", "drivers", "image", "job", "spare", "needed"} <= values.keys()
 
 
-def refuse(device: Path) -> Path:
+def refuse(device: Path) -> NoReturn:
     raise ImageError(f"{device} stands on something")
 
 
@@ -373,7 +376,7 @@ def test_several_targets_are_handed_over_in_their_order(machine: Path, monkeypat
 
 def test_the_image_has_the_modules_of_every_target(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = {"LABEL=a": Needed(("nvme",), ()), "LABEL=b": Needed(("sd_mod",), ("ext4",))}
-    monkeypatch.setattr(devices, "modules_for_target", needed.__getitem__)
+    monkeypatch.setattr(targets, "needed_by", needed.__getitem__)
     asked: list[ImageRequest] = []
 
     def build(request: ImageRequest) -> ImageReport:
@@ -391,7 +394,7 @@ def test_a_target_that_cannot_be_assembled_is_refused(
     machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(devices, "find_device", lambda _: Path("/dev/dm-0"))
-    monkeypatch.setattr(devices, "plain_disk", refuse)
+    monkeypatch.setattr(volumes, "needed_by_device", refuse)
 
     assert load(machine, "--target", "LABEL=crash") == 1
 
@@ -404,7 +407,7 @@ def test_the_file_system_of_the_crash_directory_is_refused_alike(
 ) -> None:
     monkeypatch.setattr(devices, "mount_of", lambda _: Mount("/dev/mapper/vg-root", Path("/"), "/", "ext4"))
     monkeypatch.setattr(devices, "uuid_of", lambda _: "0123")
-    monkeypatch.setattr(devices, "plain_disk", refuse)
+    monkeypatch.setattr(volumes, "needed_by_device", refuse)
 
     assert load(machine) == 1
 

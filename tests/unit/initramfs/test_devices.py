@@ -2,159 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from capture.errors import UsageError
-from initramfs import devices
 from initramfs.devices import (
     Mount,
-    Needed,
     find_device,
     keyboard_modules,
-    modules_for_device,
     modules_for_filesystem,
-    modules_for_target,
     mount_of,
     path_on_device,
-    plain_disk,
 )
-from initramfs.errors import ImageError
 
-
-class Sysfs:
-    """A /sys that a test fills."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def driver(self, device: str, module: str, *, loaded: bool = True) -> None:
-        """Give a device a driver that a module brought."""
-        state = self.root / "module" / module
-        state.mkdir(parents=True, exist_ok=True)
-        if loaded:
-            (state / "initstate").write_text("live\n")
-        driver = self.root / "bus" / f"driver-{module}"
-        driver.mkdir(parents=True, exist_ok=True)
-        if not (driver / "module").exists():
-            (driver / "module").symlink_to(state)
-        (self.root / "devices" / device).mkdir(parents=True, exist_ok=True)
-        (self.root / "devices" / device / "driver").symlink_to(driver)
-
-    def block(self, number: str, path: str, device: str | None = None) -> Path:
-        """Make a block device, and its entry in dev/block."""
-        place = self.root / "devices" / path
-        place.mkdir(parents=True)
-        if device is not None:
-            (place / "device").symlink_to(self.root / "devices" / device)
-        entry = self.root / "dev/block" / number
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        entry.symlink_to(place)
-        return place
-
-
-@pytest.fixture
-def sysfs(tmp_path: Path) -> Sysfs:
-    return Sysfs(tmp_path / "sys")
-
-
-def virtio_disk(sysfs: Sysfs) -> Path:
-    sysfs.driver("pci0000:00/0000:00:02.0", "virtio_pci")
-    sysfs.driver("pci0000:00/0000:00:02.0/virtio1", "virtio_blk")
-    return sysfs.block("254:0", "pci0000:00/0000:00:02.0/virtio1/block/vda", "pci0000:00/0000:00:02.0/virtio1")
-
-
-def test_every_driver_between_the_bus_and_the_disk_counts(sysfs: Sysfs) -> None:
-    virtio_disk(sysfs)
-
-    assert modules_for_device(os.makedev(254, 0), sysfs.root) == Needed(("virtio_pci", "virtio_blk"), ())
-
-
-def test_a_partition_needs_what_its_disk_needs(sysfs: Sysfs) -> None:
-    virtio_disk(sysfs)
-    partition = sysfs.block("254:1", "pci0000:00/0000:00:02.0/virtio1/block/vda/vda1")
-    (partition / "partition").write_text("1\n")
-
-    assert modules_for_device(os.makedev(254, 1), sysfs.root).loaded == ("virtio_pci", "virtio_blk")
-
-
-def test_a_driver_inside_the_kernel_is_told_apart(sysfs: Sysfs) -> None:
-    sysfs.driver("pci0/host0/target0/0:0:0:0", "sd_mod")
-    sysfs.driver("pci0", "ahci", loaded=False)
-    sysfs.block("8:0", "pci0/host0/target0/0:0:0:0/block/sda", "pci0/host0/target0/0:0:0:0")
-
-    assert modules_for_device(os.makedev(8, 0), sysfs.root) == Needed(("sd_mod",), ("ahci",))
-
-
-def volume(sysfs: Sysfs, number: str, name: str, kind: str | None) -> Path:
-    """Make a block device that stands on the disk vda, with the folder that its driver adds."""
-    disk = virtio_disk(sysfs)
-    place = sysfs.block(number, f"virtual/block/{name}")
-    (place / "slaves").mkdir()
-    (place / "slaves/vda").symlink_to(disk)
-    if kind is not None:
-        (place / kind).mkdir()
-    return place
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "layer"),
-    [
-        ("dm-0", "dm", r"device-mapper \(LVM, LUKS, multipath\)"),
-        ("md0", "md", r"md \(RAID\)"),
-        ("bcache0", None, "vda"),
-    ],
-)
-def test_what_has_to_be_assembled_first_is_refused(sysfs: Sysfs, name: str, kind: str | None, layer: str) -> None:
-    volume(sysfs, "253:0", name, kind)
-
-    with pytest.raises(ImageError, match=f"stands on {layer}: the capture kernel cannot .* with --target"):
-        modules_for_device(os.makedev(253, 0), sysfs.root)
-    with pytest.raises(ImageError, match=f"stands on {layer}"):
-        plain_disk(os.makedev(253, 0), sysfs.root)
-
-
-def test_a_partition_of_a_raid_is_refused_as_well(sysfs: Sysfs) -> None:
-    volume(sysfs, "9:0", "md0", "md")
-    partition = sysfs.block("259:0", "virtual/block/md0/md0p1")
-    (partition / "partition").write_text("1\n")
-
-    with pytest.raises(ImageError, match=r"stands on md \(RAID\)"):
-        plain_disk(os.makedev(259, 0), sysfs.root)
-
-
-def test_a_disk_below_a_volume_is_plain(sysfs: Sysfs) -> None:
-    volume(sysfs, "253:0", "dm-0", "dm")
-    disk = sysfs.root / "devices/pci0000:00/0000:00:02.0/virtio1/block/vda"
-    (disk / "slaves").mkdir()
-
-    assert plain_disk(os.makedev(254, 0), sysfs.root) == disk.resolve()
-
-
-def test_an_nvme_disk_of_several_paths_needs_its_controllers(sysfs: Sysfs) -> None:
-    sysfs.driver("pci0/0000:01:00.0", "nvme")
-    (sysfs.root / "devices/pci0/0000:01:00.0/nvme/nvme0").mkdir(parents=True)
-    sysfs.block("259:0", "virtual/nvme-subsystem/nvme-subsys0/nvme0n1", "virtual/nvme-subsystem/nvme-subsys0")
-    (sysfs.root / "devices/virtual/nvme-subsystem/nvme-subsys0/nvme0").symlink_to(
-        sysfs.root / "devices/pci0/0000:01:00.0/nvme/nvme0"
-    )
-
-    assert modules_for_device(os.makedev(259, 0), sysfs.root).loaded == ("nvme",)
-
-
-def test_a_device_that_the_kernel_does_not_have_is_one_clear_line(sysfs: Sysfs) -> None:
-    with pytest.raises(ImageError, match="no block device 7:99"):
-        modules_for_device(os.makedev(7, 99), sysfs.root)
-
-
-def test_a_file_is_no_block_device(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ImageError, match="is no block device"):
-        modules_for_device(tmp_path / "file")
-    with pytest.raises(ImageError, match="is the disk attached"):
-        modules_for_device(tmp_path / "missing")
+from .conftest import Sysfs, virtio_disk
 
 
 def test_vfat_needs_the_tables_that_it_asks_for_while_mounting(sysfs: Sysfs) -> None:
@@ -266,12 +128,6 @@ def test_a_path_is_a_device_while_it_is_there() -> None:
     assert find_device("/dev/no=such-disk") is None
 
 
-@pytest.mark.usefixtures("findfs")
-def test_an_image_for_a_disk_that_is_not_there_cannot_be_derived() -> None:
-    with pytest.raises(ImageError, match="UUID=0123: no block device of this machine carries it now; is it"):
-        modules_for_target("UUID=0123")
-
-
 def keyboard(sysfs: Sysfs, number: int, device: str, keys: str) -> None:
     place = sysfs.root / "devices" / device / f"input/input{number}"
     (place / "capabilities").mkdir(parents=True)
@@ -308,17 +164,3 @@ def test_jacks_buttons_and_mice_are_no_keyboards(sysfs: Sysfs) -> None:
 
 def test_a_machine_without_input_devices_has_no_keyboard(sysfs: Sysfs) -> None:
     assert keyboard_modules(sysfs.root) == ()
-
-
-def test_a_target_without_a_file_system_is_refused_while_the_machine_is_healthy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blkid = tmp_path / "blkid"  # as util-linux answers for a disk of zeros: nothing, and status 2
-    blkid.write_text("#!/bin/sh\nexit 2\n")
-    blkid.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(devices, "find_device", lambda _: Path("/dev/vdb"))
-    monkeypatch.setattr(devices, "modules_for_device", lambda _: Needed(("virtio_blk",), ()))
-
-    with pytest.raises(ImageError, match=r"/dev/vdb: blkid finds no file system on it; make one, mkfs\.ext4 /dev/vdb"):
-        modules_for_target("/dev/vdb")

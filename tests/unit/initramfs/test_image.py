@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from capture.boot.hooks import AFTER, BEFORE
 from initramfs import image, runtime, tools
 from initramfs.errors import ImageError, ModuleNotThereError, ToolError
 from initramfs.image import ImageReport, ImageRequest
@@ -97,6 +98,23 @@ def test_the_root_has_mount_points_shell_and_launchers(root: Path) -> None:
 def test_a_real_program_wins_over_an_applet_of_its_name(root: Path) -> None:
     assert not (root / "bin/ls").is_symlink()
     assert (root / "bin/ls").stat().st_size > 0
+
+
+def test_hooks_lie_at_their_own_paths_with_numbered_links_to_them(root: Path) -> None:
+    before, after = root / BEFORE[1:], root / AFTER[1:]
+    assert [link.name for link in sorted(before.iterdir())] == ["00"]
+    assert [link.name for link in sorted(after.iterdir())] == ["00", "01"]
+    hook = (before / "00").readlink()
+    assert (after / "00").readlink() == hook
+    assert (root / str(hook)[1:]).stat().st_mode & 0o777 == 0o755
+
+
+def test_a_hook_runs_in_the_root_with_its_interpreter(root: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("chroot needs root")
+    chroot = tools.require("chroot", "coreutils")
+    done = subprocess.run([chroot, root, f"{AFTER}/00", "3"], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("hook of bash 3\n", "", 0)
 
 
 def test_the_command_runs_in_the_root(root: Path) -> None:

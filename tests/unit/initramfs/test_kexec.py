@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import re
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from capture.errors import UsageError
 from initramfs import kexec
 from initramfs.errors import KexecError, ToolError
-from initramfs.kexec import CrashKernel, Loaded, Status, capture_command_line
+from initramfs.kexec import CrashKernel, Loaded, capture_command_line
 
 
 def line(base: str, extra: str = "", *, cpus: int = 1, boot_cpu: int | None = None) -> list[str]:
@@ -194,17 +193,6 @@ def test_a_watchdog_is_to_be_used_when_somebody_said_so() -> None:
     assert not [word for word in line("") if word.startswith("vmcapture.watchdog")]
 
 
-def test_status_says_when_a_watchdog_would_not_be_fed(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kexec.load(crash_kernel(machine))
-    (machine / "crash_loaded").write_text("1\n")
-    assert not [said for said in kexec.describe(kexec.status()) if said.startswith("watchdog")]
-
-    monkeypatch.setattr("initramfs.watchdogs.running", lambda *_: ("watchdog0",))
-
-    last = kexec.describe(kexec.status())[-1]
-    assert last.startswith("watchdog      watchdog0 runs now, and is not used in the capture kernel")
-
-
 def test_auto_takes_the_second_system_call_when_the_first_is_refused(machine: Path) -> None:
     assert kexec.load(crash_kernel(machine)).syscall == "load"
 
@@ -245,29 +233,57 @@ def test_a_small_reservation_is_doubted(machine: Path, mebibytes: int, said: str
     assert (kexec.small_reservation(image) is None) is (not said)
 
 
-def test_status_shows_what_load_recorded_while_it_is_armed(machine: Path) -> None:
+def test_what_load_recorded_counts_while_it_is_armed(machine: Path) -> None:
     kexec.load(crash_kernel(machine))
-    assert kexec.status() == Status(armed=False, reservation=256 << 20, loaded=None)
+    assert (kexec.armed(), kexec.loaded()) == (False, None)
 
     (machine / "crash_loaded").write_text("1\n")
 
-    assert kexec.status() == Status(
-        armed=True,
-        reservation=256 << 20,
-        loaded=Loaded(str(machine / "kernel"), str(machine / "image"), "console=ttyS0", "load"),
+    assert kexec.armed()
+    assert kexec.loaded() == Loaded(
+        str(machine / "kernel"),
+        str(machine / "image"),
+        "console=ttyS0",
+        "load",
+        files=kexec.files_digest(machine / "kernel", machine / "image"),
+        machine=kexec.machine_digest(),
     )
-    first, *rest = kexec.describe(kexec.status())
-    assert first.startswith("armed (256 MiB reserved")
-    assert first.endswith("last loaded by vmcapture:")  # another tool may have loaded something since
-    assert rest[0].endswith(f" {machine}/kernel")
 
 
-def test_a_capture_kernel_that_someone_else_loaded_is_said_so(machine: Path) -> None:
+@pytest.mark.parametrize("record", ['["odd"]', "", '{"kernel": "x"}'])
+def test_a_capture_kernel_that_someone_else_loaded_is_not_ours(record: str, machine: Path) -> None:
     (machine / "crash_loaded").write_text("1\n")
     (machine / "run").mkdir()
-    (machine / "run/loaded.json").write_text(json.dumps(["odd"]))
+    (machine / "run/loaded.json").write_text(record)
 
-    assert kexec.describe(kexec.status())[0].startswith("armed, but not by vmcapture")
+    assert kexec.armed()
+    assert kexec.loaded() is None
+
+
+def test_what_was_loaded_is_out_of_date_when_a_file_or_the_machine_has_changed(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = crash_kernel(machine)
+    kexec.load(request)
+    (machine / "crash_loaded").write_text("1\n")
+    assert kexec.is_loaded(request)
+    assert not kexec.is_loaded(crash_kernel(machine, "file"))  # it was kexec_load that worked
+    assert not kexec.is_loaded(CrashKernel(request.kernel, request.image, "console=ttyS1"))
+
+    ranges = [(0, 0xFFFFF)]
+    monkeypatch.setattr("initramfs.predict.memory_ranges", lambda: ranges)
+    monkeypatch.setattr(kexec, "MEMORY_HOTPLUG", machine / "crash_hotplug")
+    kexec.load(request)
+    ranges.append((0x100000, 0x1FFFFF))
+    assert kexec.out_of_date(kexec.loaded() or Loaded("", "", "", "")) == "memory or CPUs have come or gone since"
+    (machine / "crash_hotplug").write_text("1\n")  # the kernel tells the capture kernel itself
+    kexec.load(request)
+    ranges.pop()
+    assert kexec.is_loaded(request)
+
+    request.image.write_bytes(b"another one")
+    assert kexec.out_of_date(kexec.loaded() or Loaded("", "", "", "")) == "kernel or image have changed since"
+    assert not kexec.is_loaded(request)
 
 
 def test_unload_disarms_and_forgets(machine: Path) -> None:

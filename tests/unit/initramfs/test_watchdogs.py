@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from initramfs import cpio, watchdogs
 from initramfs.devices import Needed
 from initramfs.image import LOAD_ORDER
 from initramfs.tree import File, Tree
 from initramfs.watchdogs import doubt, lacking_driver, running
 
-from .test_devices import Sysfs
+from .conftest import Sysfs
 
 TCO = "pci0000:00/0000:00:1f.4/iTCO_wdt"
-
-
-@pytest.fixture
-def sysfs(tmp_path: Path) -> Sysfs:
-    return Sysfs(tmp_path / "sys")
 
 
 def add(sysfs: Sysfs, name: str, state: str, device: str | None = None) -> None:

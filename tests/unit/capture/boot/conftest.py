@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from capture.boot import targets
+from capture.boot import mounting
 from capture.console import Console
 
 
@@ -24,7 +24,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     """``tools(mount="exit 0")``: scripts in place of findfs, mount and umount; calls are noted in ``calls``."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    monkeypatch.setattr(targets, "MOUNT_POINT", tmp_path / "mnt")
+    monkeypatch.setattr(mounting, "MOUNT_POINT", tmp_path / "mnt")
     shell = Path("/bin/sh").resolve()
 
     def make(**scripts: str) -> Path:
@@ -52,6 +52,19 @@ def loop_disk(tmp_path: Path) -> Iterator[tuple[str, str]]:
         pytest.skip(f"no loop devices or no mkfs.ext4 here: {error}")
     yield device, label
     subprocess.run(["losetup", "-d", device], check=True)
+
+
+@pytest.fixture
+def block_device(tmp_path: Path) -> Callable[[str], Path]:
+    """Make the node of a block device; nothing is ever read from it."""
+
+    def make(name: str = "disk") -> Path:
+        if os.geteuid() != 0:
+            pytest.skip("only root makes device nodes")
+        os.mknod(tmp_path / name, 0o060600, os.makedev(7, 0))
+        return tmp_path / name
+
+    return make
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from capture import selftest
-from capture.boot import job, targets
+from capture.boot import job, mounting
 from capture.boot.config import parse
 from capture.boot.room import make_room
 from capture.console import Console
@@ -126,9 +126,9 @@ def test_recipients_of_the_image_need_not_be_named(
 def test_the_self_test_runs_where_this_machine_has_recipients(key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each image is built with it: it must not depend on what the machine that builds it has."""
     monkeypatch.setattr(job, "RECIPIENTS", key.recipients)
-    monkeypatch.setattr(targets, "MOUNT_POINT", targets.MOUNT_POINT)  # (it takes a place of its own)
+    monkeypatch.setattr(mounting, "MOUNT_POINT", mounting.MOUNT_POINT)  # (it takes a place of its own)
     selftest.run()
-    assert not str(targets.MOUNT_POINT).startswith("/run"), "another build at the same time would be in its way"
+    assert not str(mounting.MOUNT_POINT).startswith("/run"), "another build at the same time would be in its way"
 
 
 def test_recipients_that_cannot_be_read_are_no_reason_to_save_in_the_clear(

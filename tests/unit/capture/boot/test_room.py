@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capture.boot import job, room, save, targets
+from capture.boot import job, mounting, room, save, targets
 from capture.boot.config import BootConfig, parse
 from capture.boot.room import Floor, make_room, parse_floor
 from capture.console import Console
@@ -635,7 +635,7 @@ def test_on_a_real_disk_room_is_there_after_it_is_mounted_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """16 MiB of ext4, six dumps of 3 MiB."""
-    monkeypatch.setattr(targets, "MOUNT_POINT", tmp_path / "mnt")
+    monkeypatch.setattr(mounting, "MOUNT_POINT", tmp_path / "mnt")
     boot = BootConfig(wait=5, path="/", free=parse_floor("5M"))
     console = Console(file=io.StringIO())
     for number in range(6):

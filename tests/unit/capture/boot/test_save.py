@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from capture.boot import job, targets
+from capture.boot import job, mounting, targets
 from capture.boot.config import BootConfig
 from capture.boot.save import save_to_target
 from capture.console import Console
@@ -116,7 +116,7 @@ def test_a_crash_saved_to_a_real_disk_is_there_after_it_is_mounted_again(
     monkeypatch: pytest.MonkeyPatch,
     console: Console,
 ) -> None:
-    monkeypatch.setattr(targets, "MOUNT_POINT", tmp_path / "mnt")
+    monkeypatch.setattr(mounting, "MOUNT_POINT", tmp_path / "mnt")
     _, label = loop_disk
     saved = save_to_target(BootConfig(wait=5), f"LABEL={label}", console, QUIET, vmcore_file(crashed_core()))
     assert job.exit_status(saved) == 0

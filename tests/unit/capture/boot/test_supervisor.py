@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from capture import pulse
-from capture.boot import supervisor, targets
+from capture.boot import mounting, supervisor, targets
 from capture.boot.config import BootConfig
 from capture.boot.supervisor import Outcome, Watch, save_to_targets
 from capture.boot.watchdog import Watchdog
@@ -35,7 +35,7 @@ CRASH = f"var/crash/db7-{WHEN}"
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(supervisor, "TICK", 0.05)
-    monkeypatch.setattr(targets, "MOUNT_POINT", tmp_path / "mnt")  # not this machine's own
+    monkeypatch.setattr(mounting, "MOUNT_POINT", tmp_path / "mnt")  # not this machine's own
 
 
 @pytest.fixture
@@ -105,12 +105,12 @@ def test_on_a_full_disk_there_is_a_part_and_the_next_one_gets_all(
     tools(
         findfs='echo "/dev/${1#LABEL=}"',
         mount=f'case $3 in /dev/small) exec {mount} -t tmpfs -o size=192k tmpfs "$4";; esac',
-        umount=f'[ "$1" != {targets.MOUNT_POINT} ]',  # (what is on it is looked at below)
+        umount=f'[ "$1" != {mounting.MOUNT_POINT} ]',  # (what is on it is looked at below)
     )
     if os.geteuid() != 0:
         pytest.skip("only root mounts")
     source = vmcore_file(crashed_core(pages=os.urandom(400 << 10)))
-    small = targets.MOUNT_POINT
+    small = mounting.MOUNT_POINT
     try:
         found = save_to_targets(boot("small", "large"), console, QUIET, source)
         assert os.path.ismount(small)
@@ -234,7 +234,7 @@ def test_a_disk_that_hangs_in_mounting_is_given_up_and_the_next_one_taken(
     found = save_to_targets(boot("one", "two", timeout=1), console, QUIET, vmcore_file(crashed_core()))
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     assert found.line == f"saved in LABEL=two/{CRASH}"
-    assert f"/dev/two {targets.MOUNT_POINT}-2\n" in (tmp_path / "calls").read_text(), "the first may be mounted later"
+    assert f"/dev/two {mounting.MOUNT_POINT}-2\n" in (tmp_path / "calls").read_text(), "the first may be mounted later"
     (line,) = [line for line in console.lines if "trying the next target" in line]
     assert "LABEL=one: no answer from the disk for 1 s (vmcapture.timeout=)" in line
 
@@ -392,10 +392,10 @@ def saving(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     program = f"""
         import io, time
         from pathlib import Path
-        from capture.boot import supervisor, targets
+        from capture.boot import mounting, supervisor
         from capture.boot.config import BootConfig
         from capture.console import Console
-        targets.MOUNT_POINT = Path({str(tmp_path)!r}) / "mnt"
+        mounting.MOUNT_POINT = Path({str(tmp_path)!r}) / "mnt"
 
         def job(*_arguments, **_options):
             Path({str(tmp_path)!r}, "begun").touch()

@@ -1,221 +1,61 @@
-"""The target: found, waited for, mounted, unmounted."""
+"""Targets of every kind: told apart, and handed to the module that mounts them."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from capture.boot import targets
-from capture.boot.targets import find_device, mounted_target
+from capture.boot.targets import KINDS, devices_of, kind_of, mounted_target
 from capture.console import Console
 from capture.errors import TargetError
-from tests.faults import tmpfs
 
 Tools = Callable[..., Path]
 
-NOBODY_HAS_THIS = "LABEL=vmcapture-none"
-
-
-@pytest.fixture
-def block_device(tmp_path: Path) -> Callable[[str], Path]:
-    """Make the node of a block device; nothing is ever read from it."""
-
-    def make(name: str = "disk") -> Path:
-        if os.geteuid() != 0:
-            pytest.skip("only root makes device nodes")
-        os.mknod(tmp_path / name, 0o060600, os.makedev(7, 0))
-        return tmp_path / name
-
-    return make
-
-
-def refusal(error: pytest.ExceptionInfo[TargetError]) -> str:
-    line = str(error.value)
-    assert error.value.exit_status == 5
-    assert "\n" not in line
-    return line
-
 
 @pytest.mark.parametrize(
-    "name", ["/dev/none", "/dev/null", "/", "/etc/passwd", "none", "", NOBODY_HAS_THIS, "UUID=0", "LABEL="]
+    ("target", "kind"),
+    [
+        ("LABEL=crash", ""),
+        ("LABEL=a:b", ""),
+        ("UUID=0123", ""),
+        ("/dev/vdb", ""),
+        ("/dev/disk/by-path/pci-0000:00:04.0", ""),
+        ("crash", ""),
+        ("nfs:server:/export", "nfs"),
+        ("nfs:[fe80::1]:/export=1", "nfs"),
+        ("raw:PARTUUID=01-02", "raw"),
+    ],
 )
-def test_what_is_no_block_device_is_refused_at_once_with_a_remedy(name: str, console: Console) -> None:
-    started = time.monotonic()
-    with pytest.raises(TargetError) as refused:
-        find_device(name, 0, console)
-    assert time.monotonic() - started < 2
-    line = refusal(refused)
-    assert name in line
-    assert "vmcapture save DIR" in line
-    assert console.lines == []
+def test_the_word_before_the_first_colon_is_the_kind(target: str, kind: str) -> None:
+    assert kind_of(target) == kind
 
 
-def test_a_block_device_is_its_own_answer_also_behind_a_link(
-    block_device: Callable[[], Path], tmp_path: Path, console: Console
-) -> None:
-    disk = block_device()
-    (tmp_path / "by-id").symlink_to(disk)
-    for name in (str(disk), str(tmp_path / "by-id")):
-        assert find_device(name, 0, console) == name
+def test_every_kind_has_a_module_that_mounts_it() -> None:
+    for module in KINDS.values():
+        assert callable(importlib.import_module(module).mounted)
 
 
-def test_waiting_is_announced_once_and_ends_in_time(console: Console) -> None:
-    started = time.monotonic()
-    with pytest.raises(TargetError, match="after 1 s"):
-        find_device("/dev/none", 1, console)
-    assert 1 <= time.monotonic() - started < 3
-    (line,) = console.lines
-    assert "/dev/none" in line
-
-
-def test_a_disk_that_appears_late_is_taken(
-    block_device: Callable[[str], Path], tmp_path: Path, console: Console
-) -> None:
-    timer = threading.Timer(0.3, block_device, ["late"])
-    block_device("early")  # (skips here where nodes cannot be made)
-    timer.start()
-    assert find_device(str(tmp_path / "late"), 10, console) == str(tmp_path / "late")
-    timer.join()
-
-
-def test_labels_and_uuids_are_looked_up_by_findfs(tools: Tools, console: Console) -> None:
-    calls = tools(findfs="echo /dev/vdb1")
-    assert find_device("UUID=1234-abcd", 0, console) == "/dev/vdb1"
-    assert calls.read_text() == "findfs UUID=1234-abcd\n"
-
-
-def test_a_findfs_that_finds_nothing_and_says_so_on_stdout_is_not_believed(tools: Tools, console: Console) -> None:
-    tools(findfs="echo unable to resolve; exit 1")
-    with pytest.raises(TargetError):
-        find_device("LABEL=x", 0, console)
-
-
-def test_without_findfs_the_way_out_is_named(tools: Tools, console: Console) -> None:
-    tools()
-    with pytest.raises(TargetError) as refused:
-        find_device("LABEL=x", 0, console)
-    assert "/dev/" in refusal(refused)
-
-
-def test_the_target_is_mounted_read_write_and_unmounted_after(
+def test_a_target_of_its_kind_is_mounted_and_unmounted(
     tools: Tools, block_device: Callable[[], Path], tmp_path: Path, console: Console
 ) -> None:
     disk = block_device()
     calls = tools(mount="exit 0", umount="exit 0")
     with mounted_target(str(disk), 0, console) as root:
         assert root == tmp_path / "mnt"
-        assert root.is_dir()
-        assert calls.read_text() == f"mount -o rw {disk} {root}\n"
-    assert calls.read_text().splitlines()[1:] == [f"umount {root}"]
+    assert calls.read_text().splitlines() == [f"mount -o rw {disk} {root}", f"umount {root}"]
 
 
-def test_it_is_unmounted_also_when_the_save_fails(
-    tools: Tools, block_device: Callable[[], Path], console: Console
-) -> None:
-    calls = tools(mount="exit 0", umount="exit 0")
-    with pytest.raises(KeyError), mounted_target(str(block_device()), 0, console):
-        raise KeyError
-    assert calls.read_text().count("umount") == 1
+def test_a_kind_that_nobody_knows_is_a_line_with_the_way_out(console: Console) -> None:
+    with pytest.raises(TargetError, match=r"target gopher:hole: no such kind of target; .*vmcapture save DIR"):
+        mounted_target("gopher:hole", 0, console)
 
 
-def test_the_reason_of_a_failed_save_is_not_lost_when_unmounting_fails_too(
-    tools: Tools, block_device: Callable[[], Path], console: Console
-) -> None:
-    tools(mount="exit 0", umount="echo busy >&2; exit 32")
-    with pytest.raises(TargetError) as failed, mounted_target(str(block_device()), 0, console):
-        raise TargetError("/mnt: no room left")
-    assert "no room left" in str(failed.value)
-
-
-def test_what_mount_says_is_passed_on_in_one_line(
-    tools: Tools, block_device: Callable[[], Path], console: Console
-) -> None:
-    disk = block_device()
-    calls = tools(mount="echo wrong fs type >&2; echo bad superblock >&2; exit 32", umount="exit 0")
-    with pytest.raises(TargetError) as refused, mounted_target(str(disk), 0, console):
-        pytest.fail("not mounted")
-    line = refusal(refused)
-    assert line.endswith(": wrong fs type bad superblock")
-    assert str(disk) in line
-    assert "umount" not in calls.read_text()
-
-
-def test_a_mount_that_fails_without_a_word_still_gives_a_reason(
-    tools: Tools, block_device: Callable[[], Path], console: Console
-) -> None:
-    tools(mount="exit 7")
-    with pytest.raises(TargetError, match="mount ended with 7"), mounted_target(str(block_device()), 0, console):
-        pytest.fail("not mounted")
-
-
-def test_a_missing_mount_command_is_named(tools: Tools, block_device: Callable[[], Path], console: Console) -> None:
-    tools()
-    with pytest.raises(TargetError, match="mount cannot be run"), mounted_target(str(block_device()), 0, console):
-        pytest.fail("not mounted")
-
-
-@pytest.fixture
-def mounted_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(targets, "MOUNT_POINT", tmp_path / "mnt")
-    mount = shutil.which("mount") or "mount"  # a test may put another one first in the PATH
-    with tmpfs(tmp_path / "mnt", "size=64k"):
-        yield tmp_path / "mnt"
-        if not os.path.ismount(tmp_path / "mnt"):
-            subprocess.run([mount, "-t", "tmpfs", "tmpfs", tmp_path / "mnt"], check=True)
-
-
-def test_where_somebody_works_in_what_is_mounted_another_place_is_taken(
-    mounted_already: Path, block_device: Callable[[], Path], tools: Tools, console: Console
-) -> None:
-    umount = shutil.which("umount")
-    tools(mount="exit 0", umount=f'case $* in *-2) exit 0;; esac; exec {umount} "$@"')
-    with (mounted_already / "file").open("w"), mounted_target(str(block_device()), 0, console) as root:
-        assert root == mounted_already.with_name("mnt-2")
-    assert os.path.ismount(mounted_already)
-    assert console.lines == []
-
-
-def test_a_place_that_was_given_up_is_never_touched_again(
-    tools: Tools, block_device: Callable[[], Path], console: Console
-) -> None:
-    calls = tools(mount="exit 0", umount="exit 0")
-    disk = str(block_device())
-    for number in range(1, targets._MOST_MOUNT_POINTS + 1):
-        with mounted_target(disk, 0, console) as root:
-            assert root.name == (f"mnt-{number}" if number > 1 else "mnt")
-        targets.give_up_mount_points()
-    calls.unlink()
-    with pytest.raises(TargetError, match="all in use"), mounted_target(disk, 0, console):
-        pytest.fail("mounted")
-    assert not calls.exists()
-
-
-def test_a_mount_that_a_killed_save_left_behind_is_taken_away(
-    mounted_already: Path, block_device: Callable[[], Path], tools: Tools, console: Console
-) -> None:
-    umount = shutil.which("umount")
-    calls = tools(mount="exit 0", umount=f'exec {umount} "$@"')
-    with mounted_target(str(block_device()), 0, console):
-        assert not os.path.ismount(mounted_already)
-        assert [line.split()[0] for line in calls.read_text().splitlines()] == ["umount", "mount"]
-
-
-def test_a_real_file_system_is_found_by_its_label_mounted_and_left_clean(
-    loop_disk: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: Console
-) -> None:
-    device, label = loop_disk
-    monkeypatch.setattr(targets, "MOUNT_POINT", tmp_path / "mnt")
-    assert find_device(f"LABEL={label}", 5, console) == device
-    with mounted_target(f"LABEL={label}", 5, console) as root:
-        assert os.path.ismount(root)
-        (root / "file").write_text("kept")
-    assert not os.path.ismount(tmp_path / "mnt")
-    with mounted_target(device, 0, console) as root:
-        assert (root / "file").read_text() == "kept"
+def test_only_local_targets_are_looked_for_in_advance(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = tools(findfs="case $1 in LABEL=here) echo /dev/vdb;; *) exit 1;; esac")
+    monkeypatch.setitem(targets.KINDS, "nfs", "capture.boot.none")
+    assert devices_of(["nfs:server:/export", "LABEL=gone", "LABEL=here"]) == {"LABEL=here": "/dev/vdb"}
+    assert calls.read_text().splitlines() == ["findfs LABEL=gone", "findfs LABEL=here"]

@@ -1,0 +1,95 @@
+"""A local file system: find the device that ``LABEL=``, ``UUID=`` or a path names, and mount it.
+
+Searching is left to ``findfs`` (busybox in the capture kernel), which knows every file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from capture import pulse
+from capture.boot import mounting, volumes
+from capture.console import Console
+from capture.errors import TargetError
+
+_POLL = 0.5
+
+
+@contextmanager
+def mounted(target: str, wait: int, console: Console, device: str | None = None) -> Iterator[Path]:
+    """Mount ``target``, waiting up to ``wait`` seconds for it to appear.
+
+    ``device`` is where it was found before (``look_up``); where that is gone, it is looked for again.
+
+    Raises:
+        TargetError: it did not appear, or cannot be mounted read-write.
+    """
+    if device is None or not Path(device).is_block_device():
+        device = find_device(target, wait, console)
+    with mounting.mounted(["mount", "-o", "rw", device], target, f"{target} ({device})", console) as point:
+        yield point
+
+
+def find_device(target: str, wait: int, console: Console) -> str:
+    """Return the block device of ``target``.
+
+    Raises:
+        TargetError: there is none after ``wait`` seconds.
+    """
+    deadline = time.monotonic() + wait
+    announced = False
+    assembly = volumes.Assembly(wait, console.say)
+    while True:
+        assembly.go_on()
+        device = look_up(target)
+        if device is not None:
+            return device
+        if time.monotonic() >= deadline:
+            lacking = f" ({assembly.line})" if assembly.line else ""
+            raise TargetError(
+                f"target {target}: no such file system{f' after {wait} s' if wait else ''}{lacking}; attach it and "
+                "save again, or mount any other and name it: vmcapture save DIR"
+            )
+        if not announced:
+            console.say(f"waiting up to {wait} s for {target}")
+            announced = True
+        pulse.beat()  # to wait is what was asked for
+        time.sleep(_POLL)
+
+
+def look_up(target: str) -> str | None:
+    """Return the block device of ``target`` when it is there now.
+
+    Raises:
+        TargetError: there is no findfs to ask.
+    """
+    if "=" not in target:
+        return target if Path(target).is_block_device() else None
+    import subprocess  # the process that watches over the job has no need of it
+
+    try:
+        with pulse.at_target():
+            answer = subprocess.run(["findfs", target], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise TargetError(f"findfs cannot be run ({error.strerror}): name the target by its device, /dev/...") from None
+    found = answer.stdout.strip()
+    return _topmost(found, target) if answer.returncode == 0 and found else None
+
+
+def _topmost(device: str, target: str) -> str | None:
+    """Return what carries ``target`` at the top of all that stands on ``device``."""
+    tops = volumes.tops(device)
+    if tops == [device] and volumes.is_member(device):  # of an array that is not there yet
+        return None
+    if len(tops) == 1:
+        return tops[0]
+    key, _, value = target.partition("=")
+    for top in tops:
+        with contextlib.suppress(TargetError):
+            if f'{key}="{value}"' in mounting.run(["blkid", top], top).split():
+                return top
+    return device

@@ -1,0 +1,91 @@
+"""Where file systems are mounted, and the programs that do it: what all kinds of target share.
+
+``mount`` is left to busybox, or to the program that a kind brings: its one line of error is worth passing on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from capture import pulse
+from capture.console import Console
+from capture.errors import TargetError
+
+MOUNT_POINT = Path("/run/vmcapture/target")
+"""Where a target is mounted; at ``target-2`` and so on while something hangs there."""
+_MOST_MOUNT_POINTS = 9
+
+
+@contextmanager
+def mounted(command: Sequence[str], name: str, what: str, console: Console) -> Iterator[Path]:
+    """Run ``command`` with a mount point behind it, yield that, and unmount it.
+
+    ``name`` is the target as people gave it, ``what`` how a line of error names it.
+
+    Raises:
+        TargetError: it cannot be mounted.
+    """
+    point = _mount_point()
+    run([*command, str(point)], f"{what} cannot be mounted")
+    try:
+        yield point
+    finally:
+        try:
+            run(["umount", str(point)], f"{name} cannot be unmounted")
+        except TargetError as error:  # everything is on the disk: this must not hide what was saved, or why it was not
+            console.say(f"{error}; what was saved is synced")
+
+
+def _mount_point() -> Path:
+    """Return the first place with nothing mounted on it.
+
+    A save that was killed may have left its target mounted: it is unmounted. Where somebody works in it, or a disk
+    hangs (``give_up_mount_points``), that place stays as it is.
+
+    Raises:
+        TargetError: all places are in use.
+    """
+    for number in range(1, _MOST_MOUNT_POINTS + 1):
+        point = MOUNT_POINT.with_name(f"{MOUNT_POINT.name}-{number}") if number > 1 else MOUNT_POINT
+        if _given_up(point).exists():
+            continue
+        point.mkdir(parents=True, exist_ok=True)
+        try:
+            if os.path.ismount(point):
+                run(["umount", str(point)], "in use")
+        except TargetError:
+            continue
+        return point
+    raise TargetError(f"{MOUNT_POINT} to {point.name} are all in use: unmount them")
+
+
+def give_up_mount_points() -> None:
+    """Touch no more what is mounted now: a disk hangs, and whoever touches it hangs too."""
+    for point in MOUNT_POINT.parent.glob(f"{MOUNT_POINT.name}*"):
+        _given_up(point).touch()
+
+
+def _given_up(point: Path) -> Path:
+    return point.with_name(f"hangs-{point.name}")
+
+
+def run(command: Sequence[str], failure: str, good: Container[int] = (0,)) -> str:
+    """Run a program that may wait for a disk or a server; what it printed.
+
+    Raises:
+        TargetError: its exit status is not one of ``good``: the text ``failure``, and what it said.
+    """
+    import subprocess  # the process that watches over the job has no need of it
+
+    try:
+        with pulse.at_target():
+            answer = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise TargetError(f"{failure}: {command[0]} cannot be run: {error.strerror}") from None
+    if answer.returncode not in good:
+        said = " ".join((answer.stderr or answer.stdout).split()) or f"{command[0]} ended with {answer.returncode}"
+        raise TargetError(f"{failure}: {said}")
+    return answer.stdout

@@ -1,0 +1,69 @@
+"""A target that is a local file system: what the image needs for it, and how the capture kernel finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from initramfs import devices, volumes
+from initramfs.devices import Mount, Needed
+from initramfs.errors import ImageError, KexecError
+
+
+def needed(target: str) -> Needed:
+    """Return everything that a save on the target needs.
+
+    Raises:
+        ImageError: it is not there, has no file system, or stands on what the capture kernel cannot assemble.
+    """
+    node = devices.find_device(target)
+    if node is None:
+        raise ImageError(f"{devices.absent(target)}; is it attached?")
+    device = volumes.needed_by_device(node)
+    kind = devices.filesystem_of(str(node))
+    if kind is None:
+        raise ImageError(
+            f"{target}: blkid finds no file system on it; make one, mkfs.ext4 {node}, or name another disk"
+        )
+    return device + devices.modules_for_filesystem(kind)
+
+
+def needed_by_mount(mount: Mount) -> Needed:
+    """Return everything that a save on a mounted file system needs; raises as ``needed`` does."""
+    if not mount.device.startswith("/dev/"):
+        raise ImageError(
+            f"{mount.point} is a {mount.kind} without a block device; name the disk for the dump with "
+            "--target, or its modules with --module"
+        )
+    return volumes.needed_by_device(Path(mount.device)) + devices.modules_for_filesystem(mount.kind)
+
+
+def named(target: str, say: Callable[[str], object]) -> str:
+    """Return the target as the capture kernel finds it; a disk that is not there may be attached when it is needed.
+
+    Raises:
+        ImageError: it stands on what the capture kernel cannot assemble.
+    """
+    device = devices.find_device(target)
+    if device is None:
+        say(devices.absent(target))
+    else:
+        volumes.needed_by_device(device)  # refuses what cannot work
+        if target.startswith("/dev/"):  # links of udev are not there in the capture kernel, and disks may change names
+            uuid = devices.uuid_of(str(device))
+            target = f"UUID={uuid}" if uuid else volumes.stable_name(device) or str(device.resolve())
+    return target
+
+
+def named_mount(mount: Mount) -> str:
+    """Return the file system that is mounted there as the capture kernel finds it.
+
+    Raises:
+        KexecError: it has no UUID.
+        ImageError: it stands on what the capture kernel cannot assemble.
+    """
+    uuid = devices.uuid_of(mount.device)
+    if uuid is None:
+        raise KexecError(f"{mount.point} is on {mount.device}, which has no UUID: name the disk with --target")
+    volumes.needed_by_device(Path(mount.device))  # refuses what cannot work
+    return f"UUID={uuid}"

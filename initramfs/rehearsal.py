@@ -1,0 +1,178 @@
+"""A crash rehearsed: the targets are written to, and a guest in QEMU crashes with what this machine is armed with.
+
+The guest has this machine's kernel, capture image, reservation and options; its disk is its own, because this machine's
+targets cannot be handed to it: they are tried here. What a guest cannot show is how this machine's firmware and devices
+live through a crash: ``vmcapture test --crash`` shows that.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from capture.boot import config as boot_config
+from capture.boot.targets import LOCAL, kind_of
+from capture.errors import CaptureError
+from initramfs import devices, estimate, measure, places, qemu
+from initramfs.errors import MeasureError, NotSavedError, ToolError
+from initramfs.status import BAD, DOUBT, DOUBTFUL, GOOD, Check, Status, Wanted
+
+DEADLINE = 600
+"""Seconds for the guest: a minute without KVM on an idle host, and many times as long on a busy one."""
+NOT_FOR_A_GUEST = ("target", "path", "final", "failure", "wait")
+"""Words of ``vmcapture.…=`` that are the machine's own."""
+_TRIAL = b"vmcapture test\n" * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to rehearse: a machine as its status says it is armed."""
+
+    state: Status
+    wanted: Wanted
+    deadline: int = DEADLINE  # seconds
+    guest: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What it came to."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def exit_status(self) -> int:
+        """0: all went well; 1: something did not; 3: it could not be tried, or only in part."""
+        states = {check.state for check in self.checks}
+        return 1 if BAD in states else DOUBTFUL if DOUBT in states else 0
+
+    def lines(self) -> list[str]:
+        """Return it for a person."""
+        first = {
+            0: "the rehearsal went well",
+            1: "a crash would not be saved",
+            DOUBTFUL: "what could be tried went well; not all could",
+        }[self.exit_status]
+        return [first, *(check.line() for check in self.checks)]
+
+
+def rehearse(request: Request, say: Callable[[str], object]) -> Rehearsal:
+    """Try everything but the crash of this machine."""
+    state = request.state
+    # What is not as it should be comes first; what is tried below need not be said twice.
+    checks = [check for check in state.checks if check.state != GOOD and check.name != "target"]
+    if state.loaded is None:
+        return Rehearsal(tuple(checks))
+    checks += _image(request, Path(state.loaded.image))
+    for target in state.targets:
+        say(f"writing to {target.target}")
+        checks.append(_target(target.target, boot_config.parse(state.loaded.command_line).path))
+    if request.guest:
+        checks.append(_guest(request, say))
+    return Rehearsal(tuple(checks))
+
+
+def _image(request: Request, image: Path) -> Iterator[Check]:
+    """Ask what an image would have to hold now: each kind of target looks at its server, its keys, its devices."""
+    try:
+        request.wanted.image(image)
+    except CaptureError as error:
+        yield Check("image", BAD, f"it could not be built now: {error}")
+    else:
+        yield Check("image", GOOD, "it could be built now: what each target needs is there")
+
+
+def _target(target: str, path: str) -> Check:
+    if kind_of(target) != LOCAL:
+        return Check("target", GOOD, f"{target}: as far as the image's needs tell; nothing was written")
+    try:
+        with _writable(target, path) as directory:
+            _write(directory)
+    except (CaptureError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return Check("target", BAD, f"{target}: {reason}", "a save there would fail")
+    return Check("target", GOOD, f"{target}: a file was written to {path}, read back and removed")
+
+
+@contextmanager
+def _writable(target: str, path: str) -> Iterator[Path]:
+    device = devices.find_device(target)
+    if device is None:
+        raise ToolError(devices.absent(target))
+    if (there := places.mounted(device, path)) is not None:
+        yield there
+        return
+    with places.mounted_for_now(device, "rw,nosuid,nodev,noexec") as root:
+        yield root / path.lstrip("/")
+
+
+def _write(directory: Path) -> None:
+    """Write a file as a save would, and read it back; directories that were missing are removed again."""
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = directory / f".vmcapture-test-{secrets.token_hex(8)}"
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(descriptor, _TRIAL)
+        os.fsync(descriptor)
+        if os.pread(descriptor, len(_TRIAL), 0) != _TRIAL:
+            raise ToolError("what was written is not what is read")
+    finally:
+        os.close(descriptor)
+        file.unlink()
+        for folder in made:
+            folder.rmdir()
+
+
+def _guest(request: Request, say: Callable[[str], object]) -> Check:
+    loaded, reservation = request.state.loaded, request.state.reservation
+    assert loaded is not None  # rehearse() has looked
+    image, kernel = Path(loaded.image), Path(loaded.kernel)
+    release = request.wanted.image(image).kernel_release if image.exists() else ""
+    fast = qemu.accelerators()[0] != "tcg"
+    asked = measure.Request(
+        kernel=kernel,
+        modules_dir=Path("/lib/modules") / release,
+        image=image,
+        image_memory=estimate.memory_of(image),
+        first=reservation,
+        cpus=_cpus(loaded.command_line) if fast else 1,
+        deadline=request.deadline,
+        append=options_of(loaded.command_line),
+    )
+    scratch = Path(tempfile.mkdtemp(prefix="vmcapture-"))
+    try:
+        lab = measure.Laboratory(asked, scratch / "guest", say)
+        run = lab.crash(reservation)
+    except NotSavedError as error:
+        return Check("guest", BAD, f"a guest crashed, and not all was saved: {error}")
+    except (MeasureError, ToolError) as error:
+        return Check("guest", DOUBT, f"no guest was crashed: {error}")
+    except OSError as error:
+        return Check("guest", DOUBT, f"no guest was crashed: {error.filename or 'system'}: {error.strerror}")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    what = (
+        f"a guest with {release} and {reservation >> 20} MiB reserved crashed in QEMU ({lab.accelerators[0]}), and all "
+        f"was saved; {run.memory_available_least >> 20} MiB were left at the least"
+    )
+    if lab.drivers:
+        what += f"; without the devices of {', '.join(lab.drivers)}"
+    return Check("guest", GOOD, what)
+
+
+def options_of(command_line: str) -> str:
+    """Return the words for us on a capture kernel's command line that a guest can be given."""
+    words = [word for word in command_line.split() if word.startswith("vmcapture.")]
+    return " ".join(word for word in words if word.partition("=")[0].partition(".")[2] not in NOT_FOR_A_GUEST)
+
+
+def _cpus(command_line: str) -> int:
+    found = [word.partition("=")[2] for word in command_line.split() if word.startswith("nr_cpus=")]
+    return int(found[-1]) if found and found[-1].isdecimal() and int(found[-1]) else 1
