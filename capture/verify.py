@@ -68,7 +68,7 @@ def open_dump(path: Path) -> Iterator[Dump]:
         SourceError: it is none that can be read.
     """
     if kdump.start_of(str(path)).startswith(b"\x7fELF"):
-        from capture.dumpfile.elfreader import open_elf
+        from capture.elfdump import open_elf
 
         with open_elf(path) as elf:
             yield elf
