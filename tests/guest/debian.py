@@ -52,6 +52,8 @@ FILES = {
     "etc/fstab": f"LABEL={LABEL} / ext4 errors=remount-ro 0 1\n",
     "etc/hostname": "server\n",
     "etc/hosts": "127.0.0.1 localhost server\n",
+    "etc/initramfs-tools/conf.d/small": "MODULES=list\n",
+    "etc/initramfs-tools/modules": "virtio_pci\nvirtio_blk\next4\n",
     "etc/systemd/system/serial-getty@ttyS0.service.d/login.conf": GETTY,
     "etc/motd": "",
     "root/.bashrc": "PS1='# '\nbind 'set enable-bracketed-paste off'\n",
@@ -59,8 +61,8 @@ FILES = {
 # What a server does on its own of an evening, and what takes a minute of an emulated CPU.
 MASKED = (
     "apt-daily.timer", "apt-daily-upgrade.timer", "blk-availability.service", "dpkg-db-backup.timer",
-    "e2scrub_all.timer", "e2scrub_reap.service", "fstrim.timer", "lvm2-monitor.service", "man-db.timer",
-    "mdmonitor.service", "nfs-blkmap.service", "rpcbind.service", "rpcbind.socket", "systemd-timesyncd.service",
+    "e2scrub_all.timer", "e2scrub_reap.service", "fstrim.timer", "getty@tty1.service", "lvm2-monitor.service",
+    "man-db.timer", "mdmonitor.service", "nfs-blkmap.service", "rpcbind.service", "rpcbind.socket", "systemd-timesyncd.service",
 )  # fmt: skip
 
 BOOT_TIMEOUT = 300.0
@@ -114,6 +116,7 @@ def _make(tree: Path, made: Path) -> None:
     cache.download(PEER, tree / "root")
     host.run("chroot", tree, "sh", "-c", "apt-get clean && rm -rf /var/lib/apt/lists/* && passwd -d root")
     host.run("chroot", tree, "systemctl", "mask", *MASKED)
+    host.run("chroot", tree, "update-initramfs", "-u")
     (tree / "etc/machine-id").write_text("uninitialized\n")
     (kernel,) = (tree / "boot").glob("vmlinuz-*")
     release = kernel.name.removeprefix("vmlinuz-")
