@@ -62,7 +62,8 @@ FILES = {
 MASKED = (
     "apt-daily.timer", "apt-daily-upgrade.timer", "blk-availability.service", "dpkg-db-backup.timer",
     "e2scrub_all.timer", "e2scrub_reap.service", "fstrim.timer", "getty@tty1.service", "lvm2-monitor.service",
-    "man-db.timer", "mdmonitor.service", "nfs-blkmap.service", "rpcbind.service", "rpcbind.socket", "systemd-timesyncd.service",
+    "man-db.timer", "mdmonitor.service", "nfs-blkmap.service", "rpcbind.service", "rpcbind.socket",
+    "systemd-timesyncd.service",
 )  # fmt: skip
 
 BOOT_TIMEOUT = 300.0
