@@ -30,6 +30,8 @@ readers=(
     makedumpfile:makedumpfile
     crash:crash
     gdb:gdb
+    fish:fish
+    zsh:zsh
 )
 debian=(
     debootstrap:debootstrap

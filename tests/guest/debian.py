@@ -67,7 +67,7 @@ MASKED = (
 )  # fmt: skip
 
 BOOT_TIMEOUT = 300.0
-INSTALL_TIMEOUT = 300.0
+INSTALL_TIMEOUT = 600.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ SHOWN = {
     "log": ["Kernel panic - not syncing: sysrq triggered crash", "Linux version "],
 }
 CRASH_COMMANDS = tuple(SHOWN)
+GDB_HAS_NOT = ("rflags", "orig_rax", "fs_base", "gs_base")
 
 
 @pytest.fixture
@@ -108,9 +109,10 @@ def test_gdb_shows_the_registers_of_each_cpu(crashed: Crashed, vmlinux: Path, el
     saved = json.loads((crashed.saved / "registers.json").read_text())
     assert sorted(found) == list(range(crashed.case.cpus))
     for cpu in saved["cpus"]:
-        ours = {name: int(value, 16) for name, value in cpu["registers"].items() if name not in ("rflags", "orig_rax")}
+        # gdb calls rflags by another name, and has no name for orig_rax, nor, with some programs, for the bases.
+        ours = {name: int(value, 16) for name, value in cpu["registers"].items() if name not in GDB_HAS_NOT}
         theirs = {name: int(value, 16) for name, value in found[cpu["cpu"]].items()}
-        assert len(ours) == 25
+        assert len(ours) == 23
         assert ours == {name: theirs.get(name) for name in ours}
 
 
