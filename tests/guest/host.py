@@ -15,12 +15,16 @@ PACKAGES: Mapping[str, str] = {
     "apt-get": "apt",
     "blkid": "util-linux",
     "busybox": "busybox-static",
+    "chroot": "coreutils",
+    "cp": "coreutils",
     "crash": "crash",
+    "debootstrap": "debootstrap",
     "debugfs": "e2fsprogs",
     "depmod": "kmod",
     "dmsetup": "dmsetup",
     "dpkg": "dpkg",
     "e2fsck": "e2fsprogs",
+    "gdb": "gdb",
     "kexec": "kexec-tools",
     "losetup": "mount",
     "lvm": "lvm2",
@@ -33,12 +37,13 @@ PACKAGES: Mapping[str, str] = {
     "qemu-system-x86_64": "qemu-system-x86",
     "tar": "tar",
     "umount": "mount",
+    "unshare": "util-linux",
 }
 """Program → the Debian package that has it."""
 
 _NOT_ALWAYS = {
-    "age", "age-keygen", "crash", "dmsetup", "losetup", "lvm", "makedumpfile", "mdadm", "mount", "qemu-storage-daemon",
-    "umount",
+    "age", "age-keygen", "chroot", "cp", "crash", "debootstrap", "dmsetup", "gdb", "losetup", "lvm", "makedumpfile",
+    "mdadm", "mount", "qemu-storage-daemon", "umount", "unshare",
 }  # fmt: skip
 CYCLE = sorted(PACKAGES.keys() - _NOT_ALWAYS)
 """What a whole crash cycle needs on the host; the others only look at what it left."""
