@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadscop
 # What to leave out; 'not long' takes in what test-debuginfo runs.
 TESTS ?= not debuginfo and not long
 
-.PHONY: help venv guest-host readers-host storage-host demo test test-unit test-guest test-debuginfo test-long bench bench-filter bench-memory bench-reservation fuzz fuzz-coverage check format clean
+.PHONY: help venv guest-host readers-host storage-host demo test test-unit test-guest test-debuginfo test-long bench bench-filter bench-memory bench-reservation fuzz fuzz-coverage deb check format clean
 
 help:
 	@echo 'make demo            crash a real kernel in QEMU, save it, show what was saved'
@@ -27,6 +27,7 @@ help:
 	@echo 'make bench-reservation  the smallest crashkernel= at which a save succeeds, by trying (BENCH=--peer: makedumpfile too)'
 	@echo 'make fuzz            fuzz the parsers for FUZZ_SECONDS (default 60)'
 	@echo 'make fuzz-coverage   what of each parser the seeds and the kept corpus reach: lines, branches'
+	@echo 'make deb             the Debian package, build/vmcapture_VERSION_all.deb, and what lintian says of it'
 	@echo 'make clean           remove what the above made here (the cache of downloads stays)'
 
 venv: $(VENV)/.installed
@@ -64,6 +65,7 @@ test-debuginfo: guest-host readers-host venv
 	$(PYTEST) -m 'debuginfo and not long'
 
 test-long: guest-host readers-host storage-host venv
+	@bash tests/host-packages.sh deb debian
 	$(PYTEST) -m long
 
 # BENCH="--memory 2G --repeat 1" and the like: what to give the benchmark.
@@ -87,6 +89,11 @@ fuzz: venv
 
 fuzz-coverage: venv
 	$(BIN)/python -m tests.fuzz.run --coverage
+
+# In a copy: what dpkg-buildpackage leaves lies beside and in the sources.
+deb:
+	@bash tests/host-packages.sh deb
+	@bash packaging/deb.sh build
 
 check: venv
 	$(BIN)/ruff check .

@@ -43,17 +43,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None, extend: Callable[[Subparsers], None] | None = None) -> int:
-    """Run one command and return its exit status.
-
-    ``extend`` adds further commands (the set-up side's, which this package does not know). A command is a sub-parser
-    whose defaults carry ``run``: a function from the parsed arguments to an exit status.
-    """
-    parser = OneLineParser(prog="vmcapture", description="Save what is left of a crashed Linux kernel.", epilog=EPILOG)
-    parser.add_argument("--version", action="version", version=f"vmcapture {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_commands(subparsers)
-    if extend is not None:
-        extend(subparsers)
+    """Run one command and return its exit status; ``extend`` as for ``make_parser``."""
+    parser = make_parser(extend)
     open_standard_streams()
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _terminated)
@@ -80,10 +71,29 @@ def main(argv: Sequence[str] | None = None, extend: Callable[[Subparsers], None]
     return status
 
 
+def make_parser(extend: Callable[[Subparsers], None] | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the whole command line.
+
+    ``extend`` adds further commands (the set-up side's, which this package does not know). A command is a sub-parser
+    whose defaults carry ``run``: a function from the parsed arguments to an exit status.
+    """
+    parser = OneLineParser(prog="vmcapture", description="Save what is left of a crashed Linux kernel.", epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"vmcapture {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_commands(subparsers)
+    if extend is not None:
+        extend(subparsers)
+    return parser
+
+
 def add_commands(subparsers: Subparsers) -> None:
     """Add the commands of the capture side."""
     dump = command(subparsers, "dump", _dump, "write one dump, kdump-compressed")
     _add_dump_options(dump, levels=DUMP_LEVELS)
+    dump.add_argument(
+        "--format", choices=("kdump", "elf"), default="kdump",
+        help="kdump: compressed, for crash and drgn; elf: an ELF core, not compressed, for gdb too (default: kdump)",
+    )  # fmt: skip
     there = dump.add_mutually_exclusive_group()
     there.add_argument("--force", action="store_true", help="replace OUT if it exists")
     there.add_argument(
@@ -248,7 +258,7 @@ def _put_together(args: argparse.Namespace) -> int:
     if (
         args.level != DUMP_LEVELS
         or any(option is not None for option in filtering)
-        or args.trust_filter or args.exclude_vmemmap or args.resume or str(args.out) == "-"
+        or args.trust_filter or args.exclude_vmemmap or args.resume or str(args.out) == "-" or args.format != "kdump"
     ):  # fmt: skip
         raise UsageError("a flattened dump is put together in a file, as it is; other options are for a dump of that")
     if args.source == STANDARD_INPUT and sys.stdin.isatty():
@@ -272,7 +282,10 @@ def _write_dump(args: argparse.Namespace) -> int:
         raise UsageError("OUT -: standard output is a terminal; send it to a file or a program")
     console = Console(quiet=args.quiet)
     options = _dump_options(args, args.level, DUMP_COMPRESSION, hashed=False)
-    options = options._replace(replace=args.force, resume=args.resume)
+    options = options._replace(replace=args.force, resume=args.resume, elf=args.format == "elf")
+    if options.elf and args.compress not in (None, "none"):
+        raise UsageError(f"an ELF file is not compressed: leave -c {args.compress} out, or --format elf")
+    options.check()
     with open_vmcore(args.source) as vmcore:
         for line in vmcore.problems:
             console.say(line)
@@ -340,11 +353,10 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from capture.dumpfile.reader import KdumpFile
-    from capture.verify import verify
+    from capture.verify import open_dump, verify
     from capture.vmcore import open_vmcore
 
-    with KdumpFile(args.dump) as dump:
+    with open_dump(args.dump) as dump:
         if args.against is None:
             report = verify(dump, None, progress=progress_wanted(args))
         else:

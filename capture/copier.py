@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from capture.dumpfile.codec import Codec
 from capture.dumpfile.writer import KdumpWriter, PackedPages
 from capture.memory.image import Chunk, MemoryImage, PageBlock, PfnRanges, contiguous
 from capture.progress import Progress
+
+if TYPE_CHECKING:
+    from capture.dumpfile.elf import ElfWriter
 
 _AHEAD = 2
 """Chunks in flight beyond one a thread: what keeps a thread busy while the writer writes."""
@@ -65,13 +68,13 @@ class Copier:
         self._codec = codec
         self._share_zero_pages = share_zero_pages
         self._threads = threads
-        self._writer: KdumpWriter | None = None
+        self._writer: KdumpWriter | ElfWriter | None = None
         self._found = 0
         """Pages that the dump had before."""
         self._statistics = CopyStatistics()
         self._uncounted: deque[_Counts] = deque()
 
-    def run(self, chunks: Iterable[Chunk], writer: KdumpWriter, progress: Progress) -> None:
+    def run(self, chunks: Iterable[Chunk], writer: KdumpWriter | ElfWriter, progress: Progress) -> None:
         """Copy ``chunks`` to ``writer`` in their order.
 
         Raises:
@@ -114,7 +117,7 @@ class Copier:
             for pfn in counts.unreadable:
                 statistics.unreadable.add(pfn)
 
-    def _write(self, worked: _Worked, writer: KdumpWriter, progress: Progress) -> None:
+    def _write(self, worked: _Worked, writer: KdumpWriter | ElfWriter, progress: Progress) -> None:
         writer.append(worked.packed)
         self._uncounted.append(worked.counts)
         progress.advance(worked.counts.pages * self._image.page_size)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from capture import footprint
 from capture.copier import Copier, CopyStatistics
@@ -22,12 +22,18 @@ from capture.footprint import Footprint
 from capture.kernel.address import KernelMemory
 from capture.kernel.utsname import read_utsname
 from capture.memory.image import Chunk
+from capture.notes import prstatus
 from capture.options import DumpOptions
 from capture.pagefilter import PageFilter
 from capture.progress import Progress
 from capture.survey import take_survey
 from capture.vmcore import Vmcore
 from capture.vmemmap import exclude_vmemmap
+
+if TYPE_CHECKING:
+    from capture.dumpfile.elf import ElfWriter
+
+    AnyWriter = KdumpWriter | ElfWriter
 
 STANDARD_OUTPUT = Path("-")
 """The path of a dump that goes to standard output, flattened."""
@@ -161,7 +167,7 @@ def write_dump(
         TargetError: nothing readable could be written.
     """
     options.check()
-    codec = codecs.codec(options.compression)
+    codec = codecs.codec("none" if options.elf else options.compression)
     threads = options.threads or default_threads()
     place = _place(path, options)
     image = vmcore.image
@@ -169,10 +175,10 @@ def write_dump(
     going_on = options.resume and place.unfinished.exists()
     with (
         contextlib.closing(_open(place, options, existing=going_on)) as output,
-        contextlib.closing(KdumpWriter(output, plan)) as writer,
+        contextlib.closing(_writer(vmcore, output, plan, place, options)) as writer,
         contextlib.closing(Passes(place.scratch, image.max_pfn)) as passes,
     ):
-        if going_on:
+        if going_on and isinstance(writer, KdumpWriter):
             filtered = _take_over(vmcore, place.unfinished, writer, passes, plan, options, say)
         else:
             filtered = _begin(vmcore, place, writer, codec, options, passes, say)
@@ -243,6 +249,19 @@ def _open(place: _Place, options: DumpOptions, *, existing: bool) -> Output:
         raise
 
 
+def _writer(vmcore: Vmcore, output: Output, plan: DumpPlan, place: _Place, options: DumpOptions) -> AnyWriter:
+    """Return what writes a dump of the kind that was asked for."""
+    if not options.elf:
+        return KdumpWriter(output, plan)
+    from capture.dumpfile.elf import ElfWriter  # not in a capture kernel's save
+
+    machine = vmcore.core.machine
+    memory = KernelMemory(vmcore.image, vmcore.info, machine)
+    cpus, _ = prstatus.parse(vmcore.notes.prstatus(), machine)
+    stacks = [page for cpu in cpus for page in memory.stack_pages(cpu.registers[prstatus.STACK_POINTER[machine]])]
+    return ElfWriter(output, plan, machine, memory.linear_maps(), stacks, place.scratch)
+
+
 def _named(report: DumpReport, unfinished: Path, path: Path) -> DumpReport:
     """Give a finished dump its name, and bring that to the disk; what is in it stays as good where that fails."""
     trouble = named(unfinished, path) if report.failure is None else None
@@ -282,7 +301,7 @@ def _plan(vmcore: Vmcore, options: DumpOptions, codec: codecs.Codec) -> DumpPlan
 def _begin(
     vmcore: Vmcore,
     place: _Place,
-    writer: KdumpWriter,
+    writer: AnyWriter,
     codec: codecs.Codec,
     options: DumpOptions,
     passes: Passes,
@@ -296,6 +315,8 @@ def _begin(
         for line in filtered.lines():
             say(line)
         writer.start(filtered.level | vmcore.level & ~1)
+        if not isinstance(writer, KdumpWriter) and writer.gap_pages:
+            say(f"too many runs of pages for an ELF file: {writer.gap_pages} pages between them read as zeros")
     except (TargetError, KeyboardInterrupt):
         if not place.streamed:
             with contextlib.suppress(OSError):  # not a page is in it, perhaps not even a header
@@ -349,7 +370,12 @@ def _filtered(page_filter: PageFilter, asked: int, level: int) -> Filtered:
 
 
 def _select_or_all(
-    vmcore: Vmcore, writer: KdumpWriter, codec: codecs.Codec, options: DumpOptions, passes: Passes, room: int | None
+    vmcore: Vmcore,
+    writer: AnyWriter,
+    codec: codecs.Codec,
+    options: DumpOptions,
+    passes: Passes,
+    room: int | None,
 ) -> Filtered:
     """Select pages; all of them when the filter itself fails: a bug in it must not cost the dump."""
     try:
@@ -364,7 +390,12 @@ def _select_or_all(
 
 
 def _select(
-    vmcore: Vmcore, writer: KdumpWriter, codec: codecs.Codec, options: DumpOptions, passes: Passes, room: int | None
+    vmcore: Vmcore,
+    writer: AnyWriter,
+    codec: codecs.Codec,
+    options: DumpOptions,
+    passes: Passes,
+    room: int | None,
 ) -> Filtered:
     """Choose the level, and select its pages."""
     page_filter = PageFilter(vmcore)
@@ -407,7 +438,7 @@ def _room(directory: Path) -> int | None:
 
 def _copy(
     copier: Copier,
-    writer: KdumpWriter,
+    writer: AnyWriter,
     passes: Passes,
     vmcore: Vmcore,
     progress: Progress,
@@ -456,7 +487,7 @@ def _sampled(chunks: Iterable[Chunk], taken: Footprint) -> Iterator[Chunk]:
         yield chunk
 
 
-def _finish(writer: KdumpWriter, output: Output, copier: Copier, vmcore: Vmcore, failure: str | None) -> str | None:
+def _finish(writer: AnyWriter, output: Output, copier: Copier, vmcore: Vmcore, failure: str | None) -> str | None:
     """Write what is held back, and take the mark off when nothing is missing; return why the dump ended early."""
     try:
         writer.checkpoint()

@@ -37,6 +37,8 @@ class DumpOptions(NamedTuple):
     """Whether SHA-256 of the dump is taken while it is written."""
     recipients: Path | None = None
     """A file of public keys: what is written is encrypted to them."""
+    elf: bool = False
+    """An ELF core, not compressed, instead of a kdump-compressed dump."""
 
     def check(self) -> None:
         """Refuse what cannot be made, before anything is opened.
@@ -48,6 +50,8 @@ class DumpOptions(NamedTuple):
 
         parse_levels(",".join(map(str, self.levels)))
         codecs.codec(self.compression)
+        if self.elf and self.resume:
+            raise UsageError("an ELF file cannot be gone on with: it does not tell what is in it yet; use --force")
         if self.recipients is not None:
             from capture.dumpfile.encrypted import check_recipients  # nor that
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from capture.dumpfile import kdump
 from capture.dumpfile.output import HASH_BLOCK, MANIFEST, digests_of
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile, ReadPages
 from capture.errors import IncompleteError, SourceError
@@ -20,6 +22,59 @@ from capture.progress import Progress
 MAX_NAMED = 20
 """Bad pages that are named; the rest is counted."""
 _WINDOW_PAGES = 1 << 19
+
+
+class Dump(Protocol):
+    """A dump that can be read back: KdumpFile, or ElfFile. ``level`` None: it does not say what it left out.
+
+    ``gaps``: pages that it left out may read as zeros.
+    """
+
+    path: Path
+    page_size: int
+    bitmap1: int
+    bitmap2: int
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether it is marked incomplete."""
+
+    @property
+    def level(self) -> int | None:
+        """The dump level it was made with."""
+
+    @property
+    def gaps(self) -> bool:
+        """Whether pages that it left out may read as zeros."""
+
+    def page_count(self) -> int:
+        """Return the number of its pages."""
+
+    def pages(self) -> Iterator[ReadPages]:
+        """Yield every page, in PFN order."""
+
+    def bits(self, bitmap: int, first_pfn: int, pages: int) -> NDArray[np.bool_]:
+        """Return which pages from ``first_pfn`` on are in ``bitmap1`` (known of) or ``bitmap2`` (there)."""
+
+    def runs(self, *bitmaps: int) -> Iterator[tuple[int, int]]:
+        """Yield (first PFN, pages) of every run of pages that are in any of the bitmaps."""
+
+
+@contextmanager
+def open_dump(path: Path) -> Iterator[Dump]:
+    """Open a dump of either format.
+
+    Raises:
+        SourceError: it is none that can be read.
+    """
+    if kdump.start_of(str(path)).startswith(b"\x7fELF"):
+        from capture.elfdump import open_elf
+
+        with open_elf(path) as elf:
+            yield elf
+        return
+    with KdumpFile(path) as dump:
+        yield dump
 
 
 @dataclass(slots=True)
@@ -42,7 +97,7 @@ class VerifyReport:
     absent: int = 0
     extra: int = 0
     left_out: int = 0
-    level: int = 0
+    level: int | None = 0
     incomplete: bool = False
     compared: bool = False
     hashed: bool = False
@@ -84,7 +139,8 @@ class VerifyReport:
             if count
         ]
         how = "equal the source" if self.compared else "read back well"
-        state = f"; {self.left_out} left out by level {self.level}" if self.left_out else ""
+        level = "" if self.level is None else f" by level {self.level}"
+        state = f"; {self.left_out} left out{level}" if self.left_out else ""
         state += "; marked incomplete" if self.incomplete else ""
         if self.hashed:
             state += (
@@ -101,7 +157,7 @@ class VerifyReport:
             self.named.append(line)
 
 
-def verify(dump: KdumpFile, image: MemoryImage | None, *, progress: bool) -> VerifyReport:
+def verify(dump: Dump, image: MemoryImage | None, *, progress: bool) -> VerifyReport:
     """Check every page of ``dump``; with ``image``, that each is the same there, and that the dump knows of all others.
 
     Pages that the dump left out are not read: they may be poisoned.
@@ -162,7 +218,7 @@ def _compare_digests(path: Path, report: VerifyReport) -> None:
         report.name(f"{path.stat().st_size} bytes, {size} in the manifest")
 
 
-def _count_others(dump: KdumpFile, image: MemoryImage, report: VerifyReport) -> None:
+def _count_others(dump: Dump, image: MemoryImage, report: VerifyReport) -> None:
     """Count pages of the source that the dump left out, and those that it does not know."""
     for first in image.inhabited(_WINDOW_PAGES):
         there = image.holds(first, min(_WINDOW_PAGES, image.max_pfn - first))
@@ -177,7 +233,7 @@ def _count_others(dump: KdumpFile, image: MemoryImage, report: VerifyReport) -> 
 class _SourcePages:
     """The pages of the source, walked in step with those of the dump. Both are in PFN order."""
 
-    def __init__(self, image: MemoryImage, dump: KdumpFile) -> None:
+    def __init__(self, image: MemoryImage, dump: Dump) -> None:
         self._image = image
         self._dump = dump
         self._chunks = self._read()
@@ -204,6 +260,11 @@ class _SourcePages:
             _, ours, theirs = np.intersect1d(pfns, batch.pfns, assume_unique=True, return_indices=True)
             seen[theirs] = True
             wrong = (data.view("<u8")[ours] != batch.data.view("<u8")[theirs]).any(axis=1) & good[theirs]
+            if self._dump.gaps:
+                gaps = wrong & ~batch.data[theirs].any(axis=1)
+                report.left_out += int(np.count_nonzero(gaps))
+                report.pages -= int(np.count_nonzero(gaps))
+                wrong &= ~gaps
             for pfn in batch.pfns[theirs[wrong]]:
                 report.different += 1
                 report.name(f"PFN {int(pfn):#x}: differs from {self._image.source.name}")

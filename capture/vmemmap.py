@@ -13,14 +13,14 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from capture.dumpfile.writer import KdumpWriter
+from capture.dumpfile.selection import Selection
 from capture.kernel.memmap import MemMap
 
 _PIECE = 1 << 17
 """Struct pages looked at together."""
 
 
-def exclude_vmemmap(writer: KdumpWriter, mem_map: MemMap, page_size: int) -> int:
+def exclude_vmemmap(writer: Selection, mem_map: MemMap, page_size: int) -> int:
     """Take them out of what ``writer`` has selected; return how many they are."""
     before = writer.pages
     others = _not_selected(writer, mem_map, page_size)
@@ -53,7 +53,7 @@ class _Ranges:
                 yield max(first, low), min(first + pages, high)
 
 
-def _not_selected(writer: KdumpWriter, mem_map: MemMap, page_size: int) -> _Ranges:
+def _not_selected(writer: Selection, mem_map: MemMap, page_size: int) -> _Ranges:
     """Return the pages of mem_map that are not selected anyway: not there, or poisoned. They must not come into it."""
     found = _Ranges()
     for first_pfn, described in _described(writer, mem_map, page_size):
@@ -64,7 +64,7 @@ def _not_selected(writer: KdumpWriter, mem_map: MemMap, page_size: int) -> _Rang
     return found
 
 
-def _described(writer: KdumpWriter, mem_map: MemMap, page_size: int) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+def _described(writer: Selection, mem_map: MemMap, page_size: int) -> Iterator[tuple[int, NDArray[np.bool_]]]:
     """Yield, for stretches of mem_map: its own first PFN, and for each page of it whether it describes selected ones.
 
     Only whole pages of a stretch: what its ends share with other things stays as it is.

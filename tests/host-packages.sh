@@ -2,7 +2,7 @@
 # Programs of the host, by what they are for: installs the Debian packages that bring missing ones when we are root, else
 # says which to install. Prints nothing when all are there.
 #
-# usage: host-packages.sh [python] [guest] [readers] [storage] [bench]
+# usage: host-packages.sh [python] [guest] [readers] [storage] [bench] [deb] [debian]
 set -euo pipefail
 
 # program:package
@@ -33,6 +33,28 @@ readers=(
     age-keygen:age
     makedumpfile:makedumpfile
     crash:crash
+    gdb:gdb
+    fish:fish
+    zsh:zsh
+)
+debian=(
+    debootstrap:debootstrap
+    chroot:coreutils
+    cp:coreutils
+    unshare:util-linux
+)
+deb=(
+    dpkg-buildpackage:dpkg-dev
+    dh:debhelper
+    dh_python3:dh-python
+    lintian:lintian
+)
+# module of Debian's own Python:package
+deb_modules=(
+    elftools:python3-pyelftools
+    numpy:python3-numpy
+    tqdm:python3-tqdm
+    zstandard:python3-zstandard
 )
 storage=(
     lvm:lvm2
@@ -66,6 +88,13 @@ for purpose in "$@"; do
             ! ldd "$(command -v busybox)" > /dev/null 2>&1 || missing+=(busybox-static)
             ;;
         readers) look_for "${readers[@]}" ;;
+        deb)
+            look_for "${deb[@]}"
+            for need in "${deb_modules[@]}"; do
+                /usr/bin/python3 -c "import ${need%%:*}" 2> /dev/null || missing+=("${need##*:}")
+            done
+            ;;
+        debian) look_for "${debian[@]}" ;;
         storage) look_for "${storage[@]}" ;;
         bench) look_for "${bench[@]}" ;;
         *)

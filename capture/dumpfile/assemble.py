@@ -18,6 +18,8 @@ from capture.dumpfile.flattened import END, HEADER, HEADER_BYTES, RECORD, SIGNAT
 from capture.dumpfile.output import OutputFile, TargetFullError, named, sync_directory, unfinished_path
 from capture.dumpfile.reader import KdumpFile
 from capture.errors import SourceError, TargetError
+from capture.memory.elfcore import ELF_HEADER, INCOMPLETE, parse
+from capture.memory.source import open_source
 from capture.progress import Progress
 
 _PIECE = 1 << 20
@@ -132,8 +134,8 @@ def _mark(name: str, output: OutputFile, failure: str | None) -> bool:
     """
     raw = output.read_back(0, kdump.DISK_DUMP_HEADER.itemsize)
     if not raw.startswith(kdump.SIGNATURE):
-        if not failure and raw.startswith(_ELF):
-            return False
+        if raw.startswith(_ELF):
+            return _mark_elf(output, failure)
         raise SourceError(f"{failure or f'{name}: what is in it is no dump'}: nothing of it can be read")
     header = np.frombuffer(raw, kdump.DISK_DUMP_HEADER).copy()
     incomplete = bool(header["status"][0] & kdump.INCOMPLETE)
@@ -144,6 +146,20 @@ def _mark(name: str, output: OutputFile, failure: str | None) -> bool:
     header["status"] |= kdump.INCOMPLETE
     output.write([header.tobytes()], 0)
     return True
+
+
+def _mark_elf(output: OutputFile, failure: str | None) -> bool:
+    """As ``_mark``, of an ELF core: where what comes first of it is not there, nothing of it can be read."""
+    header = np.frombuffer(output.read_back(0, ELF_HEADER.itemsize), ELF_HEADER).copy()
+    if failure:
+        try:
+            with open_source(str(output.path)) as source:
+                parse(source)
+        except SourceError as error:
+            raise SourceError(f"{failure}: nothing of it can be read") from error
+        header["e_flags"] |= INCOMPLETE
+        output.write([header.tobytes()], 0)
+    return bool(header["e_flags"][0] & INCOMPLETE)
 
 
 class _Reader:

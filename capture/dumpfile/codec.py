@@ -1,8 +1,9 @@
 """Page codecs: a block of pages in, the bytes of the dump and one size a page out.
 
 zstd goes through one batched call over the mapping itself, one frame a page, without the GIL; each frame carries its
-checksum (4 bytes), which readers verify, and no content size, which they know. zlib has no batched call: it is there
-for readers without zstd and costs one Python step a page.
+checksum (4 bytes), which readers verify, and no content size, which they know. A python-zstandard that was built on
+the system's libzstd, as Debian's is, has no such call: there, and for zlib, which is there for readers without zstd,
+each page costs one Python step.
 
 ``zstd:auto`` changes its level while it works (capture.dumpfile.pace).
 """
@@ -27,6 +28,8 @@ from capture.errors import UsageError
 Packer = Callable[[memoryview, NDArray[np.uint64], int], tuple[bytes, NDArray[np.int64]]]
 """(buffer, offsets of pages in it, page size) → (compressed pages joined, size of each). Safe to call from threads."""
 
+ZSTD_BATCHED = {"multi_compress_to_buffer", "multi_decompress_to_buffer"} <= zstandard.backend_features
+"""Whether pages can be given to zstd together."""
 ZSTD_DEFAULT_LEVEL = 1
 ZLIB_DEFAULT_LEVEL = 1
 
@@ -132,6 +135,8 @@ class _Compressors(threading.local):
 def _pack_zstd(
     compressor: zstandard.ZstdCompressor, buffer: memoryview, offsets: NDArray[np.uint64], page_size: int
 ) -> tuple[bytes, NDArray[np.int64]]:
+    if not ZSTD_BATCHED:
+        return _joined([compressor.compress(buffer[offset : offset + page_size]) for offset in offsets.tolist()])
     segments = np.empty((len(offsets), 2), dtype="<u8")
     segments[:, 0], segments[:, 1] = offsets, page_size
     pieces: list[bytes] = []
@@ -146,12 +151,15 @@ def _pack_zstd(
     return b"".join(pieces), sizes
 
 
+def _joined(pages: list[bytes]) -> tuple[bytes, NDArray[np.int64]]:
+    return b"".join(pages), np.fromiter(map(len, pages), dtype=np.int64, count=len(pages))
+
+
 def _zlib(level: int) -> tuple[str, int, Packer]:
     if not 1 <= level <= 9:
         raise UsageError(f"-c zlib:{level}: levels are 1 to 9")
 
     def pack(buffer: memoryview, offsets: NDArray[np.uint64], page_size: int) -> tuple[bytes, NDArray[np.int64]]:
-        pages = [zlib.compress(buffer[offset : offset + page_size], level) for offset in map(int, offsets)]
-        return b"".join(pages), np.fromiter(map(len, pages), dtype=np.int64, count=len(pages))
+        return _joined([zlib.compress(buffer[offset : offset + page_size], level) for offset in offsets.tolist()])
 
     return f"zlib:{level}", kdump.COMPRESSED_ZLIB, pack

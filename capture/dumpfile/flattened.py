@@ -11,6 +11,7 @@ A stream that is cut short anywhere is a dump that is cut short: descriptors fol
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import stat
 import struct
@@ -24,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capture.dumpfile import kdump
-from capture.dumpfile.output import Pieces, TargetFullError, Written, put_all, target_error, unnamed_file
+from capture.dumpfile.output import Pieces, ScratchFile, TargetFullError, Written, cut_pieces, put_all, target_error
 
 SIGNATURE = b"makedumpfile\0\0\0\0"
 TYPE, VERSION = 1, 1
@@ -77,20 +78,16 @@ class FlattenedOutput:
 
     def __init__(self, stream: Stream, directory: Path) -> None:
         self._stream = stream
-        self._directory = directory
         self._lock = threading.Lock()
         """Around the records of one write: two threads do."""
         self._feeder = ThreadPoolExecutor(1, thread_name_prefix="feeder")
         """Writes to the stream: Ctrl-C comes to the main thread, and must not cut a record in two."""
-        try:
-            self._bitmaps = unnamed_file(directory)
-        except OSError as error:
-            raise target_error(directory, "making a file for the bitmaps of a dump", error) from None
+        self._bitmaps = ScratchFile(directory)
         try:
             self._append([HEADER.pack(SIGNATURE, TYPE, VERSION).ljust(HEADER_BYTES, b"\0")])
         except BaseException:
             self._feeder.shutdown()
-            os.close(self._bitmaps)
+            self._bitmaps.close()
             raise
 
     @property
@@ -112,7 +109,7 @@ class FlattenedOutput:
         """Write all ``pieces`` one after another at ``offset``; return how many bytes that were."""
         start = offset
         with self._lock:
-            for record in _cut(pieces, RECORD_BYTES):
+            for record in cut_pieces(pieces, itertools.repeat(RECORD_BYTES)):
                 if offset > start and self._stream.full:  # so much was page data
                     raise TargetFullError(f"{self.name}: no room left; make room or choose another target")
                 length = sum(map(len, record))
@@ -126,13 +123,7 @@ class FlattenedOutput:
 
     def write_bitmap(self, bits: bytes, offset: int) -> None:
         """Write bytes that will be read back."""
-        rest, position = memoryview(bits), offset
-        try:
-            while len(rest):
-                written = os.pwrite(self._bitmaps, rest, position)
-                rest, position = rest[written:], position + written
-        except OSError as error:
-            raise target_error(self._directory, "keeping the bitmaps of the dump", error) from None
+        self._bitmaps.write_bitmap(bits, offset)
         self.write([bits], offset)
 
     def write_rows(self, numbers: NDArray[np.int64], rows: NDArray[np.void], at: int) -> Iterator[int]:
@@ -148,10 +139,7 @@ class FlattenedOutput:
 
     def read_back(self, offset: int, length: int) -> bytes:
         """Return bytes of a bitmap; what was never written reads as zeros."""
-        try:
-            return os.pread(self._bitmaps, length, offset).ljust(length, b"\0")
-        except OSError as error:
-            raise target_error(self._directory, "reading the bitmaps of the dump back", error) from None
+        return self._bitmaps.read_back(offset, length)
 
     def reserve(self, offset: int, length: int) -> None:
         """Have the dump reach to the end of ``length`` bytes at ``offset``, also when nothing follows."""
@@ -188,7 +176,7 @@ class FlattenedOutput:
     def close(self) -> None:
         """Close the stream, whatever it lacks."""
         self._feeder.shutdown()
-        os.close(self._bitmaps)
+        self._bitmaps.close()
         self._stream.close()
 
 
@@ -248,19 +236,3 @@ def _records(numbers: NDArray[np.int64], rows: NDArray[np.void], at: int) -> byt
     made[heads] = (numbers[starts] * rows.itemsize + at).astype("<u8").byteswap()
     made[heads + 1] = (lengths * rows.itemsize).astype("<u8").byteswap()
     return made.tobytes()
-
-
-def _cut(pieces: Pieces, limit: int) -> Iterator[list[bytes | memoryview]]:
-    """Yield lists of pieces, or of parts of them, of ``limit`` bytes together; the last one has what is left."""
-    record: list[bytes | memoryview] = []
-    room = limit
-    for piece in pieces:
-        rest = memoryview(piece)
-        while len(rest) >= room:
-            yield [*record, rest[:room]]
-            record, rest, room = [], rest[room:], limit
-        if len(rest):
-            record.append(rest)
-            room -= len(rest)
-    if record:
-        yield record

@@ -14,7 +14,7 @@ import errno
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -434,6 +434,59 @@ def unnamed_file(directory: Path) -> int:
         fd, name = tempfile.mkstemp(prefix=".order-", dir=directory)
         Path(name).unlink()
         return fd
+
+
+class ScratchFile:
+    """What is read back of a dump that goes into a stream, or has no place for it: in a file without a name.
+
+    Raises:
+        TargetError: from every method.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        try:
+            self._fd = unnamed_file(directory)
+        except OSError as error:
+            raise target_error(directory, "making a file for the bitmaps of a dump", error) from None
+
+    def write_bitmap(self, bits: bytes, offset: int) -> None:
+        """Write bytes that will be read back."""
+        rest, position = memoryview(bits), offset
+        try:
+            while len(rest):
+                written = os.pwrite(self._fd, rest, position)
+                rest, position = rest[written:], position + written
+        except OSError as error:
+            raise target_error(self._directory, "keeping the bitmaps of the dump", error) from None
+
+    def read_back(self, offset: int, length: int) -> bytes:
+        """Return bytes written before; what was never written reads as zeros."""
+        try:
+            return os.pread(self._fd, length, offset).ljust(length, b"\0")
+        except OSError as error:
+            raise target_error(self._directory, "reading the bitmaps of the dump back", error) from None
+
+    def close(self) -> None:
+        """Let the file go."""
+        os.close(self._fd)
+
+
+def cut_pieces(pieces: Pieces, lengths: Iterable[int]) -> Iterator[list[bytes | memoryview]]:
+    """Yield lists of pieces, or of parts of them, of ``lengths`` bytes together; the last one has what is left."""
+    limits = iter(lengths)
+    part: list[bytes | memoryview] = []
+    room = next(limits, 0)
+    for piece in pieces:
+        rest = memoryview(piece)
+        while len(rest) >= room > 0:
+            yield [*part, rest[:room]]
+            part, rest, room = [], rest[room:], next(limits, 0)
+        if len(rest):
+            part.append(rest)
+            room -= len(rest)
+    if part:
+        yield part
 
 
 def sync_file_system(fd: int) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from capture import pulse
 from capture.dumpfile.output import target_error, unnamed_file
-from capture.dumpfile.writer import KdumpWriter
+from capture.dumpfile.selection import Selection
 from capture.errors import TargetError
 from capture.kernel.pages import LAST
 
@@ -83,7 +83,7 @@ class Passes:
         """Have one pass only."""
         self.failure = reason
 
-    def runs(self, writer: KdumpWriter) -> Iterator[Iterator[tuple[int, int]]]:
+    def runs(self, writer: Selection) -> Iterator[Iterator[tuple[int, int]]]:
         """Yield, pass by pass, the runs (first PFN, pages) of the pages that ``writer`` has selected.
 
         Raises:

@@ -7,6 +7,7 @@ against the file's size first.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -21,6 +22,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from capture.dumpfile import foreign, kdump
+from capture.dumpfile.codec import ZSTD_BATCHED
 from capture.errors import SourceError
 from capture.notes.elfnote import NOTE_HEADER
 
@@ -100,6 +102,11 @@ class KdumpFile:
     def level(self) -> int:
         """The dump level it was made with."""
         return int(self.sub_header["dump_level"])
+
+    @property
+    def gaps(self) -> bool:
+        """Whether pages that it left out may read as zeros: never in this format."""
+        return False
 
     @property
     def max_mapnr(self) -> int:
@@ -350,34 +357,33 @@ def _put_zstd(
     number: int,
     failed: dict[int, str],
 ) -> None:
-    """Decompress all ``frames`` of a window in one call; where one of them is damaged, one by one, to name it."""
-    if not len(frames):
-        return
+    """Decompress all ``frames`` of a window in one call; one by one where there is no such call, or one is damaged."""
     page_size = pages.shape[1]
     decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW)
-    segments = np.empty((len(frames), 2), dtype="<u8")
-    segments[:, 0], segments[:, 1] = offsets[frames], sizes[frames]
-    lengths = np.full(len(frames), page_size, dtype="<u8").tobytes()
-    try:
-        # The collection yields buffers by the sequence protocol, which its type stub does not say.
-        found: Any = decompressor.multi_decompress_to_buffer(
-            zstandard.BufferWithSegments(window, segments.tobytes()), decompressed_sizes=lengths
-        )
-        pages[frames] = np.frombuffer(b"".join(found), dtype=np.uint8).reshape(len(frames), page_size)
-    except (zstandard.ZstdError, ValueError):
-        for index in map(int, frames):
-            frame = window[int(offsets[index]) : int(offsets[index]) + int(sizes[index])]
-            try:
-                # A size that the frame itself names is what zstandard allocates, whatever the limit.
-                named = zstandard.frame_content_size(frame)
-                if named not in (-1, page_size):
-                    failed[number + index] = f"zstd: {named} bytes instead of {page_size}"
-                    continue
-                page = decompressor.decompress(frame, max_output_size=page_size, allow_extra_data=False)
-            except (zstandard.ZstdError, ValueError) as error:
-                failed[number + index] = f"zstd: {error}"
+    if ZSTD_BATCHED and len(frames):
+        segments = np.empty((len(frames), 2), dtype="<u8")
+        segments[:, 0], segments[:, 1] = offsets[frames], sizes[frames]
+        lengths = np.full(len(frames), page_size, dtype="<u8").tobytes()
+        with contextlib.suppress(zstandard.ZstdError, ValueError):
+            # The collection yields buffers by the sequence protocol, which its type stub does not say.
+            found: Any = decompressor.multi_decompress_to_buffer(
+                zstandard.BufferWithSegments(window, segments.tobytes()), decompressed_sizes=lengths
+            )
+            pages[frames] = np.frombuffer(b"".join(found), dtype=np.uint8).reshape(len(frames), page_size)
+            return
+    for index in map(int, frames):
+        frame = window[int(offsets[index]) : int(offsets[index]) + int(sizes[index])]
+        try:
+            # A size that the frame itself names is what zstandard allocates, whatever the limit.
+            named = zstandard.frame_content_size(frame)
+            if named not in (-1, page_size):
+                failed[number + index] = f"zstd: {named} bytes instead of {page_size}"
                 continue
-            if len(page) == page_size:
-                pages[index] = np.frombuffer(page, dtype=np.uint8)
-            else:
-                failed[number + index] = f"zstd: {len(page)} bytes instead of {page_size}"
+            page = decompressor.decompress(frame, max_output_size=page_size, allow_extra_data=False)
+        except (zstandard.ZstdError, ValueError) as error:
+            failed[number + index] = f"zstd: {error}"
+            continue
+        if len(page) == page_size:
+            pages[index] = np.frombuffer(page, dtype=np.uint8)
+        else:
+            failed[number + index] = f"zstd: {len(page)} bytes instead of {page_size}"

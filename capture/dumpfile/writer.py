@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from capture import footprint
 from capture.dumpfile import kdump
 from capture.dumpfile.output import Output, TargetFullError
+from capture.dumpfile.selection import RUNS_WINDOW, BitmapPlaces, Selection
 from capture.errors import TargetError
 from capture.notes.elfnote import Notes
 
@@ -39,13 +40,6 @@ FIRST_SYNC_BYTES = 4 << 20
 """The first step is smaller: it tells soon how fast the disk is."""
 _NUMBER_WINDOW = 1 << 13
 """Pages whose descriptors' numbers are worked out together."""
-_BITMAP_WINDOW = 1 << 19
-"""Pages of a bitmap that are put together at once."""
-_RUNS_WINDOW = 1 << 17
-"""Pages of a bitmap that are looked at together."""
-
-BitmapWindow = tuple[int, NDArray[np.bool_]]
-"""A piece of a bitmap: its first PFN, a multiple of 8, and a bit for each page from there on."""
 
 
 class DumpPlan(NamedTuple):
@@ -110,7 +104,7 @@ class _Batch(NamedTuple):
     end: int
 
 
-class KdumpWriter:
+class KdumpWriter(Selection):
     """Writes one dump to ``output``. ``close`` it before ``output`` is closed.
 
     First ``begin``, which dumps all pages; or ``map_memory``, ``select`` (again, if need be) and ``start``. Then
@@ -123,14 +117,12 @@ class KdumpWriter:
     def __init__(self, output: Output, plan: DumpPlan) -> None:
         self._output = output
         self._plan = plan
-        self.pages = 0
-        """Pages of the dump, as selected."""
-        self.layout = kdump.Layout(plan.page_size, len(plan.notes.blob), plan.max_mapnr, 0)
+        self.layout = layout = kdump.Layout(plan.page_size, len(plan.notes.blob), plan.max_mapnr, 0)
+        places = BitmapPlaces(layout.bitmap1, layout.bitmap2, layout.bitmap_bytes)
+        super().__init__(output, places, plan.max_mapnr)
         self._zero_page = self._position = 0
         self._zero_checksum = np.uint64(kdump.checksum(bytes(plan.page_size)))
         self._pending: list[_Described] = []
-        self._windows: Sequence[int] = range(-(-plan.max_mapnr // _RUNS_WINDOW))
-        """Windows of _RUNS_WINDOW pages in which bitmaps may have ones, ascending."""
         self._numbers = _Numbers(self.selection, lambda: self._windows)
         self._pending_pages = 0
         self._unsynced = 0
@@ -152,61 +144,6 @@ class KdumpWriter:
         self.map_memory(runs)
         self.select_all()
         self.start(self._plan.level)
-
-    def map_memory(self, runs: Iterable[tuple[int, int]]) -> None:
-        """Write bitmap 1: the pages that there are, (first PFN, pages), ascending."""
-        windows = array("q")
-        self._write_bitmap(self.layout.bitmap1, _windows_of(_watched(runs, windows)))
-        self._windows = windows  # one damaged segment may lie 2^40 pages above all others
-
-    def select(self, windows: Iterable[BitmapWindow]) -> int:
-        """Write bitmap 2, the pages of the dump, in place of what was selected before; return how many they are.
-
-        Where the windows do not reach, there are none; a second selection has the windows of the first.
-        """
-        self.pages = self._write_bitmap(self.layout.bitmap2, windows)
-        return self.pages
-
-    def select_all(self) -> None:
-        """Select every page of bitmap 1."""
-        self.select(_windows_of(self._runs(self.layout.bitmap1)))
-
-    def selected(self, within: Callable[[int, int], NDArray[np.bool_]] | None = None) -> Iterator[tuple[int, int]]:
-        """Yield (first PFN, pages) of every run of bitmap 2, read back from the file.
-
-        ``within`` says, for a first PFN and a number of pages, which of them are wanted; all where it is None.
-        """
-        return self._runs(self.layout.bitmap2, within)
-
-    def selection(self, first_pfn: int, pages: int) -> NDArray[np.bool_]:
-        """Return which of the pages from ``first_pfn`` on are selected, read back from the file; none beyond it."""
-        start, end = self._bitmap_bytes(first_pfn, pages)
-        selected = np.zeros(pages, dtype=np.bool_)
-        if end > start:  # (a damaged page table may say that mem_map lies beyond all memory)
-            bits = np.unpackbits(np.frombuffer(self._output.read_back(start, end - start), np.uint8), bitorder="little")
-            there = bits[first_pfn % 8 :][:pages]
-            selected[: len(there)] = there
-        return selected
-
-    def change_selection(self, first_pfn: int, described: NDArray[np.bool_], *, to: bool) -> None:
-        """Select those of the pages from ``first_pfn`` on that are True in ``described``, or drop those that are not.
-
-        ``to`` says which of the two.
-        """
-        start, end = self._bitmap_bytes(first_pfn, len(described))
-        if end <= start:
-            return
-        bits = np.unpackbits(np.frombuffer(self._output.read_back(start, end - start), np.uint8), bitorder="little")
-        part = bits[first_pfn % 8 :][: len(described)]
-        before = int(np.count_nonzero(part))
-        part[described[: len(part)] == to] = to
-        self.pages += int(np.count_nonzero(part)) - before
-        self._output.write_bitmap(np.packbits(bits, bitorder="little").tobytes(), start)
-
-    def _bitmap_bytes(self, first_pfn: int, pages: int) -> tuple[int, int]:
-        """Return where in the file the bits of bitmap 2 for some pages lie; cut off at its end."""
-        end = min(first_pfn + pages, 8 * self.layout.bitmap_bytes)
-        return self.layout.bitmap2 + first_pfn // 8, self.layout.bitmap2 + -(-end // 8)
 
     def start(self, level: int) -> None:
         """Make the dump readable, without a page yet: notes, room for descriptors, then the header, synced.
@@ -455,40 +392,6 @@ class KdumpWriter:
         blocks = (sub.tobytes() + plan.notes.blob).ljust(layout.sub_header_blocks * plan.page_size, b"\0")
         self._output.write([blocks], layout.sub_header)
 
-    def _write_bitmap(self, start: int, windows: Iterable[BitmapWindow]) -> int:
-        """Write a bitmap window by window, and return its bits. What no window reaches is a hole: zeros."""
-        bits = 0
-        for first_pfn, window in windows:
-            room = self.layout.bitmap_bytes - first_pfn // 8
-            self._output.write_bitmap(np.packbits(window, bitorder="little").tobytes()[:room], start + first_pfn // 8)
-            bits += int(np.count_nonzero(window))
-        return bits
-
-    def _runs(
-        self, start: int, within: Callable[[int, int], NDArray[np.bool_]] | None = None
-    ) -> Iterator[tuple[int, int]]:
-        """Yield (first PFN, pages) of every run of ones of a bitmap in the file, of those that are ``within``."""
-        first, end = 0, 0
-        for window in self._windows:
-            first_pfn = window * _RUNS_WINDOW
-            length = min(_RUNS_WINDOW // 8, self.layout.bitmap_bytes - first_pfn // 8)
-            data = self._output.read_back(start + first_pfn // 8, length)
-            if data.count(0) == length:
-                continue
-            bits = np.zeros(8 * length + 2, dtype=np.uint8)
-            bits[1:-1] = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
-            if within is not None:
-                bits[1:-1] &= within(first_pfn, 8 * length)
-            edges = np.flatnonzero(bits[1:] != bits[:-1])
-            for low, high in (edges.reshape(-1, 2) + first_pfn).tolist():
-                if low != end:
-                    if end > first:
-                        yield first, end - first
-                    first = low
-                end = high
-        if end > first:
-            yield first, end - first
-
 
 class _Numbers:
     """The numbers of descriptors: how many selected pages come before a page.
@@ -519,7 +422,7 @@ class _Numbers:
 
     def _look_at(self, window: int) -> int:
         """Count up to a window; return which of those that are inhabited it is."""
-        inhabited, each = self._inhabited(), _RUNS_WINDOW // _NUMBER_WINDOW
+        inhabited, each = self._inhabited(), RUNS_WINDOW // _NUMBER_WINDOW
         place = bisect_left(inhabited, window // each) * each + window % each
         for below in range(len(self._before) - 1, place):
             chosen = self._chosen(inhabited[below // each] * each + below % each)
@@ -538,31 +441,3 @@ class _Numbers:
 def _step_bytes(available: int | None) -> int:
     """Return the bytes of a step, with so many bytes of memory available, None where that is not known."""
     return SYNC_BYTES if available is None else min(SYNC_BYTES, max(LEAST_SYNC_BYTES, available // _SYNC_SHARE))
-
-
-def _watched(runs: Iterable[tuple[int, int]], windows: array[int]) -> Iterator[tuple[int, int]]:
-    """Pass runs (ascending) on, and note in which windows of _RUNS_WINDOW pages they are."""
-    for first, pages in runs:
-        low = max(first // _RUNS_WINDOW, windows[-1] + 1 if windows else 0)
-        windows.extend(range(low, (first + pages - 1) // _RUNS_WINDOW + 1))
-        yield first, pages
-
-
-def _windows_of(runs: Iterable[tuple[int, int]]) -> Iterator[BitmapWindow]:
-    """Yield the windows of a bitmap that has ``runs`` as ones; windows without any are left out."""
-    start = -1
-    bits = np.zeros(_BITMAP_WINDOW, dtype=np.bool_)
-    for run_first, pages in runs:
-        first, end = run_first, run_first + pages
-        while first < end:
-            window = first - first % _BITMAP_WINDOW
-            if window != start:
-                if start >= 0:
-                    yield start, bits
-                bits[:] = False
-                start = window
-            stop = min(end, window + _BITMAP_WINDOW)
-            bits[first - window : stop - window] = True
-            first = stop
-    if start >= 0:
-        yield start, bits

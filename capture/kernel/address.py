@@ -7,13 +7,20 @@ mapped".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from capture.kernel.arch import aarch64, x86_64
 from capture.kernel.pagetable import Mapping, PageTables
 from capture.memory.image import LinearMap, MemoryImage, UnreadableMemory
 from capture.notes.vmcoreinfo import VmcoreInfo
+
+THREAD_SIZE = 16 << 10
+"""Of a task's stack, which is aligned to it, on both architectures; KASAN doubles it."""
+_TEXT_SHIFT = 21
+"""The kernel image begins at a multiple of 2 MiB; _stext may lie a little behind."""
+_MAX_IMAGE = 1 << 30
+"""More than any kernel image has."""
 
 _ARCHITECTURES: dict[str, ModuleType] = {"x86_64": x86_64, "aarch64": aarch64}
 
@@ -81,6 +88,55 @@ class KernelMemory:
     def read_unsigned(self, address: int, size: int) -> int:
         """Return a little-endian unsigned number of ``size`` bytes; raises as ``read`` does."""
         return int.from_bytes(self.read(address, size), "little")
+
+    def linear_maps(self) -> list[LinearMap]:
+        """Return where the dead kernel had its image and the direct map: what the source says of that, else what page
+        tables do.
+
+        A kdump-compressed dump has no virtual addresses. Empty where nothing leads to them.
+        """
+        if self._image.linear_maps:
+            return list(self._image.linear_maps)
+        return [] if self.tables is None else [*self._mapped_image(self.tables), *self._direct_map(self.tables)]
+
+    def stack_pages(self, pointer: int) -> Iterator[LinearMap]:
+        """Yield the pages of a task's stack from its stack pointer up, as far as they are mapped."""
+        size = self._image.page_size
+        end = (pointer | max(THREAD_SIZE, size) - 1) + 1
+        for page in range(pointer - pointer % size, end, size):
+            physical = self.physical(page)
+            if physical is None:
+                return
+            yield LinearMap(page, physical, size)
+
+    def _mapped_image(self, tables: PageTables) -> Iterator[LinearMap]:
+        """Yield the kernel image, from its first mapped page to the last: VMCOREINFO has no symbol for its end."""
+        text = self._info.symbol("_stext")
+        if text is None:
+            return
+        leaves = (
+            leaf
+            for leaf in tables.mappings(text >> _TEXT_SHIFT << _TEXT_SHIFT, text + _MAX_IMAGE - 1)
+            if self._rule(leaf.virtual, self._info) == leaf.physical
+        )
+        first = last = next(leaves, None)
+        for last in leaves:  # noqa: B007  (the last of them is what is wanted)
+            pass
+        if first is not None and last is not None:
+            yield LinearMap(first.virtual, first.physical, last.virtual + last.size - first.virtual)
+
+    def _direct_map(self, tables: PageTables) -> Iterator[LinearMap]:
+        """Yield the direct map: what lies first in the kernel's half of addresses, on both architectures
+        (Documentation/arch/x86/x86_64/mm.rst, arch/arm64/memory.rst). It has to map the first page table, too.
+        """
+        geometry = tables.geometry
+        leaf = next(tables.mappings(geometry.first, geometry.last), None)
+        if leaf is None:
+            return
+        shift = leaf.virtual - leaf.physical
+        root = tables.lookup(geometry.root + shift)
+        if root is not None and root.virtual - root.physical == shift:
+            yield LinearMap(leaf.virtual, leaf.physical, self._image.max_pfn * self._image.page_size - leaf.physical)
 
     def _linear(self, address: int) -> LinearMap | None:
         if self._last is None or not 0 <= address - self._last.virtual < self._last.size:

@@ -64,6 +64,11 @@ MAX_SEGMENTS = 1 << 18
 MAX_PHYSICAL_BITS = 52
 """The widest physical address of x86_64 and of aarch64 with LPA/LPA2."""
 
+INCOMPLETE = 0x1
+"""In e_flags: pages are missing, and read as zeros (DUMP_ELF_INCOMPLETE in makedumpfile's elf_info.h)."""
+GAPS = 0x2
+"""In e_flags of what vmcapture writes: pages that it left out read as zeros (capture.dumpfile.elf)."""
+
 NO_PHYSICAL = np.uint64((1 << 64) - 1)
 """p_paddr in /proc/kcore of what is no memory of its own: vmalloc, vmemmap (fs/proc/kcore.c)."""
 
@@ -83,6 +88,8 @@ class ElfCore(NamedTuple):
     notes: NDArray[np.void]
     missing_bytes: int
     problems: tuple[str, ...] = ()
+    flags: int = 0
+    """e_flags: INCOMPLETE, GAPS."""
 
 
 def parse(source: ByteSource) -> ElfCore:
@@ -107,8 +114,11 @@ def parse(source: ByteSource) -> ElfCore:
             raise SourceError(f"{source.name}: {problem}: no memory is left to save; copy the vmcore again")
         what = f"truncated: all {missing} bytes of memory are missing" if missing else "no memory in it (no PT_LOAD)"
         raise SourceError(f"{source.name}: {what}; copy it again")
-    problems = (f"{source.name}: {problem}: left out",) if problem else ()
-    return ElfCore(machine, loads, table[table["p_type"] == PT_NOTE].copy(), missing, problems)
+    flags = int(header["e_flags"])
+    problems = [f"{source.name}: {problem}: left out"] if problem else []
+    if flags & INCOMPLETE:
+        problems.append(f"{source.name} is marked incomplete: pages that were not written are zeros")
+    return ElfCore(machine, loads, table[table["p_type"] == PT_NOTE].copy(), missing, tuple(problems), flags)
 
 
 def narrowed(source: ByteSource, core: ElfCore, bits: int) -> ElfCore:

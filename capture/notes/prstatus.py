@@ -9,10 +9,13 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from capture.notes.elfnote import Note
+from capture.notes.elfnote import Note, Notes
 
 PR_PID_OFFSET = 32
 PR_REG_OFFSET = 112
+_PID = struct.Struct("<i")
+PID_LIMIT = 1 << 22
+"""PID_MAX_LIMIT of 64-bit kernels (include/linux/threads.h): no task has a PID from there on."""
 
 X86_64_REGISTERS = (
     "r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi",
@@ -24,6 +27,7 @@ AARCH64_REGISTERS = (*(f"x{number}" for number in range(31)), "sp", "pc", "pstat
 
 REGISTERS = {"x86_64": X86_64_REGISTERS, "aarch64": AARCH64_REGISTERS}
 INSTRUCTION_POINTER = {"x86_64": "rip", "aarch64": "pc"}
+STACK_POINTER = {"x86_64": "rsp", "aarch64": "sp"}
 
 
 class CpuRegisters(NamedTuple):
@@ -46,7 +50,25 @@ def parse(notes: tuple[Note, ...], machine: str) -> tuple[list[CpuRegisters], li
                 f"CPU {cpu}: NT_PRSTATUS of {len(note.descriptor)} bytes is too short for {machine} registers"
             )
             continue
-        (pid,) = struct.unpack_from("<i", note.descriptor, PR_PID_OFFSET)
+        (pid,) = _PID.unpack_from(note.descriptor, PR_PID_OFFSET)
         values = layout.unpack_from(note.descriptor, PR_REG_OFFSET)
-        cpus.append(CpuRegisters(cpu, pid, dict(zip(names, values, strict=True))))
+        cpus.append(CpuRegisters(cpu, pid if pid < PID_LIMIT else 0, dict(zip(names, values, strict=True))))
     return cpus, problems
+
+
+def told_apart(notes: Notes) -> bytes:
+    """Return the notes' bytes with a PID of its own for each CPU: gdb takes CPUs of one PID for one thread.
+
+    All idle CPUs have PID 0. They get numbers from PID_LIMIT on, which ``parse`` takes for 0.
+    """
+    blob = bytearray(notes.blob)
+    seen = {0}
+    for cpu, note in enumerate(notes.prstatus()):
+        if len(note.descriptor) < PR_REG_OFFSET:
+            continue
+        (pid,) = _PID.unpack_from(note.descriptor, PR_PID_OFFSET)
+        if pid in seen:
+            pid = PID_LIMIT + cpu
+            _PID.pack_into(blob, note.offset + PR_PID_OFFSET, pid)
+        seen.add(pid)
+    return bytes(blob)

@@ -79,12 +79,12 @@ def tree(name: str, packages: Sequence[str]) -> Path:
     unpacked = root() / "trees" / f"{name}-{hashlib.sha256(' '.join(packages).encode()).hexdigest()[:8]}"
     if not unpacked.is_dir():
         unpacked.parent.mkdir(parents=True, exist_ok=True)
-        with _scratch() as scratch:
+        with scratch_folder() as scratch:
             draft = scratch / "tree"
             draft.mkdir()
-            for deb in _download(packages, scratch):
+            for deb in download(packages, scratch):
                 host.run("dpkg", "-x", deb, draft)
-            _rename(draft, unpacked)
+            rename_into_place(draft, unpacked)
     return unpacked
 
 
@@ -98,8 +98,8 @@ def debug_vmlinux(of: Kernel) -> Path:
     if vmlinux.exists():
         return vmlinux
     vmlinux.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch() as scratch, _written_whole(vmlinux) as draft:
-        (deb,) = _download([f"{of.package}-dbg={of.version}"], scratch)
+    with scratch_folder() as scratch, _written_whole(vmlinux) as draft:
+        (deb,) = download([f"{of.package}-dbg={of.version}"], scratch)
         _extract_member(deb, f"./usr/lib/debug/boot/vmlinux-{of.release}", draft)
     return vmlinux
 
@@ -153,7 +153,7 @@ def _apt_options() -> list[str]:
     return options
 
 
-def _download(packages: Sequence[str], folder: Path) -> list[Path]:
+def download(packages: Sequence[str], folder: Path) -> list[Path]:
     """Fetch packages (``name`` or ``name=version``); apt's lists are refreshed when they are stale."""
     try:
         host.run("apt-get", *_apt_options(), "download", *packages, cwd=folder)
@@ -170,14 +170,14 @@ def _download(packages: Sequence[str], folder: Path) -> list[Path]:
 
 def _unpack_kernel(package: str, unpacked: Path) -> None:
     unpacked.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch() as scratch:
-        (deb,) = _download([package], scratch)
+    with scratch_folder() as scratch:
+        (deb,) = download([package], scratch)
         tree = scratch / "tree"
         host.run("dpkg", "-x", deb, tree)
         (release,) = (path.name for path in (tree / "lib/modules").iterdir())
         host.run("depmod", "-b", tree, release)
         (tree / VERSION_FILE).write_text(host.run("dpkg", "--field", deb, "Version").output)
-        _rename(tree, unpacked)
+        rename_into_place(tree, unpacked)
 
 
 def _describe(package: str, unpacked: Path) -> Kernel:
@@ -201,7 +201,7 @@ def _extract_member(deb: Path, member: str, output: Path) -> None:
 
 
 @contextmanager
-def _scratch() -> Iterator[Path]:
+def scratch_folder() -> Iterator[Path]:
     """A folder on the cache's own file system, removed at the end with all that was not renamed out of it."""
     root().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=root()) as folder:
@@ -211,13 +211,13 @@ def _scratch() -> Iterator[Path]:
 @contextmanager
 def _written_whole(path: Path) -> Iterator[Path]:
     """A file to write that takes the place of ``path`` only when the block ends well."""
-    with _scratch() as scratch:
+    with scratch_folder() as scratch:
         draft = scratch / path.name
         yield draft
         draft.replace(path)
 
 
-def _rename(tree: Path, place: Path) -> None:
+def rename_into_place(tree: Path, place: Path) -> None:
     """Move a finished folder into place; when another process was faster, its copy is as good."""
     try:
         tree.rename(place)

@@ -286,8 +286,8 @@ def healthy(
         yield machine
 
 
-def booted(hardware: Hardware, log: Path) -> Machine:
-    """A healthy machine at its shell.
+def booted(hardware: Hardware, log: Path, timeout: float = BOOT_TIMEOUT) -> Machine:
+    """A healthy machine at its shell, after ``timeout`` seconds at most.
 
     QEMU without KVM now and then loses a CPU while a healthy kernel with several of them changes its own code
     (``Oops: int3`` or silence, where sched_clock becomes stable): such a boot says nothing of us, and is tried again.
@@ -295,7 +295,7 @@ def booted(hardware: Hardware, log: Path) -> Machine:
     for attempt in range(1, BOOT_ATTEMPTS + 1):
         machine = Machine(hardware, log)
         try:
-            machine.shell(BOOT_TIMEOUT)
+            machine.shell(timeout)
         except BaseException as error:
             machine.kill()
             if attempt == BOOT_ATTEMPTS or not isinstance(error, GuestError):

@@ -15,12 +15,16 @@ PACKAGES: Mapping[str, str] = {
     "apt-get": "apt",
     "blkid": "util-linux",
     "busybox": "busybox-static",
+    "chroot": "coreutils",
+    "cp": "coreutils",
     "crash": "crash",
+    "debootstrap": "debootstrap",
     "debugfs": "e2fsprogs",
     "depmod": "kmod",
     "dmsetup": "dmsetup",
     "dpkg": "dpkg",
     "e2fsck": "e2fsprogs",
+    "gdb": "gdb",
     "ip": "iproute2",
     "kexec": "kexec-tools",
     "losetup": "mount",
@@ -37,12 +41,13 @@ PACKAGES: Mapping[str, str] = {
     "sshfs": "sshfs",
     "tar": "tar",
     "umount": "mount",
+    "unshare": "util-linux",
 }
 """Program → the Debian package that has it."""
 
 _NOT_ALWAYS = {
-    "age", "age-keygen", "crash", "dmsetup", "ip", "losetup", "lvm", "makedumpfile", "mdadm", "mount",
-    "qemu-storage-daemon", "ssh", "ssh-keygen", "sshfs", "umount",
+    "age", "age-keygen", "chroot", "cp", "crash", "debootstrap", "dmsetup", "gdb", "ip", "losetup", "lvm",
+    "makedumpfile", "mdadm", "mount", "qemu-storage-daemon", "ssh", "ssh-keygen", "sshfs", "umount", "unshare",
 }  # fmt: skip
 CYCLE = sorted(PACKAGES.keys() - _NOT_ALWAYS)
 """What a whole crash cycle needs on the host; the others only look at what it left."""

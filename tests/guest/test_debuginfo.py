@@ -14,6 +14,7 @@ from drgn.helpers.linux.pid import for_each_task
 from drgn.helpers.linux.printk import get_printk_records
 from drgn.helpers.linux.sched import cpu_curr
 
+from capture.vmcore import open_vmcore
 from tests.guest import host
 from tests.guest.cache import Kernel
 from tests.guest.cases import DEBUGINFO_CASES
@@ -36,6 +37,7 @@ SHOWN = {
     "log": ["Kernel panic - not syncing: sysrq triggered crash", "Linux version "],
 }
 CRASH_COMMANDS = tuple(SHOWN)
+GDB_HAS_NOT = ("rflags", "orig_rax", "fs_base", "gs_base")
 
 
 @pytest.fixture
@@ -86,6 +88,53 @@ def test_drgn_and_crash_open_a_dump_without_vmemmap(crashed: Crashed, vmlinux: P
     if crashed.kernel.release.startswith("6.1."):
         for command in ("sys", "bt -a", "ps", "log", "mod"):
             assert crash_output(vmlinux, without_vmemmap, command) == crash_output(vmlinux, crashed.elf, command)
+
+
+@pytest.fixture
+def elf_core(crashed: Crashed, tmp_path: Path) -> Path:
+    """The saved dump as an ELF core."""
+    from capture.cli import main
+
+    core = tmp_path / "core.elf"
+    assert main(["dump", "-q", "--format", "elf", "-d", "31", str(crashed.saved / "vmcore"), str(core)]) == 0
+    return core
+
+
+def test_gdb_shows_the_registers_of_each_cpu(crashed: Crashed, vmlinux: Path, elf_core: Path) -> None:
+    said = gdb_output("thread apply all -s info registers", vmlinux, elf_core)
+    found = {
+        int(number) - 1: dict(re.findall(r"^(\w+) +(0x[0-9a-f]+)", text, re.MULTILINE))
+        for number, text in re.findall(r"^Thread (\d+) .*\n((?:.+\n)+)", said, re.MULTILINE)
+    }
+    saved = json.loads((crashed.saved / "registers.json").read_text())
+    assert sorted(found) == list(range(crashed.case.cpus))
+    for cpu in saved["cpus"]:
+        # gdb calls rflags by another name, and has no name for orig_rax, nor, with some programs, for the bases.
+        ours = {name: int(value, 16) for name, value in cpu["registers"].items() if name not in GDB_HAS_NOT}
+        theirs = {name: int(value, 16) for name, value in found[cpu["cpu"]].items()}
+        assert len(ours) == 23
+        assert ours == {name: theirs.get(name) for name in ours}
+
+
+def test_gdb_reads_the_kernel_at_its_virtual_addresses(crashed: Crashed, vmlinux: Path, elf_core: Path) -> None:
+    with open_vmcore(str(crashed.elf)) as vmcore:
+        (offset,) = re.findall(rb"KERNELOFFSET=([0-9a-f]+)", vmcore.notes.blob)
+    with_symbols = f"add-symbol-file {vmlinux} -o 0x{offset.decode()}"
+    said = gdb_output(with_symbols, None, elf_core, more=("print init_uts_ns.name.release", "thread apply all -s bt"))
+    assert f'"{crashed.kernel.release}"' in said
+    assert re.search(r"^#\d+ .* in sysrq_handle_crash ", said, re.MULTILINE)
+    assert re.search(r"^#\d+ .* in ksys_write ", said, re.MULTILINE)
+
+
+def test_crash_and_drgn_read_the_elf_core(crashed: Crashed, vmlinux: Path, elf_core: Path) -> None:
+    ours, theirs = (
+        [(task.pid.value_(), task.comm.string_()) for task in for_each_task(program(core, vmlinux))]
+        for core in (elf_core, crashed.elf)
+    )
+    assert ours == theirs
+    if crashed.kernel.release.startswith("6.1."):
+        for command in ("sys", "bt -a", "ps", "log", "mod"):
+            assert crash_output(vmlinux, elf_core, command) == crash_output(vmlinux, crashed.elf, command)
 
 
 def test_drgn_lists_the_same_modules_and_stacks(crashed: Crashed, vmlinux: Path) -> None:
@@ -142,6 +191,19 @@ def test_the_log_is_drgns_line_for_line(crashed: Crashed, vmlinux: Path) -> None
         # drgn leaves the further lines of a record at the margin; ours stand under the first, as makedumpfile's do.
         lines.append(prefix + record.text.replace(b"\n", b"\n" + b" " * len(prefix)) + b"\n")
     assert (crashed.saved / "vmcore-dmesg.txt").read_bytes() == b"".join(lines)
+
+
+def gdb_output(command: str, vmlinux: Path | None, core: Path, more: tuple[str, ...] = ()) -> str:
+    """What gdb prints for commands."""
+    if (line := host.missing(["gdb"])) is not None:
+        unavailable(line)
+    words = [word for each in ("set pagination off", command, *more) for word in ("-ex", each)]
+    files = [str(vmlinux)] if vmlinux is not None else []
+    answer = subprocess.run(
+        [str(host.find("gdb")), "-q", "-nx", "-batch", *files, "-core", str(core), *words],
+        capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    return answer.stdout
 
 
 def crash_output(vmlinux: Path, core: Path, command: str) -> str:

@@ -27,7 +27,7 @@ LAYERS = (
     ("kernel",),
     ("dumpfile",),
     ("vmcore",),
-    ("pagefilter",),
+    ("pagefilter", "elfdump"),
     ("copier", "options"),
     ("survey", "vmemmap"),
     ("dump", "report", "verify"),

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from capture.dumpfile import codec as codec_module
 from capture.dumpfile.codec import Codec, codec
 from capture.errors import UsageError
 from tests.builders import PAGE, filled, numbered
@@ -115,6 +116,16 @@ def test_no_flipped_bit_of_a_zstd_page_goes_unnoticed() -> None:
                 assert DECOMPRESS[ZSTD](bytes(damaged)) == page  # a bit that does not matter
             except (zstandard.ZstdError, AssertionError):
                 continue
+
+
+@pytest.mark.parametrize("spelling", ["zstd", "zstd:-5", "zstd:3"])
+def test_without_a_batched_call_the_frames_are_the_same(spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's python3-zstandard has none: it is built on the system's libzstd."""
+    buffer = filled("a", ".") + numbered(3, 20) + random.Random(4).randbytes(PAGE)
+    offsets = [number * PAGE for number in range(23)]
+    batched = packed_by(codec(spelling), buffer, offsets)
+    monkeypatch.setattr(codec_module, "ZSTD_BATCHED", False)
+    assert packed_by(codec(spelling), buffer, offsets) == batched
 
 
 @pytest.mark.parametrize("spelling", ["zstd", "zlib"])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from capture.dumpfile import output, passes, writer
+from capture.dumpfile import output, passes, selection, writer
 from capture.dumpfile.output import OutputFile
 from capture.dumpfile.passes import Passes
 from capture.dumpfile.writer import KdumpWriter
@@ -159,7 +159,7 @@ def test_numbers_are_those_of_the_table_over_many_windows() -> None:
     """A chunk may lie in several windows, and windows without a page of the dump lie between."""
     chosen = np.zeros(200_000, dtype=np.bool_)
     chosen[[5, 8_191, 8_192, 150_000, 199_999]] = True
-    assert CHUNK_PAGES < writer._NUMBER_WINDOW < writer._RUNS_WINDOW
+    assert CHUNK_PAGES < writer._NUMBER_WINDOW < selection.RUNS_WINDOW
     numbers = writer._Numbers(lambda first, count: chosen[first : first + count], lambda: range(2))
     assert numbers.of(np.array([5, 8_191, 8_192, 199_999])).tolist() == [0, 1, 2, 4]
     assert numbers.of(np.array([8_191, 150_000])).tolist() == [1, 3]
@@ -167,14 +167,14 @@ def test_numbers_are_those_of_the_table_over_many_windows() -> None:
 
 def test_numbers_cost_nothing_for_windows_without_memory() -> None:
     """One damaged segment may lie 2^40 pages above all others: 2^27 windows."""
-    far = (1 << 40) // writer._RUNS_WINDOW
-    chosen = {3, 9_000, far * writer._RUNS_WINDOW + 20_000}
+    far = (1 << 40) // selection.RUNS_WINDOW
+    chosen = {3, 9_000, far * selection.RUNS_WINDOW + 20_000}
     looked_at = []
 
-    def selection(first: int, count: int) -> NDArray[np.bool_]:
+    def chosen_of(first: int, count: int) -> NDArray[np.bool_]:
         looked_at.append(first)
         return np.array([pfn in chosen for pfn in range(first, first + count)])
 
-    numbers = writer._Numbers(selection, lambda: [0, far])
+    numbers = writer._Numbers(chosen_of, lambda: [0, far])
     assert numbers.of(np.array(sorted(chosen))).tolist() == [0, 1, 2]
     assert len(looked_at) < 100

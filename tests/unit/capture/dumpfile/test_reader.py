@@ -15,6 +15,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capture.dumpfile import reader
 from capture.dumpfile.reader import BATCH_PAGES, NOT_WRITTEN, KdumpFile
 from capture.errors import SourceError
 from tests.builders import PAGE, filled, numbered, patched
@@ -45,6 +46,13 @@ TABLE, DATA = 4 * PAGE, 4 * PAGE + 24 * len(STORED)
 def test_pages_of_all_codecs_come_back(vmcore_file: WriteFile) -> None:
     assert read_back(vmcore_file(dump_of(STORED))) == (PAGES, {})
     assert read_back(vmcore_file(dump_of(STORED, gap=b"erase info, or whatever"))) == (PAGES, {})
+
+
+def test_pages_come_back_where_zstd_has_no_batched_call(
+    vmcore_file: WriteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "ZSTD_BATCHED", False)
+    assert read_back(vmcore_file(dump_of(STORED))) == (PAGES, {})
 
 
 @pytest.mark.parametrize("block", [16384, 65536])

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capture.dumpfile import kdump, output, writer
+from capture.dumpfile import kdump, output, selection, writer
 from capture.dumpfile.output import Output, OutputFile
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile
 from capture.dumpfile.writer import DumpPlan, KdumpWriter, PackedPages
@@ -226,7 +226,7 @@ def test_any_pages_come_back_whatever_the_steps(
     with pytest.MonkeyPatch.context() as patch, created(path) as file:
         patch.setattr(writer, "SYNC_PAGES", sync_pages)
         patch.setattr(writer, "SYNC_BYTES", sync_bytes)
-        patch.setattr(writer, "_BITMAP_WINDOW", window)
+        patch.setattr(selection, "_BITMAP_WINDOW", window)
         write_pages(file, pages, at_once=at_once)
         file_digests = file.digests()
     assert by_hand(path).pages == pages
@@ -247,7 +247,7 @@ def test_bitmaps_have_a_bit_for_each_page_of_the_runs(
         pfn += length
     path = tmp_path_factory.getbasetemp() / "bitmaps"
     with pytest.MonkeyPatch.context() as patch, created(path) as file:
-        patch.setattr(writer, "_BITMAP_WINDOW", 8 * window_bytes)
+        patch.setattr(selection, "_BITMAP_WINDOW", 8 * window_bytes)
         KdumpWriter(file, PLAN._replace(max_mapnr=pfn)).begin(runs)
     raw = path.read_bytes()
     assert raw[2 * PAGE : 3 * PAGE] == raw[3 * PAGE : 4 * PAGE] == expect
