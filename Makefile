@@ -5,7 +5,11 @@ PYTHON ?= python3
 export PYTHON
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest
+# A process for each CPU, though no more than four: each may run a guest of some GiB. WORKERS=0: all in this one.
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadgroup --no-loadscope-reorder --durations 20
+# What to leave out; 'not long' takes in what test-debuginfo runs.
+TESTS ?= not debuginfo and not long
 
 .PHONY: help venv guest-host readers-host demo test test-unit test-guest test-debuginfo test-long bench bench-filter bench-memory bench-reservation fuzz fuzz-coverage check format clean
 
@@ -45,13 +49,13 @@ demo: guest-host venv
 	@$(BIN)/python -m tests.guest.demo
 
 test: guest-host readers-host venv
-	$(PYTEST) -m 'not debuginfo and not long'
+	$(PYTEST) -m '$(TESTS)'
 
 test-unit: venv
 	$(PYTEST) tests/unit tests/fuzz
 
 test-guest: guest-host readers-host venv
-	$(PYTEST) -m 'not debuginfo and not long' tests/guest
+	$(PYTEST) -m '$(TESTS)' tests/guest
 
 test-debuginfo: guest-host readers-host venv
 	$(PYTEST) -m 'debuginfo and not long'

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,6 +23,23 @@ REQUIRE = "VMCAPTURE_REQUIRE_GUESTS"
 
 # A new folder to leave images, dumps and console logs in, to look at after a failure.
 KEEP = "VMCAPTURE_KEEP"
+
+
+# Where all processes of a run have what they share; set by the first of them.
+SHARED = "VMCAPTURE_GUESTS_FOLDER"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the run's folder before pytest-xdist starts its workers, which inherit the environment."""
+    if SHARED in os.environ:
+        return
+    if keep := os.environ.get(KEEP):
+        folder = Path(keep)
+        folder.mkdir(parents=True)
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="vmcapture-guests-", dir=host.SCRATCH))
+        config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
+    os.environ[SHARED] = str(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,23 +83,25 @@ def debug_vmlinux() -> Callable[[Kernel], Path]:
 
 
 @pytest.fixture(scope="session")
-def guest_folder() -> Iterator[Path]:
-    """Where images and dumps are: gigabytes, so that none of it outlives the session unless $VMCAPTURE_KEEP is set."""
-    if keep := os.environ.get(KEEP):
-        folder = Path(keep)
-        folder.mkdir(parents=True)
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="vmcapture-guests-", dir=host.SCRATCH) as name:
-        yield Path(name)
+def shared_folder() -> Path:
+    """What all processes of the run have in common."""
+    return Path(os.environ[SHARED])
 
 
 @pytest.fixture(scope="session")
-def image_store(guest_folder: Path) -> ImageStore:
-    """The capture image and the healthy system of each kernel, built once a session."""
+def guest_folder(shared_folder: Path, worker_id: str) -> Path:
+    """Where dumps are: gigabytes, so that none of it outlives the run unless $VMCAPTURE_KEEP is set."""
+    folder = shared_folder / worker_id
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_store(shared_folder: Path) -> ImageStore:
+    """The capture image and the healthy system of each kernel, built once a run."""
     if (line := host.missing()) is not None:
         unavailable(line)
-    return ImageStore(guest_folder / "images")
+    return ImageStore(shared_folder / "images")
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ The disks of the machine: vda holds the kernel and the capture image that ``vmca
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
@@ -157,7 +158,7 @@ class CrashOfKinds(Saved):
 
 
 class ImageStore:
-    """The images of each kernel, built when they are first asked for."""
+    """The images of each kernel, built when they are first asked for, by whichever process asks first."""
 
     def __init__(
         self,
@@ -171,20 +172,23 @@ class ImageStore:
         self.recipients = recipients  # whom saves are encrypted to
         self.squashfs = squashfs  # None: as the builder decides
         self.more = more  # puts more files into the folder that becomes the healthy machine's disk
-        self._built: dict[str, Images] = {}
 
     def images(self, kernel: Kernel, steps: Steps | None = None) -> Images:
         """The images of one kernel."""
-        if kernel.release not in self._built:
-            with (steps or Steps()).step(f"building the capture image and the healthy system of {kernel.release}"):
-                self._built[kernel.release] = self._build(kernel)
-        return self._built[kernel.release]
-
-    def _build(self, kernel: Kernel) -> Images:
         folder = self.folder / kernel.release
-        contents = folder / "disk"
-        contents.mkdir(parents=True, exist_ok=True)
-        images = Images(contents / "capture.img", folder / "healthy.img", folder / "healthy-disk.ext4")
+        images = Images(folder / "disk" / "capture.img", folder / "healthy.img", folder / "healthy-disk.ext4")
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "built").open("ab") as built:
+            fcntl.flock(built, fcntl.LOCK_EX)
+            if not os.fstat(built.fileno()).st_size:
+                with (steps or Steps()).step(f"building the capture image and the healthy system of {kernel.release}"):
+                    self._build(kernel, images)
+                built.write(b"whole\n")
+        return images
+
+    def _build(self, kernel: Kernel, images: Images) -> None:
+        contents = images.capture.parent
+        contents.mkdir(exist_ok=True)
         encrypted = Encryption() if self.recipients is None else encryption(self.recipients)  # not this machine's own
         capture = ImageRequest(
             output=images.capture,
@@ -220,7 +224,6 @@ class ImageStore:
         if self.more is not None:
             self.more(kernel, contents)
         disk.make(images.disk, "256M", "healthy", content=contents)
-        return images
 
 
 @contextmanager
