@@ -29,6 +29,8 @@ readers=(
     age-keygen:age
     makedumpfile:makedumpfile
     crash:crash
+    mkfs.xfs:xfsprogs
+    mkfs.btrfs:btrfs-progs
 )
 bench=(
     makedumpfile:makedumpfile

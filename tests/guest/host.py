@@ -24,6 +24,8 @@ PACKAGES: Mapping[str, str] = {
     "makedumpfile": "makedumpfile",
     "losetup": "mount",
     "mke2fs": "e2fsprogs",
+    "mkfs.btrfs": "btrfs-progs",
+    "mkfs.xfs": "xfsprogs",
     "mksquashfs": "squashfs-tools",
     "mount": "mount",
     "qemu-storage-daemon": "qemu-system-common",
@@ -33,7 +35,10 @@ PACKAGES: Mapping[str, str] = {
 }
 """Program → the Debian package that has it."""
 
-_NOT_ALWAYS = {"age", "age-keygen", "crash", "losetup", "makedumpfile", "mount", "qemu-storage-daemon", "umount"}
+_NOT_ALWAYS = {
+    "age", "age-keygen", "crash", "losetup", "makedumpfile", "mkfs.btrfs", "mkfs.xfs", "mount", "qemu-storage-daemon",
+    "umount",
+}  # fmt: skip
 CYCLE = sorted(PACKAGES.keys() - _NOT_ALWAYS)
 """What a whole crash cycle needs on the host; the others only look at what it left."""
 
