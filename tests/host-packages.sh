@@ -34,6 +34,8 @@ readers=(
     makedumpfile:makedumpfile
     crash:crash
     gdb:gdb
+    mkfs.xfs:xfsprogs
+    mkfs.btrfs:btrfs-progs
     fish:fish
     zsh:zsh
 )

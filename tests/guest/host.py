@@ -32,6 +32,8 @@ PACKAGES: Mapping[str, str] = {
     "makedumpfile": "makedumpfile",
     "mdadm": "mdadm",
     "mke2fs": "e2fsprogs",
+    "mkfs.btrfs": "btrfs-progs",
+    "mkfs.xfs": "xfsprogs",
     "mksquashfs": "squashfs-tools",
     "mount": "mount",
     "qemu-storage-daemon": "qemu-system-common",
@@ -47,7 +49,8 @@ PACKAGES: Mapping[str, str] = {
 
 _NOT_ALWAYS = {
     "age", "age-keygen", "chroot", "cp", "crash", "debootstrap", "dmsetup", "gdb", "ip", "losetup", "lvm",
-    "makedumpfile", "mdadm", "mount", "qemu-storage-daemon", "ssh", "ssh-keygen", "sshfs", "umount", "unshare",
+    "makedumpfile", "mdadm", "mkfs.btrfs", "mkfs.xfs", "mount", "qemu-storage-daemon", "ssh", "ssh-keygen", "sshfs",
+    "umount", "unshare",
 }  # fmt: skip
 CYCLE = sorted(PACKAGES.keys() - _NOT_ALWAYS)
 """What a whole crash cycle needs on the host; the others only look at what it left."""

@@ -224,6 +224,7 @@ def insmod_calls(tmp_path: Path) -> Callable[[str, str], list[list[str]]]:
         f'[ $1 = insmod ] || exec {busybox} "$@"\n'
         f'shift\necho "$*" | {busybox} tr "\\n" " " >> {tmp_path}/calls\necho >> {tmp_path}/calls\n'
         '[ "${1##*/}" != refused.ko ] || { echo "insmod: cannot insert: Invalid argument" >&2; exit 1; }\n'
+        f'[ "${{1##*/}}" != hangs.ko ] || exec {busybox} sleep 4\n'
     )
     stub.chmod(0o755)
 
@@ -234,7 +235,10 @@ def insmod_calls(tmp_path: Path) -> Callable[[str, str], list[list[str]]]:
         (tmp_path / "cmdline").write_text(command_line)
         script = Path(image.__file__).with_name("init").read_text()
         functions = script[: script.index("$busybox mount -t proc")]
-        for word, here in (("/bin/busybox", stub), ("/modules", modules), ("/proc/cmdline", tmp_path / "cmdline")):
+        for word, here in (
+            ("/bin/busybox", stub), ("/modules", modules), ("/proc/cmdline", tmp_path / "cmdline"),
+            ("module_timeout=60", "module_timeout=1"),
+        ):  # fmt: skip
             functions = functions.replace(word, str(here))
         done = subprocess.run(
             [busybox, "sh", "-c", f"{functions}\nload_modules"], capture_output=True, text=True, check=True
@@ -313,6 +317,18 @@ def test_a_value_with_blanks_does_not_spill_into_stage_ones_options(
     insmod_calls: Callable[[str, str], list[list[str]]],
 ) -> None:
     assert insmod_calls("a.ko\n", 'a.dyndbg="file x +p" a.name="y" a.last=1\n') == [["a.ko", 'name="y"', "last=1"]]
+
+
+def test_stage_one_goes_on_without_a_driver_that_waits_for_its_disk(
+    insmod_calls: Callable[[str, str], list[list[str]]], tmp_path: Path
+) -> None:
+    """What it says when it comes to its end, later, is not taken for another one's word."""
+    calls = insmod_calls("first.ko\nhangs.ko\nsecond.ko\nthird.ko\n", "")
+
+    assert calls == [["first.ko"], ["hangs.ko"], ["second.ko"], ["third.ko"]]
+    assert (tmp_path / "said").read_text() == (
+        "vmcapture: kernel module hangs.ko: no answer for 1 s; going on without what it drives\n"
+    )
 
 
 def test_stage_one_goes_on_without_a_module_that_is_refused(

@@ -1,0 +1,106 @@
+"""Which block device carries a file system, as its superblock says: each disk asked by itself.
+
+``findfs`` reads one disk after another, so that the first one that hangs hides all the others; and it may be the disk
+that brought the machine down. Here every disk is read by a process of its own: what does not answer is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import subprocess
+import time
+import uuid
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import IO, cast
+
+BLOCK = Path("/sys/class/block")
+PATIENCE = 15.0
+"""Seconds that all disks together have to answer; one that has to spin up first takes about ten."""
+_AT_ONCE = 16
+_BLOCK, _BLOCKS = 4096, 17  # btrfs has its superblock at 64 KiB, the others have theirs before
+
+_asked: dict[str, subprocess.Popen[bytes]] = {}
+"""Who asks a disk that has not answered yet: there is no need for a second one."""
+
+
+def device_with(tag: str, value: str) -> str | None:
+    """Return the first device to answer whose file system (ext2 to ext4, xfs, btrfs) has the UUID or LABEL ``value``.
+
+    It may be part of something that carries the file system in its stead, as a disk of a mirror is.
+    """
+    wanted = value.lower() if tag == "UUID" else value
+    with closing(_heads(list(_disks()))) as answers:
+        for name, head in answers:
+            if tags(head).get(tag) == wanted:
+                return f"/dev/{name}"
+    return None
+
+
+def some_hang() -> bool:
+    """Return whether a disk has not answered when it was last asked."""
+    return any(process.poll() is None for process in _asked.values())
+
+
+def tags(head: bytes) -> dict[str, str]:
+    """Return UUID and LABEL of the file system that begins with ``head``; nothing where it is none that we know.
+
+    Layouts: struct ext4_super_block (fs/ext4/ext4.h), struct xfs_dsb (fs/xfs/libxfs/xfs_format.h), struct
+    btrfs_super_block (include/uapi/linux/btrfs_tree.h).
+    """
+    for magic, magic_at, uuid_at, label_at, label_size in (
+        (b"\x53\xef", 1024 + 0x38, 1024 + 0x68, 1024 + 0x78, 16),
+        (b"XFSB", 0, 32, 108, 12),
+        (b"_BHRfS_M", 65536 + 0x40, 65536 + 0x20, 65536 + 0x12B, 256),
+    ):
+        if head[magic_at : magic_at + len(magic)] == magic and len(head) >= label_at + label_size:
+            label = head[label_at : label_at + label_size].partition(b"\0")[0]
+            found = {"UUID": str(uuid.UUID(bytes=head[uuid_at : uuid_at + 16]))}
+            return found | ({"LABEL": label.decode("utf-8", "replace")} if label else {})
+    return {}
+
+
+def _disks() -> Iterator[str]:
+    """Yield the names of all disks, partitions and volumes."""
+    for place in sorted(BLOCK.iterdir()):
+        try:
+            size = int((place / "size").read_text())
+        except (OSError, ValueError):  # it went while we looked
+            continue
+        if size and not place.name.startswith(("ram", "zram", "loop")):
+            yield place.name
+
+
+def _heads(waiting: list[str]) -> Generator[tuple[str, bytes], None, None]:
+    """Yield what each device begins with, in the order in which they answer; less, where it cannot be read."""
+    waiting = [name for name in waiting if name not in _asked or _asked[name].poll() is not None]
+    heads: dict[str, bytes] = {}
+    deadline = time.monotonic() + PATIENCE
+    with selectors.DefaultSelector() as answers:
+        try:
+            while (waiting or answers.get_map()) and (left := deadline - time.monotonic()) > 0:
+                while waiting and len(answers.get_map()) < _AT_ONCE:
+                    name = waiting.pop(0)
+                    answers.register(_ask(name), selectors.EVENT_READ, name)
+                    heads[name] = b""
+                for key, _ in answers.select(left):
+                    piece = os.read(key.fd, 1 << 16)
+                    heads[key.data] += piece
+                    if not piece:
+                        answers.unregister(key.fileobj)
+                        _asked.pop(key.data).wait()
+                        yield key.data, heads.pop(key.data)
+        finally:
+            for name in heads:
+                _asked[name].kill()  # (one whose disk hangs stays in the kernel until that answers)
+
+
+def _ask(name: str) -> IO[bytes]:
+    process = subprocess.Popen(
+        ["dd", f"if=/dev/{name}", f"bs={_BLOCK}", f"count={_BLOCKS}"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    _asked[name] = process
+    return cast("IO[bytes]", process.stdout)
