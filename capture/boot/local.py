@@ -1,18 +1,20 @@
 """A local file system: find the device that ``LABEL=``, ``UUID=`` or a path names, and mount it.
 
-Searching is left to ``findfs`` (busybox in the capture kernel), which knows every file system.
+The superblocks of the usual file systems are looked at first, because of disks that hang; the others are left to
+``findfs`` (busybox in the capture kernel), which knows many.
 """
 
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from capture import pulse
-from capture.boot import mounting, volumes
+from capture.boot import mounting, superblocks, volumes
 from capture.console import Console
 from capture.errors import TargetError
 
@@ -69,15 +71,20 @@ def look_up(target: str) -> str | None:
     """
     if "=" not in target:
         return target if Path(target).is_block_device() else None
-    import subprocess  # the process that watches over the job has no need of it
+    tag, _, value = target.partition("=")
+    with pulse.at_target():
+        found = superblocks.device_with(tag, value)
+        if found is None:
+            found = None if superblocks.some_hang() else _found_by_findfs(target)
+    return None if found is None else _topmost(found, target)
 
+
+def _found_by_findfs(target: str) -> str | None:
     try:
-        with pulse.at_target():
-            answer = subprocess.run(["findfs", target], capture_output=True, text=True, check=False)
+        answer = subprocess.run(["findfs", target], capture_output=True, text=True, check=False)
     except OSError as error:
         raise TargetError(f"findfs cannot be run ({error.strerror}): name the target by its device, /dev/...") from None
-    found = answer.stdout.strip()
-    return _topmost(found, target) if answer.returncode == 0 and found else None
+    return answer.stdout.strip() or None if answer.returncode == 0 else None
 
 
 def _topmost(device: str, target: str) -> str | None:

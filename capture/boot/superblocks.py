@@ -16,6 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import IO, cast
 
+TAGS = ("UUID", "LABEL")
 BLOCK = Path("/sys/class/block")
 PATIENCE = 15.0
 """Seconds that all disks together have to answer; one that has to spin up first takes about ten."""
@@ -29,13 +30,19 @@ _asked: dict[str, subprocess.Popen[bytes]] = {}
 def device_with(tag: str, value: str) -> str | None:
     """Return the first device to answer whose file system (ext2 to ext4, xfs, btrfs) has the UUID or LABEL ``value``.
 
-    It may be part of something that carries the file system in its stead, as a disk of a mirror is.
+    It may be part of something that carries the file system in its stead, as a disk of a mirror is. Nothing is found
+    where there is no ``dd`` to read with.
     """
+    if tag not in TAGS:
+        return None
     wanted = value.lower() if tag == "UUID" else value
-    with closing(_heads(list(_disks()))) as answers:
-        for name, head in answers:
-            if tags(head).get(tag) == wanted:
-                return f"/dev/{name}"
+    try:
+        with closing(_heads(list(_disks()))) as answers:
+            for name, head in answers:
+                if tags(head).get(tag) == wanted:
+                    return f"/dev/{name}"
+    except OSError:
+        return None
     return None
 
 

@@ -98,6 +98,14 @@ def test_what_is_not_there_is_not_waited_for_for_ever(disks: Callable[..., None]
     assert superblocks.device_with("LABEL", "crash") is None
 
 
+def test_without_dd_nothing_is_found(disks: Callable[..., None], tmp_path: Path) -> None:
+    disks(sda="exit 1")
+    (tmp_path / "bin/dd").unlink()
+
+    assert superblocks.device_with("LABEL", "crash") is None
+    assert not superblocks.some_hang()
+
+
 def test_more_disks_than_are_asked_at_once(disks: Callable[..., None], ext4: str) -> None:
     disks(**{f"sd{number:02}": "exit 1" for number in range(40)}, sdz=ext4)
 
