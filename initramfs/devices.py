@@ -101,7 +101,8 @@ def find_device(target: str, tags: Collection[str] = TAGS) -> Path | None:
         return Path(target) if Path(target).exists() else None
     tag, separator, _ = target.partition("=")
     if not separator or tag not in tags:
-        raise UsageError(f"{target}: as a target only UUID=…, LABEL=… and paths below /dev are known")
+        known = ", ".join(f"{tag}=…" for tag in tags)
+        raise UsageError(f"{target}: as a target only {known} and paths below /dev are known")
     findfs = tools.require("findfs", "util-linux")
     try:
         return Path(tops(tools.run([findfs, target]).strip())[0])  # (a busybox finds the leg of a mirror as well)

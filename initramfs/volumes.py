@@ -27,6 +27,7 @@ devices {
     hints = "none"
     multipath_component_detection = 0
     md_component_detection = 1
+    md_component_checks = "full"
 }
 activation {
     udev_sync = 0

@@ -2,8 +2,8 @@
 
 | word | meaning | default |
 | --- | --- | --- |
-| ``vmcapture.target=`` | where to save: ``LABEL=``, ``UUID=`` or a device; may be repeated: the next ones are taken
-when nothing, or not all, could be saved on those before | none |
+| ``vmcapture.target=`` | where to save (capture.boot.targets: ``LABEL=``, ``UUID=``, a device, ``KIND:…``); may be
+repeated: the next ones are taken when nothing, or not all, could be saved on those before | none |
 | ``vmcapture.path=`` | directory on that file system | /var/crash |
 | ``vmcapture.final=`` | what to do once all is saved | reboot |
 | ``vmcapture.failure=`` | what to do when something failed | shell |

@@ -17,7 +17,11 @@ from capture.console import Console
 from capture.errors import TargetError
 
 LOCAL, RAW, VIRTIOFS = "", "raw", "virtiofs"
-KINDS = {LOCAL: "capture.boot.local", RAW: "capture.boot.raw", VIRTIOFS: "capture.boot.virtiofs"}
+KINDS = {
+    LOCAL: "capture.boot.local",
+    RAW: "capture.boot.raw",
+    VIRTIOFS: "capture.boot.virtiofs",
+}
 """What stands before the first colon → the module whose ``mounted`` mounts such a target."""
 
 

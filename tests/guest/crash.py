@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from initramfs.devices import Needed
 from initramfs.encryption import Encryption, encryption
 from initramfs.image import ImageRequest, build_image
 from tests.guest import cache, disk, host
@@ -166,16 +167,15 @@ class ImageStore:
         squashfs: bool | None = None,
         more: Callable[[Kernel, Path], object] | None = None,
         recipients: Path | None = None,
-        healthy_programs: tuple[Path, ...] = (),
-        healthy_modules: tuple[str, ...] = (),
+        needed: Needed = Needed(),  # noqa: B008  (frozen)
+        healthy_needed: Needed = Needed(),  # noqa: B008
         hooks: tuple[tuple[Path, ...], tuple[Path, ...]] = ((), ()),
     ) -> None:
         self.folder = folder
-        self.healthy_programs = healthy_programs  # more for the healthy system
-        self.healthy_modules = healthy_modules
         self.hooks = hooks  # programs of this machine that the capture kernel runs before and after a save
         self.recipients = recipients  # whom saves are encrypted to
         self.squashfs = squashfs  # None: as the builder decides
+        self.needed, self.healthy_needed = needed, healthy_needed  # more for the capture image, and for the healthy one
         self.more = more  # puts more files into the folder that becomes the healthy machine's disk
         self._built: dict[str, Images] = {}
 
@@ -196,12 +196,13 @@ class ImageStore:
             output=images.capture,
             kernel_release=kernel.release,
             modules_dir=kernel.modules_dir,
-            modules=MODULES,
+            modules=(*MODULES, *self.needed.loaded),
+            optional_modules=self.needed.built_in,
             welcome_modules=("softdog",),
             watchdog_modules=WATCHDOG_MODULES,
             squashfs=self.squashfs,
-            binaries=encrypted.binaries,
-            files=encrypted.files,
+            binaries=(*encrypted.binaries, *self.needed.binaries),
+            files=(*encrypted.files, *self.needed.files),
             before=self.hooks[0],
             after=self.hooks[1],
         )
@@ -212,10 +213,11 @@ class ImageStore:
                 output=images.healthy,
                 squashfs=None,
                 python_roots=("capture", "initramfs"),
-                optional_modules=(*HEALTHY_MODULES, *self.healthy_modules),
+                modules=(*MODULES, *self.healthy_needed.loaded),
+                optional_modules=(*HEALTHY_MODULES, *self.healthy_needed.built_in),
                 launcher_module="initramfs",
-                binaries=(host.find("kexec"), host.find("blkid"), *self.healthy_programs),
-                files=(),
+                binaries=(host.find("kexec"), host.find("blkid"), *self.healthy_needed.binaries),
+                files=self.healthy_needed.files,
                 before=(),
                 after=(),
             )
