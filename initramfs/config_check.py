@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from capture.errors import CaptureError
-from initramfs import devices, scripts, targets
+from initramfs import devices, scripts, settings, targets
 from initramfs.config import Config, ConfigError
 from initramfs.modules import ModuleTree, read_tree
 
@@ -52,12 +52,19 @@ def _target_problems(config: Config) -> Iterator[str]:
         problem = _other_filesystem(target, config.filesystems.get(target))
         if problem is not None:
             yield f"{where}: {problem}"
-    if config.file is not None and not config.targets:
-        directory = Path(config.path or "/var/crash")
+    directory = Path(config.path or settings.CRASH_DIRECTORY)
+    if not config.targets:
         try:
             targets.needed_by_mount(devices.mount_of(directory))
         except CaptureError as error:
             yield f"{config.where('path')}: no target is named, and {directory} is no place for a dump: {error}"
+            return
+    if config.root_is_last_target:
+        try:
+            settings.with_root(list(config.targets), directory, config)
+        except CaptureError as error:
+            named = f"{config.where('failure_action', 'dump_to_rootfs')}: "
+            yield named + str(error).removeprefix(named)
 
 
 def _other_filesystem(target: str, named: str | None) -> str | None:

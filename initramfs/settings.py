@@ -10,11 +10,10 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from capture.boot.config import MAX_DEADLINE, MAX_WAIT
 from capture.errors import UsageError
-from capture.levels import parse_levels
-from initramfs import devices, targets
+from initramfs import devices, directives, targets
 from initramfs.config import Config, read_config
+from initramfs.directives import Draft
 from initramfs.errors import ImageError
 
 CRASH_DIRECTORY = Path("/var/crash")
@@ -37,21 +36,15 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def add_save_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``load`` that say how to save."""
-    add = parser.add_argument
-    add("--level", type=_level, metavar="LEVEL[,LEVEL...]", help="dump level, or several (default: 31)")
-    add(
-        "--compress",
-        type=_compress,
-        metavar="CODEC",
-        help="zstd:auto (the default), zstd[:LEVEL], zlib[:LEVEL] or none",
-    )
-    for name, most, what in (
-        ("wait", MAX_WAIT, "how long to wait for a target to appear (default: 30)"),
-        ("timeout", MAX_WAIT, "without a byte moved, after which a target is given up; 0: never (default: 300)"),
-        ("deadline", MAX_DEADLINE, "that the save may take, then it ends with what it has; 0: no limit (default: 0)"),
+    """Add the options of ``load`` that say how to save: what the directives of the same names take."""
+    for name, metavar, what in (
+        ("level", "LEVEL[,LEVEL...]", "dump level, or several (default: 31)"),
+        ("compress", "CODEC", "zstd:auto (the default), zstd[:LEVEL], zlib[:LEVEL] or none"),
+        ("wait", "SECONDS", "how long to wait for a target to appear (default: 30)"),
+        ("timeout", "SECONDS", "without a byte moved, after which a target is given up; 0: never (default: 300)"),
+        ("deadline", "SECONDS", "that the save may take, then it ends with what it has; 0: no limit (default: 0)"),
     ):
-        add(f"--{name}", type=_seconds(most), metavar="SECONDS", help=what)
+        parser.add_argument(f"--{name}", type=_directive(name), metavar=metavar, help=what)
 
 
 def save_words(args: argparse.Namespace) -> dict[str, str]:
@@ -59,30 +52,20 @@ def save_words(args: argparse.Namespace) -> dict[str, str]:
     return {name: str(getattr(args, name)) for name in _SAVE_WORDS if getattr(args, name) is not None}
 
 
-def _level(text: str) -> str:
-    try:
-        return ",".join(map(str, parse_levels(text)))
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _directive(name: str) -> Callable[[str], int | str]:
+    """Return the type of an option that takes what the directive of its name takes."""
 
+    def convert(text: str) -> int | str:
+        draft = Draft()
+        try:
+            directives.apply(draft, name, text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name} ")) from None
+        value: int | str
+        (value,) = draft.values.values()
+        return value
 
-def _compress(text: str) -> str:
-    from capture.dumpfile.codec import codec  # with NumPy, for which no other command has to wait
-
-    try:
-        codec(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def _seconds(most: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and int(text) <= most):
-            raise argparse.ArgumentTypeError(f"{text}: a number from 0 to {most} is needed")
-        return int(text)
-
-    return number
+    return convert
 
 
 def configure(args: argparse.Namespace) -> Config:
@@ -105,15 +88,19 @@ def configure(args: argparse.Namespace) -> Config:
     if args.target and getattr(args, "path", "") is None:
         args.path = config.path
     if root_too:
-        args.target = _with_root(args.target, args.directory, config)
+        args.target = with_root(args.target, args.directory, config)
     return config
 
 
-def _with_root(targets: list[str], directory: Path, config: Config) -> list[str]:
-    """Return the targets and the root file system as the last one."""
-    root = root_target(config)
-    if targets:
-        return [*targets, root]
+def with_root(named: list[str], directory: Path, config: Config) -> list[str]:
+    """Return the targets that are named and the root file system as the last one.
+
+    Raises:
+        CaptureError: the capture kernel could not save to it, or not below the same path.
+    """
+    root = _root_target(config)
+    if named:
+        return [*named, root]
     if mounted_target(directory)[0] == root:
         return []  # the first one, and the last
     raise ImageError(
@@ -122,13 +109,8 @@ def _with_root(targets: list[str], directory: Path, config: Config) -> list[str]
     )
 
 
-def root_target(config: Config) -> str:
-    """Return the root file system as a target.
-
-    Raises:
-        ImageError: the capture kernel could not save to it below the same path.
-        CaptureError: nor to it at all.
-    """
+def _root_target(config: Config) -> str:
+    """Return the root file system as a target."""
     where = config.where("failure_action", "dump_to_rootfs")
     mount = devices.mount_of(Path("/"))
     if not mount.device.startswith("/dev/") or mount.root != "/":

@@ -77,6 +77,21 @@ def test_without_a_target_the_directory_has_to_be_on_a_disk(module_tree: Path, m
     check_image(parse("path /run/x", FILE), module_tree)  # targets are not the image's
 
 
+def test_the_root_file_system_as_the_last_target(module_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ("ext4 LABEL=good", "failure_action dump_to_rootfs")
+    monkeypatch.setattr(targets, "named_mount", lambda _: "UUID=1")
+    assert problems(module_tree, *lines) == []
+    monkeypatch.setattr(devices, "mount_of", lambda _: Mount("/dev/vda", Path("/"), "/@", "btrfs"))
+    (said,) = problems(module_tree, *lines)
+    assert said.startswith(
+        "/etc/vmcapture.conf:2: failure_action dump_to_rootfs: the root file system (/dev/vda, btrfs)"
+    )
+    monkeypatch.setattr(devices, "mount_of", lambda path: Mount(f"/dev/{path.name}", path, "/", "ext4"))
+    monkeypatch.setattr(targets, "named_mount", lambda mount: f"UUID={mount.device}")
+    (said,) = problems(module_tree, *lines[1:])
+    assert said.startswith("/etc/vmcapture.conf:1: failure_action dump_to_rootfs: /var/crash is on another file system")
+
+
 def test_programs_modules_and_keys_that_are_not_there(module_tree: Path, tmp_path: Path) -> None:
     script = program_of(tmp_path / "script", "true")
     script.chmod(0o644)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from capture.boot import __main__ as boot_main
-from capture.boot import actions, hooks, supervisor, targets
+from capture.boot import actions, hooks, mounting, supervisor
 from capture.boot.config import BootConfig
 from capture.boot.supervisor import Outcome
 from capture.boot.watchdog import Watchdog
@@ -27,7 +27,7 @@ def fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hooks, "_TICK", 0.05)
     monkeypatch.setattr(hooks, "BEFORE", str(tmp_path / "pre.d"))
     monkeypatch.setattr(hooks, "AFTER", str(tmp_path / "post.d"))
-    monkeypatch.setattr(targets, "MOUNT_POINT", tmp_path / "mnt")
+    monkeypatch.setattr(mounting, "MOUNT_POINT", tmp_path / "mnt")
 
 
 @pytest.fixture
