@@ -18,6 +18,7 @@ from .conftest import program_of
 @pytest.fixture(autouse=True)
 def disks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "needed_by", lambda *_: Needed((), ()))
+    monkeypatch.setattr(targets, "named_mount", lambda _: "UUID=1")
     monkeypatch.setattr(devices, "find_device", lambda _: None)
     monkeypatch.setattr(devices, "mount_of", lambda _: Mount("/dev/vda", Path("/"), "/", "ext4"))
     monkeypatch.setattr(targets, "needed_by_mount", lambda *_: Needed((), ()))

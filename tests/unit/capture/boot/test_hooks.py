@@ -94,7 +94,9 @@ def test_one_that_hangs_is_killed_with_its_children_and_costs_no_save(
     assert time.monotonic() - begun < 10
     assert console.lines[-1] == f"{hanging}: no end after 1 s (vmcapture.timeout=), killed; going on"
     child = int((tmp_path / "child").read_text())
-    assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split(") ")[1]
+    while lives(child):  # what was killed is not gone at once
+        assert time.monotonic() - begun < 20
+        time.sleep(0.05)
 
 
 def test_one_that_never_stops_talking_is_killed_too_and_does_not_flood_the_console(
@@ -136,6 +138,13 @@ def test_a_line_without_an_end_is_cut(hook: Hook, console: Console, dog: Watchdo
     assert hooks.run_before(10, console, dog) is None
     assert all(len(line) <= hooks.MAX_LINE + len("pre0: ") for line in console.lines[1:])
     assert console.lines[-1] == "pre0: last"
+
+
+def lives(process: int) -> bool:
+    try:
+        return not Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except OSError:
+        return False
 
 
 # --- around a save --------------------------------------------------------------------------------------------------
