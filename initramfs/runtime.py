@@ -31,6 +31,9 @@ LIBRARY = "/usr/lib/vmcapture"
 LAUNCHER = "/usr/bin/vmcapture"
 BOOT_LAUNCHER = f"{LIBRARY}/boot"
 BOOT_MODULE = "capture.boot"
+INTERPRETER_OPTIONS = ("-OO", "-s", "-S", "-P")
+"""In the image, and when what it needs is tried: no site, no path of ours. The image has no docstrings, which NumPy
+1.24 takes for an error where the interpreter was not told so."""
 SEARCH_PATH = "/usr/bin:/usr/sbin:/bin:/sbin"
 
 CODE_SUFFIXES = (".py", ".pyc", ".so")
@@ -116,7 +119,7 @@ def _probe(request: Mapping[str, Any], preload: Sequence[Path] = ()) -> Report:
         environment["LD_PRELOAD"] = ":".join(map(str, preload))
     try:
         answer = tools.run(
-            [sys.executable, "-s", "-S", "-P", "-B", Path(__file__).with_name("probe.py")],
+            [sys.executable, *INTERPRETER_OPTIONS, "-B", Path(__file__).with_name("probe.py")],
             stdin=json.dumps(request),
             environment=environment,
         )
@@ -243,4 +246,4 @@ def _launcher(runtime: Runtime, module: str, system_objects: Sequence[Path]) -> 
     if elsewhere:
         variables["LD_LIBRARY_PATH"] = ":".join(elsewhere)
     exports = "".join(f"export {name}='{value}'\n" for name, value in variables.items())
-    return f"#!/bin/sh\n{exports}exec '{runtime.executable}' -s -S -P -m {module} \"$@\"\n"
+    return f"#!/bin/sh\n{exports}exec '{runtime.executable}' {' '.join(INTERPRETER_OPTIONS)} -m {module} \"$@\"\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from capture.selftest import elf_core
 from initramfs import runtime, tools
 from initramfs.errors import ImageError
 from initramfs.runtime import Runtime
@@ -51,6 +52,41 @@ def test_the_command_runs_from_the_laid_out_tree(laid_out: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "usage: vmcapture" in done.stdout
     assert "initramfs" in done.stdout
+
+
+LAY_OUT = """
+import sys
+from pathlib import Path
+from initramfs import runtime, tools
+from initramfs.tree import Directory, File, Symlink, Tree
+scratch, root = map(Path, sys.argv[1:])
+tree = Tree()
+for name in ("bin", "sbin", "lib", "lib64"):
+    tree.add(f"/usr/{name}", Directory())
+    tree.add(f"/{name}", Symlink(f"usr/{name}"))
+tree.add("/tmp", Directory())
+runtime.lay_out(runtime.trace(("capture",)), tree, "capture", scratch)
+tree.add("/bin/sh", File(tools.find("busybox"), 0o755))
+tree.write(root)
+"""
+
+
+def test_debians_own_python_and_libraries_dump_from_the_laid_out_tree(tmp_path: Path) -> None:
+    """Its NumPy takes a docstring that the image lacks for an error, unless the interpreter was told so."""
+    python = "/usr/bin/python3"
+    needed = "import elftools, numpy, tqdm, zstandard"
+    if not Path(python).exists() or subprocess.run([python, "-c", needed], capture_output=True, check=False).returncode:
+        pytest.skip("needs python3-numpy, python3-pyelftools, python3-tqdm, python3-zstandard (make deb installs them)")
+    scratch, root = tmp_path / "scratch", tmp_path / "root"
+    scratch.mkdir()
+    root.mkdir()
+    subprocess.run([python, "-B", "-c", LAY_OUT, scratch, root], check=True)
+    (root / "tmp/core").write_bytes(elf_core([], [(0, 0x1000, b"x" * 8192)]))
+
+    done = in_chroot(root, "/usr/bin/vmcapture", "dump", "--threads", "1", "/tmp/core", "/tmp/dump")
+
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 pages" in done.stderr
 
 
 def test_every_package_imports_without_its_sources(laid_out: Path, traced: Runtime) -> None:
