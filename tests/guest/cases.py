@@ -54,11 +54,11 @@ LINUX_6_12 = "linux-image-6.12-cloud-amd64"
 # Every pair of kernel, CPUs, paging and system call occurs.
 CASES: tuple[Case, ...] = (
     Case("6.1-la57-file", LINUX_6_1, 1, LA57, "file"),
-    Case("6.1-la48-smp-load", LINUX_6_1, 4, LA48, "load", level="1", old_memory="same"),
-    Case("6.1-la57-smp-file", LINUX_6_1, 4, LA57, "file", memory="1G"),
+    Case("6.1-la48-smp-load", LINUX_6_1, 2, LA48, "load", level="1", old_memory="same"),
+    Case("6.1-la57-smp-file", LINUX_6_1, 3, LA57, "file", memory="1G"),
     Case("6.12-la48-file", LINUX_6_12, 1, LA48, "file", level="0", old_memory="same"),
     Case("6.12-la48-load", LINUX_6_12, 1, LA48, "load", append="iomem=strict", old_memory="refused"),
-    Case("6.12-la57-smp-load", LINUX_6_12, 4, LA57, "load", old_memory="same"),
+    Case("6.12-la57-smp-load", LINUX_6_12, 2, LA57, "load"),
 )
 
 LINUX_6_1_FULL = "linux-image-amd64"  # the cloud kernel of 6.1 is built without hwpoison
@@ -73,7 +73,7 @@ EVERYTHING = ("tmpfs", "plain", "thp", "hugetlb", "swap", "balloon", "poison")
 
 # Machines that have pages of every class: what is left out of their dumps is held against makedumpfile.
 FILTER_CASES: tuple[Case, ...] = (
-    Case("filter-6.1", LINUX_6_1_FULL, 4, LA57, memory="1536M", arguments=BALLOON,
+    Case("filter-6.1", LINUX_6_1_FULL, 2, LA57, memory="1536M", arguments=BALLOON,
          workloads=("offline", *EVERYTHING)),
     Case("filter-6.1-hvo", LINUX_6_1, 2, LA48, memory="1G", healthy_append="hugetlb_free_vmemmap=on",
          workloads=("tmpfs", "plain", "thp", "hugetlb")),
@@ -89,7 +89,7 @@ FILTER_CASES: tuple[Case, ...] = (
 RESERVATION_CASES: tuple[Case, ...] = (
     Case("reserved-112M-6.1", LINUX_6_1, 2, LA48, memory="1G", crashkernel="112M"),
     Case("reserved-112M-6.12", LINUX_6_12, 2, LA57, memory="1G", crashkernel="112M"),
-    Case("two-cpus", LINUX_6_12, 4, LA48, memory="1G", crashkernel="192M", capture_cpus=2),
+    Case("two-cpus", LINUX_6_12, 3, LA48, memory="1G", crashkernel="192M", capture_cpus=2),
     # The CPU that the firmware started stays asleep, unless it is the one that panicked.
     Case("four-cpus", LINUX_6_1, 5, LA57, memory="1G", crashkernel="256M", capture_cpus=4, long=True),
 )

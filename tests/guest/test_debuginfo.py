@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +39,8 @@ SHOWN = {
     "log": ["Kernel panic - not syncing: sysrq triggered crash", "Linux version "],
 }
 CRASH_COMMANDS = tuple(SHOWN)
+OF_LITTLE = ("sys", "bt -a", "ps", "log", "mod")
+"""What crash shows without having to look at pages of every kind."""
 GDB_HAS_NOT = ("rflags", "orig_rax", "fs_base", "gs_base")
 
 
@@ -49,7 +53,7 @@ def vmlinux(crashed: Crashed, debug_vmlinux: Callable[[Kernel], Path]) -> Path:
 def test_crash_says_the_same_of_the_dump_as_of_the_elf_vmcore(crashed: Crashed, vmlinux: Path, command: str) -> None:
     if not crashed.kernel.release.startswith("6.1."):
         pytest.skip("Debian 12's crash 8.0.2 does not know this kernel")
-    ours, theirs = (crash_output(vmlinux, core, command) for core in (crashed.saved / "vmcore", crashed.elf))
+    ours, theirs = (crash_outputs(vmlinux, core)[command] for core in (crashed.saved / "vmcore", crashed.elf))
     assert ours == theirs
     for expected in SHOWN[command]:
         assert expected in ours
@@ -63,8 +67,7 @@ def test_crash_reads_a_zlib_dump_alike(crashed: Crashed, vmlinux: Path, tmp_path
 
     dump = tmp_path / "zlib.kdump"
     assert main(["dump", "-q", "-c", "zlib", str(crashed.elf), str(dump)]) == 0
-    for command in CRASH_COMMANDS:
-        assert crash_output(vmlinux, dump, command) == crash_output(vmlinux, crashed.elf, command)
+    assert crash_outputs(vmlinux, dump) == crash_outputs(vmlinux, crashed.elf)
 
 
 @pytest.fixture
@@ -86,8 +89,8 @@ def test_drgn_and_crash_open_a_dump_without_vmemmap(crashed: Crashed, vmlinux: P
     )
     assert ours == theirs
     if crashed.kernel.release.startswith("6.1."):
-        for command in ("sys", "bt -a", "ps", "log", "mod"):
-            assert crash_output(vmlinux, without_vmemmap, command) == crash_output(vmlinux, crashed.elf, command)
+        of_dump, of_all = crash_outputs(vmlinux, without_vmemmap), crash_outputs(vmlinux, crashed.elf)
+        assert {name: of_dump[name] for name in OF_LITTLE} == {name: of_all[name] for name in OF_LITTLE}
 
 
 @pytest.fixture
@@ -133,8 +136,8 @@ def test_crash_and_drgn_read_the_elf_core(crashed: Crashed, vmlinux: Path, elf_c
     )
     assert ours == theirs
     if crashed.kernel.release.startswith("6.1."):
-        for command in ("sys", "bt -a", "ps", "log", "mod"):
-            assert crash_output(vmlinux, elf_core, command) == crash_output(vmlinux, crashed.elf, command)
+        of_dump, of_all = crash_outputs(vmlinux, elf_core), crash_outputs(vmlinux, crashed.elf)
+        assert {name: of_dump[name] for name in OF_LITTLE} == {name: of_all[name] for name in OF_LITTLE}
 
 
 def test_drgn_lists_the_same_modules_and_stacks(crashed: Crashed, vmlinux: Path) -> None:
@@ -206,13 +209,21 @@ def gdb_output(command: str, vmlinux: Path | None, core: Path, more: tuple[str, 
     return answer.stdout
 
 
-def crash_output(vmlinux: Path, core: Path, command: str) -> str:
-    """What crash prints for one command, less the lines that name the file (of vmemmap it warns, whatever it does)."""
+@functools.cache
+def crash_outputs(vmlinux: Path, core: Path) -> dict[str, str]:
+    """What crash prints for each command, less the lines that name the file (of vmemmap it warns, whatever it does).
+
+    All in one session: to look at the debug symbols takes it ten seconds.
+    """
     if (line := host.missing(["crash"])) is not None:
         unavailable(line)
-    answer = subprocess.run(
-        [str(host.find("crash")), "-s", str(vmlinux), str(core)],
-        input=f"{command}\nquit\n", capture_output=True, text=True, check=True, timeout=300,
-    )  # fmt: skip
-    said = re.sub(r"^\nWARNING: \S+:\n(?: {9}.*\n)+\n?", "", answer.stdout)
-    return re.sub(r"^ +DUMPFILE: .*\n", "", said, flags=re.MULTILINE)
+    with tempfile.TemporaryDirectory() as name:
+        files = {command: Path(name) / str(number) for number, command in enumerate(CRASH_COMMANDS)}
+        asked = "".join(f"{command} > {file}\n" for command, file in files.items())
+        subprocess.run(
+            [str(host.find("crash")), "-s", str(vmlinux), str(core)],
+            input=f"{asked}quit\n", capture_output=True, text=True, check=True, timeout=300,
+        )  # fmt: skip
+        said = {command: file.read_text() for command, file in files.items()}
+    without = re.compile(r"^ +DUMPFILE: .*\n|\A\nWARNING: \S+:\n(?: {9}.*\n)+\n?", re.MULTILINE)
+    return {command: without.sub("", text) for command, text in said.items()}
