@@ -7,6 +7,7 @@ The disks of the machine: vda holds the kernel and the capture image that ``vmca
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import re
@@ -16,10 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from initramfs.devices import Needed
 from initramfs.encryption import Encryption, encryption
 from initramfs.image import ImageRequest, build_image
+from initramfs.status import DOUBTFUL
 from tests.guest import cache, disk, host
 from tests.guest.cache import Kernel
 from tests.guest.cases import Case
@@ -616,3 +619,15 @@ def demand(machine: Machine, command: str, timeout: float = 60.0) -> str:
     if status != 0:
         raise GuestError(f"{command!r} ended with status {status} (console: {machine.log}): {output.strip()}")
     return output
+
+
+def status_of(machine: Machine) -> Any:
+    """What ``vmcapture status`` says of an armed machine; it may have its doubts.
+
+    Raises:
+        GuestError: the machine is not armed.
+    """
+    status, said = machine.run("vmcapture status --json")
+    if status not in (0, DOUBTFUL):
+        raise GuestError(f"vmcapture status ended with {status} (console: {machine.log}): {said}")
+    return json.loads(said)

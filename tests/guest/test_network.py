@@ -165,7 +165,7 @@ def test_the_same_crash_by_ssh_and_by_nfs(kernel: Kernel, store: ImageStore, ser
         assert {"virtio_net", "virtio_pci"} <= set(answer["modules"])
     assert found[0]["programs"] == ["sshfs", "ssh"]
     refusals = [answer["refused"] for answer in found[2:]]
-    assert "Permission denied (publickey)" in refusals[0]
+    assert "Permission denied (publickey" in refusals[0]
     assert "/root on it cannot be written: Permission denied" in refusals[1]
     assert "/ on it cannot be written: Read-only file system; the server lets nobody write: export it rw" in refusals[2]
     assert (

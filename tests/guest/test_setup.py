@@ -9,7 +9,7 @@ import pytest
 
 from tests.guest.cache import Kernel
 from tests.guest.cases import RESCUE
-from tests.guest.crash import TARGET_LABEL, ImageStore, demand, healthy
+from tests.guest.crash import TARGET_LABEL, ImageStore, demand, healthy, status_of
 from tests.guest.qemu import Machine
 
 LOAD_TO = "vmcapture load --kernel-image /run/healthy/vmlinuz --append console=ttyS0 --target"
@@ -40,8 +40,9 @@ def crash_loaded(machine: Machine) -> str:
 def test_a_machine_with_memory_reserved_but_nothing_loaded_is_not_armed(machine: Machine) -> None:
     status, said = machine.run("vmcapture status")
     assert status == 1
-    assert said.startswith("not armed: no capture kernel is loaded; run vmcapture load")
-    assert "256 MiB" in said
+    assert said.startswith(
+        "not armed: no capture kernel is loaded (256 MiB reserved for the capture kernel); run vmcapture"
+    )
 
 
 @pytest.mark.parametrize(("option", "syscall"), [("-s", "file"), ("-c", "load"), ("", "file")])
@@ -49,7 +50,7 @@ def test_load_arms_and_unload_disarms(option: str, syscall: str, machine: Machin
     status, said = machine.run(f"{LOAD} --image {IMAGE} {option}")
     assert status == 0, said
     assert crash_loaded(machine) == "1"
-    found = json.loads(demand(machine, "vmcapture status --json"))
+    found = status_of(machine)
     assert found["armed"]
     assert found["reservation"] == 256 << 20
     assert found["loaded"]["syscall"] == syscall
@@ -63,7 +64,7 @@ def test_load_arms_and_unload_disarms(option: str, syscall: str, machine: Machin
 
 def test_a_disk_named_by_its_device_is_loaded_by_its_uuid(machine: Machine) -> None:
     demand(machine, f"{LOAD_TO} /dev/vdb --image {IMAGE}")
-    words = json.loads(demand(machine, "vmcapture status --json"))["loaded"]["command_line"].split()
+    words = status_of(machine)["loaded"]["command_line"].split()
     (uuid,) = [word.removeprefix("vmcapture.target=UUID=") for word in words if word.startswith("vmcapture.target=")]
     assert demand(machine, f"findfs UUID={uuid}").strip() == "/dev/vdb"
 

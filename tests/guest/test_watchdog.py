@@ -28,6 +28,7 @@ from tests.guest.crash import (
     demand,
     healthy,
     panicked,
+    status_of,
     target_image,
 )
 from tests.guest.qemu import BOOT_TIMEOUT, Disk, Machine
@@ -83,7 +84,7 @@ def test_the_healthy_system_knows_what_runs_and_says_what_would_not_be_fed(
         def loaded(options: str = "") -> tuple[bool, str | None]:
             """Whether the capture kernel is to use a watchdog, and what status has to say of that."""
             demand(machine, f"{load} {options}")
-            status = json.loads(demand(machine, "vmcapture status --json"))
+            status = status_of(machine)
             return "vmcapture.watchdog=180" in status["loaded"]["command_line"].split(), status["watchdog"]
 
         assert loaded() == (False, None)
