@@ -206,7 +206,7 @@ def test_a_server_that_is_gone_gives_way_to_the_next_target(
             if not early:
                 machine.expect(r"saving memory: +[3-8]\d%", BOOT_TIMEOUT + SAVE_TIMEOUT)
                 there.qmp("stop")
-            line = machine.expect(r"^.*trying the next target, LABEL=crash", BOOT_TIMEOUT)[0]
+            line = machine.expect(r"[^\n]*trying the next target, LABEL=crash", BOOT_TIMEOUT)[0]
             machine.expect(r"^vmcapture: saved in LABEL=crash", SAVE_TIMEOUT)
             machine.wait_exit(BOOT_TIMEOUT)
     if early:
