@@ -56,9 +56,7 @@ class ElfFile:
         image = self._vmcore.image
         for chunk in image.chunks():
             block = image.fetch(chunk)
-            data = np.empty((len(block.pfns), self.page_size), dtype=np.uint8)
-            for index, start in enumerate(block.offsets.tolist()):
-                data[index] = np.frombuffer(block.buffer, dtype=np.uint8, count=self.page_size, offset=start)
+            data = np.concatenate([rows for _, rows in block.stretches(self.page_size)])
             bad = {
                 int(index): "cannot be read" for index in np.flatnonzero(np.isin(block.pfns, list(block.unreadable)))
             }

@@ -16,7 +16,7 @@ from capture.dumpfile import kdump
 from capture.dumpfile.output import HASH_BLOCK, MANIFEST, digests_of
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile, ReadPages
 from capture.errors import IncompleteError, SourceError
-from capture.memory.image import MemoryImage, contiguous
+from capture.memory.image import MemoryImage
 from capture.progress import Progress
 
 MAX_NAMED = 20
@@ -240,13 +240,8 @@ class _SourcePages:
         self._current: tuple[NDArray[np.int64], NDArray[np.uint8]] | None = next(self._chunks, None)
 
     def _read(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
-        size = self._image.page_size
         for chunk in self._image.chunks(self._dump.runs(self._dump.bitmap2)):
-            block = self._image.fetch(chunk)
-            for first, end in contiguous(block.offsets, size):
-                start = int(block.offsets[first])
-                data = np.frombuffer(block.buffer, dtype=np.uint8, count=(end - first) * size, offset=start)
-                yield block.pfns[first:end], data.reshape(-1, size)
+            yield from self._image.fetch(chunk).stretches(self._image.page_size)
 
     def compare(self, batch: ReadPages, report: VerifyReport) -> None:
         """Hold one batch of the dump against the source."""

@@ -6,7 +6,6 @@ The superblocks of the usual file systems are looked at first, because of disks 
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import time
 from collections.abc import Iterator
@@ -94,9 +93,5 @@ def _topmost(device: str, target: str) -> str | None:
         return None
     if len(tops) == 1:
         return tops[0]
-    key, _, value = target.partition("=")
-    for top in tops:
-        with contextlib.suppress(TargetError):
-            if f'{key}="{value}"' in mounting.run(["blkid", top], top).split():
-                return top
-    return device
+    tag, _, value = target.partition("=")
+    return superblocks.device_with(tag, value, tops) or device

@@ -11,7 +11,7 @@ import selectors
 import subprocess
 import time
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import IO, cast
@@ -27,17 +27,18 @@ _asked: dict[str, subprocess.Popen[bytes]] = {}
 """Who asks a disk that has not answered yet: there is no need for a second one."""
 
 
-def device_with(tag: str, value: str) -> str | None:
+def device_with(tag: str, value: str, among: Iterable[str] | None = None) -> str | None:
     """Return the first device to answer whose file system (ext2 to ext4, xfs, btrfs) has the UUID or LABEL ``value``.
 
-    It may be part of something that carries the file system in its stead, as a disk of a mirror is. Nothing is found
+    ``among`` are the devices to ask; all where it is None. It may be part of something that carries the file system in its stead, as a disk of a mirror is. Nothing is found
     where there is no ``dd`` to read with.
     """
     if tag not in TAGS:
         return None
+    names = _disks() if among is None else (Path(device).name for device in among)
     wanted = value.lower() if tag == "UUID" else value
     try:
-        with closing(_heads(list(_disks()))) as answers:
+        with closing(_heads(list(names))) as answers:
             for name, head in answers:
                 if tags(head).get(tag) == wanted:
                     return f"/dev/{name}"

@@ -69,6 +69,13 @@ class PageBlock(NamedTuple):
     unreadable: tuple[int, ...] = ()
     adjacent: bool = False
 
+    def stretches(self, page_size: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+        """Yield PFNs and bytes, a row for each page, of pages that lie one behind the other in ``buffer``."""
+        for first, end in contiguous(self.offsets, page_size):
+            start, length = int(self.offsets[first]), (end - first) * page_size
+            data = np.frombuffer(self.buffer, dtype=np.uint8, count=length, offset=start)
+            yield self.pfns[first:end], data.reshape(-1, page_size)
+
 
 @dataclass(slots=True)
 class PfnRanges:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from capture.boot import targets, volumes
+from capture.boot import superblocks, targets, volumes
 from capture.boot.local import find_device, look_up
 from capture.boot.volumes import Assembly, lvm_uuid, tops
 from capture.console import Console
@@ -145,12 +145,18 @@ def test_what_lies_below_a_volume_is_not_what_is_mounted(sys: Path, tools: Tools
     assert look_up("UUID=0123") == "/dev/dm-0"
 
 
-def test_of_several_volumes_on_one_disk_the_one_that_carries_it_is_taken(sys: Path, tools: Tools) -> None:
+def test_of_several_volumes_on_one_disk_the_one_that_carries_it_is_taken(
+    sys: Path, tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = "01234567-89ab-cdef-0123-456789abcdef"
+    head = tmp_path / "head"
+    head.write_bytes(b"XFSB" + bytes(28) + bytes.fromhex(identity.replace("-", "")) + bytes(500))
+    monkeypatch.setattr(superblocks, "BLOCK", tmp_path)  # of the disk itself only findfs knows
     for name in ("dm-1", "dm-2"):
         (sys / "class/block/vdb/holders" / name).mkdir(parents=True)
-    tools(findfs="echo /dev/vdb", blkid='[ $1 = /dev/dm-2 ] && echo /dev/dm-2: LABEL="crash" UUID=\\"0123\\"')
+    tools(findfs="echo /dev/vdb", dd=f"[ $1 = if=/dev/dm-2 ] && /bin/cat {head}")
     assert tops("/dev/vdb", sys) == ["/dev/dm-1", "/dev/dm-2"]
-    assert look_up("UUID=0123") == "/dev/dm-2"
+    assert look_up(f"UUID={identity}") == "/dev/dm-2"
 
 
 def test_the_leg_of_an_array_that_is_not_there_is_not_mounted(image: Path, tools: Tools) -> None:
