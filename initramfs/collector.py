@@ -16,7 +16,6 @@ from capture.levels import parse_levels
 ZLIB, FAST, NONE = "zlib", "zstd:auto", "none"
 _COMPRESSION = {"-c": ZLIB, "-z": FAST, "-l": FAST, "-p": FAST}
 _NAMES = {"-l": "LZO", "-p": "snappy"}
-_LEVEL_BITS = 31
 
 _NOT_NEEDED = {
     "-F": "every target gets an ordinary dump, which nobody has to put together",

@@ -25,7 +25,7 @@ def add_commands(subparsers: Subparsers) -> None:
     release = os.uname().release
     parser = command(subparsers, "arm", run_arm, "build the capture image and load it, what of it is needed now")
     add = parser.add_argument
-    _add_config(parser)
+    settings.add_config(parser)
     add("--kernel", default=release, metavar="RELEASE", help="the kernel to arm with (default: the running one)")
     add("--build-only", action="store_true", help="build the image, load nothing: for a kernel that is not booted yet")
     add("--force", action="store_true", help="build and load whether or not anything has changed")
@@ -35,7 +35,7 @@ def add_commands(subparsers: Subparsers) -> None:
         "would a crash now be saved? exit status 0: yes, 1: no, 3: yes, but for a doubt", output=True,
     )  # fmt: skip
     add = parser.add_argument
-    _add_config(parser)
+    settings.add_config(parser)
     add(
         "--prometheus", nargs="?", type=Path, const=prometheus.FILE, metavar="FILE",
         help="write it for node_exporter's textfile collector, - for standard output; exit status 0 when it is written "
@@ -46,7 +46,7 @@ def add_commands(subparsers: Subparsers) -> None:
         subparsers, "test", run_test, "rehearse a crash in QEMU, and try the targets; or crash this machine"
     )
     add = parser.add_argument
-    _add_config(parser)
+    settings.add_config(parser)
     add("--no-guest", action="store_true", help="try the targets only, crash no guest")
     add(
         "--timeout", type=positive(), default=rehearsal.DEADLINE, metavar="SECONDS",
@@ -60,10 +60,8 @@ def add_commands(subparsers: Subparsers) -> None:
 
 
 CRASH_WORD = "yes-crash-this-machine"
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, metavar="FILE", help="default: /etc/vmcapture.conf, where that is there")
+NO_TRIAL = "--no-check"
+"""Of ``initramfs``: nothing is mounted, nor written to another machine; what the image needs is the same."""
 
 
 def _words(args: argparse.Namespace) -> tuple[str, ...]:
@@ -72,11 +70,7 @@ def _words(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def parsed(words: Sequence[str]) -> argparse.Namespace:
-    """Return what ``vmcapture`` makes of these words.
-
-    Raises:
-        UsageError: nothing.
-    """
+    """Return what ``vmcapture`` makes of these words."""
     from initramfs import cli  # which has our commands, too
 
     parser = OneLineParser(prog="vmcapture")
@@ -105,15 +99,15 @@ def run_arm(args: argparse.Namespace) -> int:
     return arm.arm(wanted, _run, Console(quiet=args.quiet))
 
 
-def _wanted(args: argparse.Namespace) -> status.Wanted:
-    """Return how to learn what ``arm`` would do for the running kernel."""
+def _wanted(args: argparse.Namespace, *options: str) -> status.Wanted:
+    """Return how to learn what ``arm`` would do for the running kernel; ``options`` are for its ``initramfs``."""
     from initramfs.cli import crash_kernel, default_image, image_request
 
     release = os.uname().release
     config = () if args.config is None else ("--config", str(args.config))
 
     def image(path: Path) -> ImageRequest:
-        words = ("initramfs", "--kernel", release, "-o", str(path), *config)
+        words = ("initramfs", "--kernel", release, "-o", str(path), *config, *options)
         args = parsed(words)
         return image_request(args, settings.configure(args), path)
 
@@ -126,7 +120,7 @@ def _wanted(args: argparse.Namespace) -> status.Wanted:
 
 def run_status(args: argparse.Namespace) -> int:
     """Tell whether a crash now would be saved."""
-    state = status.status(_wanted(args))
+    state = status.status(_wanted(args, NO_TRIAL))
     if args.prometheus is not None:
         return _export(args, state)
     if args.json:
@@ -147,11 +141,11 @@ def _export(args: argparse.Namespace, state: status.Status) -> int:
 def run_test(args: argparse.Namespace) -> int:
     """Try what can be tried without a crash; or crash."""
     console = Console(quiet=args.quiet)
-    state = status.status(_wanted(args))
+    if args.confirmed and not args.crash:
+        raise UsageError(f"--{CRASH_WORD} is for --crash")
+    state = status.status(_wanted(args, NO_TRIAL))
     if args.crash:
         return _crash(args, state, console)
-    if args.confirmed:
-        raise UsageError(f"--{CRASH_WORD} is for --crash")
     request = rehearsal.Request(state, _wanted(args), args.timeout, guest=not args.no_guest)
     result = rehearsal.rehearse(request, console.say)
     print("\n".join(result.lines()))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from capture.cli import EXIT_FAILED, Subparsers, command
 from capture.console import Console, printable
 from capture.errors import SourceError
+from initramfs import settings
 from initramfs.config import read_config
 from initramfs.places import Place, places
 
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 def add_commands(subparsers: Subparsers) -> None:
     """Add them."""
     parser = command(subparsers, "list", run_list, "list the crashes that were saved on this host", output=True)
-    _add_config(parser)
+    settings.add_config(parser)
     parser.add_argument(
         "directories", nargs="*", type=Path, metavar="DIR",
         help="where to look (default: below the configured path on each local target)",
     )  # fmt: skip
     parser = command(subparsers, "show", run_show, "show one crash: panic, log, registers, how to open it", output=True)
-    _add_config(parser)
+    settings.add_config(parser)
     parser.add_argument(
         "crash", nargs="?", metavar="CRASH", help="its directory, or that one's name (default: the latest crash)"
     )
@@ -37,12 +38,8 @@ def add_commands(subparsers: Subparsers) -> None:
         subparsers, "report", run_report,
         "after a reboot: verify new crashes, write them to the journal, tell who is to know", output=True,
     )  # fmt: skip
-    _add_config(parser)
+    settings.add_config(parser)
     parser.add_argument("--no-notify", action="store_true", help="tell nobody but the journal")
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, metavar="FILE", help="default: /etc/vmcapture.conf, where that is there")
 
 
 @contextmanager

@@ -8,15 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from capture.boot.targets import LOCAL, kind_of
+from capture.boot import nfs, ssh
+from capture.boot.targets import LOCAL, NFS, RAW, SSH, kind_of, place_of
 from capture.errors import CaptureError
 from initramfs import devices, places, superblock
 from initramfs.superblock import Room
 
 TIMEOUT = 3
 """Seconds for a server to answer."""
-NFS_PORT, SSH_PORT = 2049, 22
-RAW_PREFIX = "raw:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +33,11 @@ class Target:
 def reach(target: str, path: str) -> Target:
     """Return what is known of a target now; ``path`` is the directory on it."""
     kinds: dict[str, Callable[[str, str], Target]] = {
-        LOCAL: _local, "raw": _raw, "nfs": _nfs, "ssh": _ssh,
+        LOCAL: _local, RAW: _raw, NFS: _nfs, SSH: _ssh,
     }  # fmt: skip
     try:
         return kinds.get(kind_of(target), _untried)(target, path)
-    except (CaptureError, OSError) as error:
+    except (CaptureError, OSError, UnicodeError) as error:  # (of a name that cannot be looked up)
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return Target(target, False, f"{target}: {said}", "vmcapture test tries it")
 
@@ -64,7 +63,7 @@ def _room_of_mount(path: Path) -> Room:
 
 
 def _raw(target: str, _path: str) -> Target:
-    word = target.removeprefix(RAW_PREFIX)
+    word = place_of(target)
     device = _partition(word)
     if device is None:
         return Target(target, False, devices.absent(word), "attach it, or name another target")
@@ -82,18 +81,12 @@ def _partition(word: str) -> Path | None:
 
 
 def _nfs(target: str, _path: str) -> Target:
-    server, _, _ = target.removeprefix("nfs:").rpartition(":/")
-    return _answers(target, server.strip("[]"), NFS_PORT)
+    return _answers(target, nfs.parse(target).server, nfs.PORT)
 
 
 def _ssh(target: str, _path: str) -> Target:
-    place = target.removeprefix("ssh:").rpartition("@")[2]
-    if place.startswith("["):
-        host, _, port = place[1:].partition("]")
-        port = port.removeprefix(":")
-    else:
-        host, _, port = place.partition(":")
-    return _answers(target, host, int(port) if port.isdecimal() else SSH_PORT)
+    login = ssh.parse(target)
+    return _answers(target, login.host, login.port)
 
 
 def _answers(target: str, host: str, port: int) -> Target:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from capture.boot import config as boot_config
 from capture.boot.targets import LOCAL, kind_of
 from capture.errors import CaptureError
 from initramfs import devices, estimate, kexec, measure, places, qemu, stamp
-from initramfs.errors import MeasureError, NotSavedError, ToolError
+from initramfs.errors import NotSavedError, ToolError
 from initramfs.status import BAD, DOUBT, DOUBTFUL, GOOD, Check, Status, Wanted
 
 MODULES = Path("/lib/modules")
@@ -138,28 +137,26 @@ def _guest(request: Request, say: Callable[[str], object]) -> Check:
     made_from = stamp.read(image)
     release = os.uname().release if made_from is None else made_from.release
     fast = qemu.accelerators()[0] != "tcg"
-    asked = measure.Request(
-        kernel=kernel,
-        modules_dir=MODULES / release,
-        image=image,
-        image_memory=estimate.memory_of(image),
-        first=reservation,
-        cpus=kexec.cpus_of(loaded.command_line) if fast else 1,
-        deadline=request.deadline,
-        append=options_of(loaded.command_line),
-    )
-    scratch = Path(tempfile.mkdtemp(prefix="vmcapture-"))
     try:
-        lab = measure.Laboratory(asked, scratch / "guest", say)
-        run = lab.crash(reservation)
+        asked = measure.Request(
+            kernel=kernel,
+            modules_dir=MODULES / release,
+            image=image,
+            image_memory=estimate.memory_of(image),
+            first=reservation,
+            cpus=kexec.cpus_of(loaded.command_line) if fast else 1,
+            deadline=request.deadline,
+            append=options_of(loaded.command_line),
+        )
+        with tempfile.TemporaryDirectory(prefix="vmcapture-", ignore_cleanup_errors=True) as scratch:
+            lab = measure.Laboratory(asked, Path(scratch) / "guest", say)
+            run = lab.crash(reservation)
     except NotSavedError as error:
         return Check("guest", BAD, f"a guest crashed, and not all was saved: {error}")
-    except (MeasureError, ToolError) as error:
+    except CaptureError as error:
         return Check("guest", DOUBT, f"no guest was crashed: {error}")
     except OSError as error:
         return Check("guest", DOUBT, f"no guest was crashed: {error.filename or 'system'}: {error.strerror}")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     what = (
         f"a guest with {release} and {reservation >> 20} MiB reserved crashed in QEMU ({lab.accelerators[0]}), and all "
         f"was saved; {run.memory_available_least >> 20} MiB were left at the least"

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from capture.boot import routes
+from capture.boot.mounting import inside
 from capture.boot.routes import Route
-from capture.boot.save import inside
 from capture.errors import CaptureError
 from initramfs import network, tools
 from initramfs.devices import Needed

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from capture.boot import superblocks
 
 
 class Room(NamedTuple):
@@ -21,10 +22,8 @@ class Room(NamedTuple):
     total: int
 
 
-_READ = 0x11000
-_EXT, _EXT_MAGIC, _EXT_64BIT = 0x400, 0xEF53, 0x80
-_XFS_MAGIC = b"XFSB"
-_BTRFS, _BTRFS_MAGIC = 0x10000, b"_BHRfS_M"
+_EXT, _EXT_64BIT = 0x400, 0x80
+_BTRFS = 0x10000
 
 
 def room(device: Path) -> Room | None:
@@ -35,19 +34,17 @@ def room(device: Path) -> Room | None:
     """
     descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        data = os.pread(descriptor, _READ, 0)
+        data = os.pread(descriptor, superblocks.HEAD, 0)
     finally:
         os.close(descriptor)
-    readers: tuple[Callable[[bytes], Room | None], ...] = (_ext, _xfs, _btrfs)
+    kind = superblocks.kind_of(data)
     try:
-        return next((found for found in (read(data) for read in readers) if found is not None), None)
+        return None if kind is None else _READERS[kind](data)
     except struct.error:  # shorter than a superblock
         return None
 
 
-def _ext(data: bytes) -> Room | None:
-    if struct.unpack_from("<H", data, _EXT + 0x38)[0] != _EXT_MAGIC:
-        return None
+def _ext(data: bytes) -> Room:
     blocks, _, free, _, _, shift = struct.unpack_from("<6I", data, _EXT + 4)
     if struct.unpack_from("<I", data, _EXT + 0x60)[0] & _EXT_64BIT:
         blocks |= struct.unpack_from("<I", data, _EXT + 0x150)[0] << 32
@@ -56,15 +53,14 @@ def _ext(data: bytes) -> Room | None:
     return Room(free * size, blocks * size)
 
 
-def _xfs(data: bytes) -> Room | None:
-    if not data.startswith(_XFS_MAGIC):
-        return None
+def _xfs(data: bytes) -> Room:
     size, blocks = struct.unpack_from(">IQ", data, 4)
     return Room(struct.unpack_from(">Q", data, 144)[0] * size, blocks * size)
 
 
-def _btrfs(data: bytes) -> Room | None:
-    if data[_BTRFS + 0x40 : _BTRFS + 0x48] != _BTRFS_MAGIC:
-        return None
+def _btrfs(data: bytes) -> Room:
     total, used = struct.unpack_from("<QQ", data, _BTRFS + 0x70)
     return Room(total - used, total)
+
+
+_READERS = {superblocks.EXT: _ext, superblocks.XFS: _xfs, superblocks.BTRFS: _btrfs}

@@ -50,6 +50,18 @@ def mounted_by(mount: Callable[[Path], object], name: str, console: Console) -> 
             console.say(f"{error}; what was saved is synced")
 
 
+def inside(root: Path, path: str, target: str) -> Path:
+    """Return the directory on the mounted target; a symbolic link must not lead out of it, into our own memory."""
+    place = root / path.lstrip("/")
+    with pulse.at_target():
+        real = place.resolve()
+    if not real.is_relative_to(root.resolve()):
+        raise TargetError(
+            f"{target}: {path} on it is a symbolic link to {real}: name the directory itself with vmcapture.path="
+        )
+    return place
+
+
 def _mount_point() -> Path:
     """Return the first place with nothing mounted on it.
 

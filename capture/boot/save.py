@@ -5,26 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from capture import pulse
 from capture.boot.config import BootConfig
 from capture.boot.job import SaveReport, default_source, exit_status, save
+from capture.boot.mounting import inside
 from capture.boot.targets import mounted_target
 from capture.console import Console
-from capture.errors import TargetError
 from capture.options import DumpOptions
 from capture.vmcore import open_vmcore
-
-
-def inside(root: Path, path: str, target: str) -> Path:
-    """Return the directory on the mounted target; a symbolic link must not lead out of it, into our own memory."""
-    place = root / path.lstrip("/")
-    with pulse.at_target():
-        real = place.resolve()
-    if not real.is_relative_to(root.resolve()):
-        raise TargetError(
-            f"{target}: {path} on it is a symbolic link to {real}: name the directory itself with vmcapture.path="
-        )
-    return place
 
 
 def _nothing(_saved: SaveReport) -> None:

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, NamedTuple, cast
 
 TAGS = ("UUID", "LABEL")
 BLOCK = Path("/sys/class/block")
@@ -22,6 +22,28 @@ PATIENCE = 15.0
 """Seconds that all disks together have to answer; one that has to spin up first takes about ten."""
 _AT_ONCE = 16
 _BLOCK, _BLOCKS = 4096, 17  # btrfs has its superblock at 64 KiB, the others have theirs before
+HEAD = _BLOCK * _BLOCKS
+"""How many bytes at a device's beginning have all of them."""
+
+
+class Layout(NamedTuple):
+    """Where in bytes from a device's beginning a superblock has what tells it apart, its UUID and its label."""
+
+    magic: bytes
+    magic_at: int
+    uuid_at: int
+    label_at: int
+    label_size: int
+
+
+EXT, XFS, BTRFS = "ext", "xfs", "btrfs"
+LAYOUTS = {
+    EXT: Layout(b"\x53\xef", 1024 + 0x38, 1024 + 0x68, 1024 + 0x78, 16),
+    XFS: Layout(b"XFSB", 0, 32, 108, 12),
+    BTRFS: Layout(b"_BHRfS_M", 65536 + 0x40, 65536 + 0x20, 65536 + 0x12B, 256),
+}
+"""struct ext4_super_block (fs/ext4/ext4.h), struct xfs_dsb (fs/xfs/libxfs/xfs_format.h), struct btrfs_super_block
+(include/uapi/linux/btrfs_tree.h)."""
 
 _asked: dict[str, subprocess.Popen[bytes]] = {}
 """Who asks a disk that has not answered yet: there is no need for a second one."""
@@ -30,8 +52,8 @@ _asked: dict[str, subprocess.Popen[bytes]] = {}
 def device_with(tag: str, value: str, among: Iterable[str] | None = None) -> str | None:
     """Return the first device to answer whose file system (ext2 to ext4, xfs, btrfs) has the UUID or LABEL ``value``.
 
-    ``among`` are the devices to ask; all where it is None. It may be part of something that carries the file system in its stead, as a disk of a mirror is. Nothing is found
-    where there is no ``dd`` to read with.
+    ``among`` are the devices to ask; all where it is None. It may be part of something that carries the file system in
+    its stead, as a disk of a mirror is. Nothing is found where there is no ``dd`` to read with.
     """
     if tag not in TAGS:
         return None
@@ -53,21 +75,22 @@ def some_hang() -> bool:
 
 
 def tags(head: bytes) -> dict[str, str]:
-    """Return UUID and LABEL of the file system that begins with ``head``; nothing where it is none that we know.
+    """Return UUID and LABEL of the file system that begins with ``head``; nothing where it is none that we know."""
+    kind = kind_of(head)
+    if kind is None:
+        return {}
+    at = LAYOUTS[kind]
+    label = head[at.label_at : at.label_at + at.label_size].partition(b"\0")[0]
+    found = {"UUID": str(uuid.UUID(bytes=head[at.uuid_at : at.uuid_at + 16]))}
+    return found | ({"LABEL": label.decode("utf-8", "replace")} if label else {})
 
-    Layouts: struct ext4_super_block (fs/ext4/ext4.h), struct xfs_dsb (fs/xfs/libxfs/xfs_format.h), struct
-    btrfs_super_block (include/uapi/linux/btrfs_tree.h).
-    """
-    for magic, magic_at, uuid_at, label_at, label_size in (
-        (b"\x53\xef", 1024 + 0x38, 1024 + 0x68, 1024 + 0x78, 16),
-        (b"XFSB", 0, 32, 108, 12),
-        (b"_BHRfS_M", 65536 + 0x40, 65536 + 0x20, 65536 + 0x12B, 256),
-    ):
-        if head[magic_at : magic_at + len(magic)] == magic and len(head) >= label_at + label_size:
-            label = head[label_at : label_at + label_size].partition(b"\0")[0]
-            found = {"UUID": str(uuid.UUID(bytes=head[uuid_at : uuid_at + 16]))}
-            return found | ({"LABEL": label.decode("utf-8", "replace")} if label else {})
-    return {}
+
+def kind_of(head: bytes) -> str | None:
+    """Return of what kind the file system is that begins with ``head``, a key of LAYOUTS; None where it is of none."""
+    for kind, at in LAYOUTS.items():
+        if head.startswith(at.magic, at.magic_at) and len(head) >= at.label_at + at.label_size:
+            return kind
+    return None
 
 
 def _disks() -> Iterator[str]:

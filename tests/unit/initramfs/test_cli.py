@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -19,6 +21,13 @@ from initramfs.image import ImageReport, ImageRequest
 from initramfs.measure import Measurement, Run
 
 from .conftest import RELEASE, need_image_tools
+
+
+def test_no_command_waits_for_numpy_that_does_not_need_it() -> None:
+    """It takes a third of a second to import; what a save is made of would bring it along."""
+    asked = "import sys, initramfs.cli; print(*sorted({'numpy', 'capture.boot.job'} & sys.modules.keys()))"
+    said = subprocess.run([sys.executable, "-c", asked], check=True, capture_output=True, text=True).stdout
+    assert said == "\n"
 
 
 def test_the_whole_command_has_both_sides(capsys: pytest.CaptureFixture[str]) -> None:

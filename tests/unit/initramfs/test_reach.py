@@ -48,6 +48,13 @@ def test_a_real_port_that_answers_and_one_that_does_not() -> None:
     assert found.remedy
 
 
+@pytest.mark.parametrize("target", ["ssh:kdump@a..b", "ssh:kdump@server:65536", "nfs:server"])
+def test_a_target_that_makes_no_sense_is_a_line(target: str) -> None:
+    found = reach.reach(target, "/var/crash")
+    assert found.reached is False
+    assert found.what.startswith(f"{target}: ")
+
+
 def test_a_raw_partition_is_there_or_not(tmp_path: Path) -> None:
     (tmp_path / "part").write_bytes(bytes(1 << 20))
     found = reach.reach(f"raw:{tmp_path}/part", "/var/crash")
