@@ -19,7 +19,7 @@ help:
 	@echo 'make test-unit       those that need no QEMU'
 	@echo 'make test-guest      those that crash real kernels'
 	@echo 'make test-debuginfo  crash and drgn on real dumps; downloads about 600 MB of debug symbols once'
-	@echo 'make test-long       what takes more than an hour: ten crashes in a row, a save killed at every write, more power cuts'
+	@echo 'make test-long       what takes hours: ten crashes in a row, a save killed at every write, more power cuts'
 	@echo 'make check           ruff, mypy --strict'
 	@echo "make bench           whole dumps against makedumpfile, cp and zstd, on guests of 2 and 8 GiB"
 	@echo "make bench-filter    the page filter's speed against makedumpfile's, on a 4 GiB guest"

@@ -60,13 +60,18 @@ class _Worked(NamedTuple):
 class Copier:
     """Copies pages of ``image`` through ``codec``; with ``share_zero_pages`` those of zeros take no data.
 
+    Without ``checksums`` pages that are not compressed get none: not every format has a place for them.
+
     ``statistics`` counts a page once its descriptor is in the dump; ask again after ``writer.finish``.
     """
 
-    def __init__(self, image: MemoryImage, codec: Codec, *, share_zero_pages: bool, threads: int) -> None:
+    def __init__(
+        self, image: MemoryImage, codec: Codec, *, share_zero_pages: bool, threads: int, checksums: bool = True
+    ) -> None:
         self._image = image
         self._codec = codec
         self._share_zero_pages = share_zero_pages
+        self._checksums = checksums
         self._threads = threads
         self._writer: KdumpWriter | ElfWriter | None = None
         self._found = 0
@@ -82,7 +87,7 @@ class Copier:
         """
         self._writer = writer
         self._found = writer.pages_written
-        if self._codec.pace is not None:
+        if self._codec.pace is not None and isinstance(writer, KdumpWriter):
             self._codec.pace.threads = self._threads
             writer.on_step = self._codec.pace.stepped
         waiting: deque[Future[_Worked]] = deque()
@@ -135,7 +140,8 @@ class Copier:
         if self._codec.pack is None or not len(kept):
             pieces: list[bytes | memoryview] = [block.buffer[start:end] for start, end in _stretches(kept, size)]
             sizes[stored] = size
-            checksums[stored] = _checksums(block.buffer, kept, size)
+            if self._checksums:
+                checksums[stored] = _checksums(block.buffer, kept, size)
             raw_pages = len(kept)
         else:
             data, packed = self._codec.pack(block.buffer, kept, size)

@@ -182,7 +182,9 @@ def write_dump(
             filtered = _take_over(vmcore, place.unfinished, writer, passes, plan, options, say)
         else:
             filtered = _begin(vmcore, place, writer, codec, options, passes, say)
-        copier = Copier(image, codec, share_zero_pages=bool(filtered.level & 1), threads=threads)
+        copier = Copier(
+            image, codec, share_zero_pages=bool(filtered.level & 1), threads=threads, checksums=not options.elf
+        )
         found = writer.pages_written
         with Progress("saving memory", (writer.pages - found) * image.page_size, enabled=options.progress) as progress:
             failure = _copy(copier, writer, passes, vmcore, progress, taken or Footprint(), options.deadline)
@@ -239,12 +241,22 @@ def _open(place: _Place, options: DumpOptions, *, existing: bool) -> Output:
         from capture.dumpfile.encrypted import EncryptedFile
 
         stream = EncryptedFile(place.unfinished, options.recipients, hashed=options.hashed, ballast=True)
+    with _removed_on_failure(place):
+        try:
+            return FlattenedOutput(stream, place.scratch)
+        except BaseException:
+            stream.close()
+            raise
+
+
+@contextlib.contextmanager
+def _removed_on_failure(place: _Place) -> Iterator[None]:
+    """Leave no file of a dump that cannot be begun: not a page is in it, perhaps not even a header."""
     try:
-        return FlattenedOutput(stream, place.scratch)
-    except BaseException:
-        stream.close()
+        yield
+    except (TargetError, KeyboardInterrupt):
         if not place.streamed:
-            with contextlib.suppress(OSError):  # not a page is in it
+            with contextlib.suppress(OSError):
                 place.unfinished.unlink()
         raise
 
@@ -256,10 +268,11 @@ def _writer(vmcore: Vmcore, output: Output, plan: DumpPlan, place: _Place, optio
     from capture.dumpfile.elf import ElfWriter  # not in a capture kernel's save
 
     machine = vmcore.core.machine
-    memory = KernelMemory(vmcore.image, vmcore.info, machine)
-    cpus, _ = prstatus.parse(vmcore.notes.prstatus(), machine)
-    stacks = [page for cpu in cpus for page in memory.stack_pages(cpu.registers[prstatus.STACK_POINTER[machine]])]
-    return ElfWriter(output, plan, machine, memory.linear_maps(), stacks, place.scratch)
+    with _removed_on_failure(place):
+        memory = KernelMemory(vmcore.image, vmcore.info, machine)
+        cpus, _ = prstatus.parse(vmcore.notes.prstatus(), machine)
+        stacks = [page for cpu in cpus for page in memory.stack_pages(cpu.registers[prstatus.STACK_POINTER[machine]])]
+        return ElfWriter(output, plan, machine, memory.linear_maps(), stacks, place.scratch)
 
 
 def _named(report: DumpReport, unfinished: Path, path: Path) -> DumpReport:
@@ -308,7 +321,7 @@ def _begin(
     say: Callable[[str], object],
 ) -> Filtered:
     """Choose the pages of a new dump, and make it readable."""
-    try:
+    with _removed_on_failure(place):
         writer.map_memory(vmcore.image.runs())
         room = _room(place.scratch) if len(options.levels) > 1 and not place.streamed else None
         filtered = _select_or_all(vmcore, writer, codec, options, passes, room)
@@ -317,11 +330,6 @@ def _begin(
         writer.start(filtered.level | vmcore.level & ~1)
         if not isinstance(writer, KdumpWriter) and writer.gap_pages:
             say(f"too many runs of pages for an ELF file: {writer.gap_pages} pages between them read as zeros")
-    except (TargetError, KeyboardInterrupt):
-        if not place.streamed:
-            with contextlib.suppress(OSError):  # not a page is in it, perhaps not even a header
-                place.unfinished.unlink()
-        raise
     if place.streamed:
         return filtered
     try:

@@ -50,7 +50,6 @@ WINDOW_PAGES = 1 << 18
 """Pages whose classes are worked out together."""
 
 ZERO_BIT = 1
-_STACK_POINTER = {"x86_64": "rsp", "aarch64": "sp"}
 
 _LOOKED_UP = 64
 """Segments of the direct map that are looked up, a large machine has a few; and tables of the kernel's text area."""
@@ -154,7 +153,7 @@ class PageFilter:
             return
         self._walk_to_known_places(vmcore)
         cpus, _ = prstatus.parse(vmcore.notes.prstatus(), machine)
-        pointers = [cpu.registers[_STACK_POINTER[machine]] for cpu in cpus]
+        pointers = [cpu.registers[prstatus.STACK_POINTER[machine]] for cpu in cpus]
         self._protected = protect.find_protected(
             vmcore.image, self._memory, vmcore.info, machine, self._mem_map, pointers
         )

@@ -37,6 +37,7 @@ readers=(
     mkfs.xfs:xfsprogs
     mkfs.btrfs:btrfs-progs
     fish:fish
+    systemd-analyze:systemd
     zsh:zsh
 )
 debian=(

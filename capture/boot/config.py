@@ -7,7 +7,8 @@ repeated: the next ones are taken when nothing, or not all, could be saved on th
 | ``vmcapture.path=`` | directory on that file system | /var/crash |
 | ``vmcapture.final=`` | what to do once all is saved | reboot |
 | ``vmcapture.failure=`` | what to do when something failed | shell |
-| ``vmcapture.wait=`` | seconds from the job's start on to wait for a target to appear | 30 |
+| ``vmcapture.wait=`` | seconds to wait for a target to appear, from the job's start on; for a server from its turn
+on | 30 |
 | ``vmcapture.timeout=`` | seconds without a byte moved, after which a disk is given up. 0: never | 300 |
 | ``vmcapture.level=`` | dump level 0 to 31; or several, ``1,17,31``: the first that fits | 31 |
 | ``vmcapture.compress=`` | zstd:auto, zstd[:N], zlib[:N] or none | zstd:auto |

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from capture import pulse
 from capture.boot import mounting, superblocks, volumes
+from capture.boot.waiting import attempts
 from capture.console import Console
 from capture.errors import TargetError
-
-_POLL = 0.5
 
 
 @contextmanager
@@ -41,25 +40,17 @@ def find_device(target: str, wait: int, console: Console) -> str:
     Raises:
         TargetError: there is none after ``wait`` seconds.
     """
-    deadline = time.monotonic() + wait
-    announced = False
     assembly = volumes.Assembly(wait, console.say)
-    while True:
+    for _ in attempts(time.monotonic() + wait, console, lambda: f"waiting up to {wait} s for {target}"):
         assembly.go_on()
         device = look_up(target)
         if device is not None:
             return device
-        if time.monotonic() >= deadline:
-            lacking = f" ({assembly.line})" if assembly.line else ""
-            raise TargetError(
-                f"target {target}: no such file system{f' after {wait} s' if wait else ''}{lacking}; attach it and "
-                "save again, or mount any other and name it: vmcapture save DIR"
-            )
-        if not announced:
-            console.say(f"waiting up to {wait} s for {target}")
-            announced = True
-        pulse.beat()  # to wait is what was asked for
-        time.sleep(_POLL)
+    lacking = f" ({assembly.line})" if assembly.line else ""
+    raise TargetError(
+        f"target {target}: no such file system{f' after {wait} s' if wait else ''}{lacking}; attach it and "
+        "save again, or mount any other and name it: vmcapture save DIR"
+    )
 
 
 def look_up(target: str) -> str | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from capture import pulse
 from capture.boot.routes import BOND, CARD, Link, Route
+from capture.boot.waiting import attempts
 from capture.console import Console
 from capture.errors import TargetError
 
@@ -66,15 +67,15 @@ def connect(route: Route, port: int, wait: float, console: Console) -> str:
             _use_lease(route, interface, console)
         else:
             _use(route.source, route.gateway, route.address, interface)
+        half = time.monotonic() + (deadline - time.monotonic()) / 2
+        ask = route.dynamic and not taken
+        failure = _reach(route, port, half if ask else deadline, console, wait)
+        if failure and ask:
+            console.say(f"{route.server} does not answer to {route.source}: asking DHCP for an address")
+            _use_lease(route, interface, console)
+            failure = _reach(route, port, deadline, console, wait)
     except OSError as error:
         raise TargetError(f"{route.server}: the network cannot be set up: {error}") from None
-    half = time.monotonic() + (deadline - time.monotonic()) / 2
-    ask = route.dynamic and not taken
-    failure = _reach(route, port, half if ask else deadline, console, wait)
-    if failure and ask:
-        console.say(f"{route.server} does not answer to {route.source}: asking DHCP for an address")
-        _use_lease(route, interface, console)
-        failure = _reach(route, port, deadline, console, wait)
     if failure:
         raise TargetError(
             f"{route.server}: {route.address} does not answer at port {port} after {wait:.0f} s, from "
@@ -114,21 +115,15 @@ def _card(link: Link, deadline: float, console: Console) -> str:
     Raises:
         TargetError: there is none.
     """
-    announced = False
-    while True:
+    for _ in attempts(deadline, console, lambda: f"waiting for network card {link.hardware}", _POLL):
         name = _find_card(link)
         if name is not None:
             return name
-        if time.monotonic() >= deadline:
-            there = ", ".join(f"{path.name} {_read(path / 'address')}" for path in _cards()) or "none at all"
-            raise TargetError(
-                f"no network card {link.hardware} (it was {link.name}); there is {there}: is its driver in the image? "
-                "vmcapture initramfs, or see dmesg"
-            )
-        if not announced:
-            console.say(f"waiting for network card {link.hardware}")
-            announced = True
-        _wait()
+    there = ", ".join(f"{path.name} {_read(path / 'address')}" for path in _cards()) or "none at all"
+    raise TargetError(
+        f"no network card {link.hardware} (it was {link.name}); there is {there}: is its driver in the image? "
+        "vmcapture initramfs, or see dmesg"
+    )
 
 
 def _cards() -> list[Path]:
@@ -190,14 +185,14 @@ def _wait_for_carrier(name: str, deadline: float, wait: float, console: Console)
     Raises:
         TargetError: there is not in time.
     """
-    announced = False
-    while _read(SYS / name / "carrier") != "1":
-        if time.monotonic() >= deadline:
-            raise TargetError(f"{name}: no carrier after {wait:.0f} s: see to its cable or switch, and save again")
-        if not announced:
-            console.say(f"waiting up to {max(0.0, deadline - time.monotonic()):.0f} s for a carrier on {name}")
-            announced = True
-        _wait()
+
+    def line() -> str:
+        return f"waiting up to {max(0.0, deadline - time.monotonic()):.0f} s for a carrier on {name}"
+
+    for _ in attempts(deadline, console, line, _POLL):
+        if _read(SYS / name / "carrier") == "1":
+            return
+    raise TargetError(f"{name}: no carrier after {wait:.0f} s: see to its cable or switch, and save again")
 
 
 def _use(source: str, gateway: str, server: str, interface: str) -> None:
@@ -245,8 +240,12 @@ def _use_lease(route: Route, interface: str, console: Console) -> None:
         console.say(f"DHCP on {interface}: no answer in {_LEASE_TIME} s")
         return
     source, gateway = words[1], words[2] if len(words) > 2 else ""
-    if ipaddress.ip_address(route.address) in ipaddress.ip_interface(source).network:
-        gateway = ""
+    try:
+        if ipaddress.ip_address(route.address) in ipaddress.ip_interface(source).network:
+            gateway = ""
+    except ValueError:
+        console.say(f"DHCP on {interface}: {source} is no address with its network; going on without it")
+        return
     console.say(f"DHCP on {interface}: {source}" + (f", through {gateway}" if gateway else ""))
     with contextlib.suppress(OSError):
         _ip("-4", "addr", "flush", "dev", interface)
@@ -255,8 +254,12 @@ def _use_lease(route: Route, interface: str, console: Console) -> None:
 
 def _reach(route: Route, port: int, deadline: float, console: Console, wait: float) -> str | None:
     """Try to open a connection until that works; return None then, else what the last attempt ended with."""
-    announced = False
-    while True:
+    failure = ""
+
+    def line() -> str:
+        return f"waiting up to {wait:.0f} s for {route.server} ({route.address}, port {port}): {failure}"
+
+    for _ in attempts(deadline, console, line, _POLL):
         try:
             with pulse.at_target():
                 knock(route.address, port, _ANSWER)
@@ -264,12 +267,7 @@ def _reach(route: Route, port: int, deadline: float, console: Console, wait: flo
             failure = error.strerror or str(error) or "no answer"
         else:
             return None
-        if time.monotonic() >= deadline:
-            return failure
-        if not announced:
-            console.say(f"waiting up to {wait:.0f} s for {route.server} ({route.address}, port {port}): {failure}")
-            announced = True
-        _wait()
+    return failure
 
 
 def knock(address: str, port: int, patience: float) -> None:
@@ -283,11 +281,6 @@ def knock(address: str, port: int, patience: float) -> None:
     with socket.socket(family, socket.SOCK_STREAM) as knocking:
         knocking.settimeout(patience)
         knocking.connect((address, port))
-
-
-def _wait() -> None:
-    pulse.beat()  # to wait is what was asked for
-    time.sleep(_POLL)
 
 
 def _read(path: Path) -> str | None:

@@ -6,13 +6,13 @@ that brought the machine down. Here every disk is read by a process of its own: 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import subprocess
 import time
 import uuid
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple, cast
 
@@ -20,6 +20,8 @@ TAGS = ("UUID", "LABEL")
 BLOCK = Path("/sys/class/block")
 PATIENCE = 15.0
 """Seconds that all disks together have to answer; one that has to spin up first takes about ten."""
+_DEATH = 0.5
+"""Seconds that those have who are killed, all together."""
 _AT_ONCE = 16
 _BLOCK, _BLOCKS = 4096, 17  # btrfs has its superblock at 64 KiB, the others have theirs before
 HEAD = _BLOCK * _BLOCKS
@@ -60,7 +62,7 @@ def device_with(tag: str, value: str, among: Iterable[str] | None = None) -> str
     names = _disks() if among is None else (Path(device).name for device in among)
     wanted = value.lower() if tag == "UUID" else value
     try:
-        with closing(_heads(list(names))) as answers:
+        with contextlib.closing(_heads(list(names))) as answers:
             for name, head in answers:
                 if tags(head).get(tag) == wanted:
                     return f"/dev/{name}"
@@ -124,8 +126,17 @@ def _heads(waiting: list[str]) -> Generator[tuple[str, bytes], None, None]:
                         _asked.pop(key.data).wait()
                         yield key.data, heads.pop(key.data)
         finally:
-            for name in heads:
-                _asked[name].kill()  # (one whose disk hangs stays in the kernel until that answers)
+            _leave(list(heads))
+
+
+def _leave(names: Sequence[str]) -> None:
+    """End those who still ask: whoever does not come to an end has a disk that hangs, and stays until that answers."""
+    for name in names:
+        _asked[name].kill()
+    deadline = time.monotonic() + _DEATH
+    for name in names:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _asked[name].wait(max(0.0, deadline - time.monotonic()))
 
 
 def _ask(name: str) -> IO[bytes]:

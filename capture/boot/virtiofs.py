@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from capture import pulse
 from capture.boot import mounting
 from capture.boot.targets import place_of
+from capture.boot.waiting import attempts
 from capture.console import Console
 from capture.errors import TargetError
-
-_POLL = 0.5
 
 
 @contextmanager
@@ -24,20 +22,15 @@ def mounted(target: str, wait: int, console: Console, _device: str | None = None
         TargetError: it cannot be mounted.
     """
     command = ["mount", "-t", "virtiofs", "-o", "rw", place_of(target)]
-    deadline = time.monotonic() + wait
-    announced = False
+    failure = TargetError(target)
     with ExitStack() as stack:
-        while True:
+        for _ in attempts(time.monotonic() + wait, console, lambda: f"waiting up to {wait} s for {target}"):
             try:
                 point = stack.enter_context(mounting.mounted(command, target, target, console))
-            except TargetError:
-                if time.monotonic() >= deadline:
-                    raise
+            except TargetError as error:
+                failure = error
             else:
                 break
-            if not announced:
-                console.say(f"waiting up to {wait} s for {target}")
-                announced = True
-            pulse.beat()  # to wait is what was asked for
-            time.sleep(_POLL)
+        else:
+            raise failure
         yield point

@@ -6,8 +6,9 @@ where the dead kernel had the page: in the direct map; in the mapping of its ima
 (vmalloc), which are PT_LOADs of their own over the same bytes of the file, so that no page is there twice. In the
 notes each CPU has a PID of its own, for gdb.
 
-Pages of zeros are holes in the file. Segments are the runs of pages that the dump has; with more of them than
-MAX_RUNS, the smallest gaps become holes that read as zeros, and the header says so (GAPS).
+Pages of zeros, where the dump level leaves them out, are holes in the file. Segments are the runs of pages that the
+dump has; with more of them than MAX_RUNS, the smallest gaps become holes that read as zeros, and the header says so
+(GAPS).
 
 A page has its place before it is written, in whatever order that is: until the dump is whole, which the header says as
 makedumpfile's does (INCOMPLETE: DUMP_ELF_INCOMPLETE of its elf_info.h, crash reads it), what is not written yet reads
@@ -17,8 +18,7 @@ as zeros.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from capture.dumpfile.output import Output, ScratchFile, TargetFullError, cut_pieces
 from capture.dumpfile.selection import BitmapPlaces, Selection
-from capture.dumpfile.writer import DumpPlan, PackedPages, Step
+from capture.dumpfile.writer import DumpPlan, PackedPages
 from capture.errors import TargetError
 from capture.memory.elfcore import (
     ELF_HEADER,
@@ -42,7 +42,7 @@ from capture.memory.elfcore import (
     PT_NOTE,
     SH_INFO,
 )
-from capture.memory.image import LinearMap
+from capture.memory.image import LinearMap, contiguous
 from capture.notes.prstatus import told_apart
 
 MAX_RUNS = 1 << 15
@@ -91,8 +91,6 @@ class ElfWriter(Selection):
         self.pages_written = 0
         self.gap_pages = 0
         """Pages that the dump does not have and that read as zeros all the same."""
-        self.on_step: Callable[[Step], object] | None = None
-        """Never called: a page that is not compressed has no level to choose."""
 
     def start(self, _level: int) -> None:
         """Make the dump readable, without a page yet, as long as it will be; the header comes last, synced."""
@@ -123,16 +121,16 @@ class ElfWriter(Selection):
         self._output.sync()
 
     def append(self, packed: PackedPages) -> None:
-        """Write pages to their places; those of zeros are there."""
+        """Write pages to their places; those without data, of zeros, are there."""
         if self._output.full:
             raise TargetFullError(f"{self._output.name}: no room left; make room or choose another target")
         size = self._plan.page_size
         places = self._places_of(packed.pfns[packed.sizes > 0])
         if len(places):
-            bounds = [0, *(np.flatnonzero(np.diff(places) != size) + 1).tolist(), len(places)]
-            lengths = [(end - start) * size for start, end in pairwise(bounds)]
-            for part, start in zip(cut_pieces(packed.pieces, lengths), places[bounds[:-1]].tolist(), strict=True):
-                self._output.write(part, start)
+            runs = contiguous(places, size)
+            parts = cut_pieces(packed.pieces, [(end - first) * size for first, end in runs])
+            for part, (first, _) in zip(parts, runs, strict=True):
+                self._output.write(part, int(places[first]))
         self.pages_written += len(packed.pfns)
 
     def checkpoint(self) -> None:
@@ -256,8 +254,9 @@ class _Span(NamedTuple):
     def of(
         cls, starts: NDArray[np.int64], ends: NDArray[np.int64], low: int, high: int, shift: LinearMap | None = None
     ) -> _Span:
-        """Look runs (PFNs, ascending) up in the pages from ``low`` to ``high``."""
-        runs = np.flatnonzero((starts < high) & (ends > low))
+        """Look runs (PFNs, ascending, none within another) up in the pages from ``low`` to ``high``, if any."""
+        first, end = np.searchsorted(ends, low, side="right"), np.searchsorted(starts, high, side="left")
+        runs = np.arange(first, end) if low < high else np.zeros(0, dtype=np.intp)
         return cls(runs, np.maximum(starts[runs], low), np.minimum(ends[runs], high), shift)
 
 

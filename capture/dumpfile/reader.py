@@ -358,9 +358,11 @@ def _put_zstd(
     failed: dict[int, str],
 ) -> None:
     """Decompress all ``frames`` of a window in one call; one by one where there is no such call, or one is damaged."""
+    if not len(frames):
+        return
     page_size = pages.shape[1]
     decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW)
-    if ZSTD_BATCHED and len(frames):
+    if ZSTD_BATCHED:
         segments = np.empty((len(frames), 2), dtype="<u8")
         segments[:, 0], segments[:, 1] = offsets[frames], sizes[frames]
         lengths = np.full(len(frames), page_size, dtype="<u8").tobytes()

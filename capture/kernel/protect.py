@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from capture.kernel.address import KernelMemory
+from capture.kernel.address import THREAD_SIZE, KernelMemory
 from capture.kernel.kallsyms import find_symbols
 from capture.kernel.memmap import MemMap
 from capture.memory.image import MemoryImage, UnreadableMemory
@@ -28,8 +28,6 @@ IMAGE, MEM_MAP, PAGE_TABLES, LOG, STACKS, PER_CPU, VMALLOC, WHOLE_IMAGE = range(
 MAX_RANGES = 1 << 17
 """Ranges of one kind that are remembered, 16 bytes each; vmalloc of a large server may have more."""
 _MAX_TABLES = 1 << 14
-_STACK_BYTES = 16 << 10
-"""THREAD_SIZE of x86_64 and aarch64 without sanitizers; stacks are aligned to it."""
 _MAX_RING = 1 << 31
 _MAX_GAPS, _MAX_PIECES = 1 << 14, 1 << 17
 """Pages that are not mapped, and mappings, that are gone through for ranges of virtual addresses before it ends: a
@@ -103,8 +101,8 @@ def find_protected(
     for start, length in _log_ranges(memory, info):
         finder.virtual(LOG, start, start + length)
     for pointer in stack_pointers:
-        start = pointer - pointer % _STACK_BYTES
-        finder.virtual(STACKS, start, start + _STACK_BYTES)
+        start = pointer - pointer % THREAD_SIZE
+        finder.virtual(STACKS, start, start + THREAD_SIZE)
     for start, end in _per_cpu(memory, symbols):
         finder.virtual(PER_CPU, start, end)
     for first, last in _vmalloc(memory, info, symbols, machine):

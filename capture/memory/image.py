@@ -115,7 +115,7 @@ class PfnRanges:
         return sum(last - first + 1 for first, last in self.ranges)
 
 
-def contiguous(offsets: NDArray[np.uint64], step: int) -> list[tuple[int, int]]:
+def contiguous(offsets: NDArray[np.uint64] | NDArray[np.int64], step: int) -> list[tuple[int, int]]:
     """Return index ranges [first, end) of ``offsets`` (not empty) within which each follows the last by ``step``."""
     breaks = np.flatnonzero(np.diff(offsets) != step) + 1
     return list(pairwise([0, *map(int, breaks), len(offsets)]))

@@ -58,7 +58,7 @@ CASES: tuple[Case, ...] = (
     Case("6.1-la57-smp-file", LINUX_6_1, 3, LA57, "file", memory="1G"),
     Case("6.12-la48-file", LINUX_6_12, 1, LA48, "file", level="0", old_memory="same"),
     Case("6.12-la48-load", LINUX_6_12, 1, LA48, "load", append="iomem=strict", old_memory="refused"),
-    Case("6.12-la57-smp-load", LINUX_6_12, 2, LA57, "load"),
+    Case("6.12-la57-smp-load", LINUX_6_12, 2, LA57, "load", old_memory="same"),
 )
 
 LINUX_6_1_FULL = "linux-image-amd64"  # the cloud kernel of 6.1 is built without hwpoison

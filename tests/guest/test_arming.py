@@ -22,6 +22,7 @@ from initramfs.status import Check, Status, Wanted
 from tests.guest import disk, host
 from tests.guest.cache import Kernel
 from tests.guest.cases import RESCUE
+from tests.guest.conftest import unavailable
 from tests.guest.crash import SAVE_TIMEOUT, TARGET_LABEL, ImageStore, demand, healthy, target_image
 from tests.guest.qemu import BOOT_TIMEOUT, Machine
 
@@ -41,7 +42,7 @@ PREPARED = (
 def store(guest_folder: Path) -> ImageStore:
     """Images whose healthy system has the places where a machine keeps what it is armed with."""
     if (line := host.missing()) is not None:
-        pytest.skip(line)
+        unavailable(line)
     files = tuple((f"{place}/.place", b"") for place in WRITABLE)
     return ImageStore(guest_folder / "arming-images", healthy_needed=Needed(files=files))
 

@@ -57,7 +57,8 @@ def test_a_missing_a_broken_and_a_hanging_disk_are_passed_over(
         machine.wait_exit(BOOT_TIMEOUT)
     said = [line for line in machine.console.splitlines() if "trying the next target" in line]
     assert [line.rpartition(" ")[2] for line in said] == list(targets[1:])
-    assert "target LABEL=gone: no such file system after 3 s" in said[0]
+    # of the 3 s those are left that the job did not need to get here, and of a busy machine's none
+    assert re.search(r"target LABEL=gone: no such file system( after [1-3] s)?;", said[0])
     assert re.search(r"LABEL=broken \(/dev/vd.\) cannot be mounted: ", said[1])
     assert f"saved in part: LABEL={HANGS}: no answer from the target for {TIMEOUT} s (vmcapture.timeout=)" in said[2]
 

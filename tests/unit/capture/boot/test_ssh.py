@@ -14,6 +14,7 @@ import pytest
 from capture.boot import ssh
 from capture.boot.ssh import Credentials, KeyRefusedError, Login
 from capture.console import Console
+from capture.dumpfile import writer
 from capture.errors import TargetError, UsageError
 from tests.builders import PAGE
 from tests.faults import tmpfs
@@ -154,9 +155,11 @@ def test_without_a_key_in_the_image_there_is_one_line(tmp_path: Path, point: Pat
 
 @pytest.mark.parametrize("size", ["6m", "9m", "12m"])
 def test_a_dump_that_a_full_server_cut_short_has_only_pages_that_are_there(
-    size: str, tmp_path: Path, point: Path, vmcore_file: Callable[[bytes], str], run: Run
-) -> None:
+    size: str, tmp_path: Path, point: Path, vmcore_file: Callable[[bytes], str], run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """sshfs writes behind our back and tells of it at the next sync: nothing is described before."""
+    monkeypatch.setattr(writer, "SYNC_BYTES", 1 << 20)  # so that there are several, whoever is faster
     kernel = busy_kernel()
     source, memory = vmcore_file(kernel.core()), kernel.memory()
     with tmpfs(tmp_path / "small", f"size={size}") as small, running_openssh(tmp_path) as server:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import drgn
+import numpy as np
 import pytest
 
 from capture.dump import write_dump
@@ -341,3 +342,12 @@ def test_mappings_of_one_shift_are_one_and_are_not_any_number() -> None:
         LinearMap(7, 50, 3),
     ]
     assert len(elf.merged([LinearMap(1 << 40, number, 1) for number in range(1000)])) == elf.MAX_MAPS
+
+
+def test_of_a_mapping_within_another_nothing_is_left_between_them() -> None:
+    """A run that reaches around both has no pages from the end of the outer one back to the inner one."""
+    runs = np.array([0]), np.array([1000])
+    assert len(elf._Span.of(*runs, 400, 200).runs) == 0
+    span = elf._Span.of(*runs, 200, 400)
+    assert (span.first.tolist(), span.end.tolist()) == ([200], [400])
+    assert len(elf._Span.of(np.array([0, 50]), np.array([10, 60]), 10, 50).runs) == 0
