@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ REQUIRE = "VMCAPTURE_REQUIRE_GUESTS"
 # A new folder to leave images, dumps and console logs in, to look at after a failure.
 KEEP = "VMCAPTURE_KEEP"
 
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 # Where all processes of a run have what they share; set by the first of them.
 SHARED = "VMCAPTURE_GUESTS_FOLDER"
@@ -102,6 +105,21 @@ def image_store(shared_folder: Path) -> ImageStore:
     if (line := host.missing()) is not None:
         unavailable(line)
     return ImageStore(shared_folder / "images")
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package, built as `make deb` does, lintian included."""
+    if (line := host.missing(["dpkg-buildpackage", "lintian"])) is not None:
+        unavailable(line)
+    folder = tmp_path_factory.mktemp("deb")
+    made = subprocess.run(
+        ["bash", REPOSITORY / "packaging/deb.sh", folder], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert made.returncode == 0, made.stderr + made.stdout
+    (deb,) = folder.glob("*.deb")
+    (folder / "files").mkdir()
+    return deb.rename(folder / "files" / deb.name).parent
 
 
 @pytest.fixture(scope="session")

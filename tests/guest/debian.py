@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.guest import cache, disk, host
 from tests.guest.crash import booted, demand
 from tests.guest.host import HostError
-from tests.guest.qemu import Disk, Hardware, Machine
+from tests.guest.qemu import Card, Disk, Hardware, Machine
 
 SUITE = "bookworm"
 MIRROR = "http://deb.debian.org/debian"
@@ -68,6 +68,16 @@ MASKED = (
 
 BOOT_TIMEOUT = 300.0
 INSTALL_TIMEOUT = 600.0
+APT = "DEBIAN_FRONTEND=noninteractive apt-get -q -y"
+ARM_TIMEOUT = 600.0
+"""An emulated CPU takes a minute or two to build an image."""
+ARMED = (
+    "( until systemctl is-active -q vmcapture.service;"
+    " do systemctl is-failed -q vmcapture.service && exit 1; sleep 1; done )"
+)
+"""A command that waits until the machine armed itself at its start."""
+REPORTED = "( until journalctl -q -o cat -u vmcapture-report.service | grep -q 'saved\\|crash'; do sleep 1; done )"
+"""A command that waits until it has looked for new crashes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +151,7 @@ def running(
     memory: str = "1G",
     cpus: int = 2,
     disks: tuple[Disk, ...] = (),
+    cards: tuple[Card, ...] = (),
     files: Path | None = None,
     arguments: tuple[str, ...] = (),
 ) -> Iterator[Machine]:
@@ -161,10 +172,11 @@ def running(
     hardware = Hardware(
         kernel=debian.vmlinuz,
         initrd=debian.initrd,
-        append=f"root=LABEL={LABEL} console=ttyS0 systemd.show_status=0 {append}",
+        append=f"root=LABEL={LABEL} console=ttyS0 systemd.show_status=0 no_timer_check {append}",
         memory=memory,
         cpus=cpus,
         disks=(Disk(own), *more),
+        cards=cards,
         arguments=arguments,
     )
     with booted(hardware, workdir / "console.log", BOOT_TIMEOUT) as machine:

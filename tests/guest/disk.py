@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.guest import host
 from tests.guest.host import HostError
+from tests.guest.qemu import Disk
 
 # debugfs greets with its version, and an ordinary user may not chown.
 HARMLESS = re.compile(r"^debugfs [0-9.]+ |while changing ownership of|^$")
@@ -21,6 +22,13 @@ class Stat:
     kind: str  # "regular", "directory", "symlink", …
     mode: int  # permission bits, 0o600
     size: int
+
+
+def blank(path: Path, size: int = 1 << 30) -> Disk:
+    """A new disk of so many bytes with nothing on it."""
+    with path.open("wb") as image:
+        image.truncate(size)
+    return Disk(path)
 
 
 def make(image: Path, size: str, label: str, uuid: str = "random", content: Path | None = None) -> Path:

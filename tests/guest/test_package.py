@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.guest import debian, disk, host
+from tests.guest import debian, disk
 from tests.guest.conftest import unavailable
 from tests.guest.crash import SAVE_TIMEOUT, demand
 from tests.guest.host import HostError
@@ -19,36 +18,12 @@ from tests.readers import bitmaps, drgn_reader
 
 pytestmark = pytest.mark.long
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 CRASHKERNEL = "crashkernel=256M"
-APT = "DEBIAN_FRONTEND=noninteractive apt-get -q -y"
 SETTINGS = 'USE_KDUMP=1\\nKDUMP_COREDIR="/var/dumps"\\nMAKEDUMP_ARGS="-c -d 17"\\nKDUMP_NUM_DUMPS=3\\n'
 KDUMP_TOOLS = (
     f"mkdir /var/dumps && DEBIAN_FRONTEND=noninteractive dpkg -i /root/{debian.PEER}_*.deb"
     f" && printf '{SETTINGS}' > /etc/default/{debian.PEER}"
 )
-# An emulated CPU takes a minute or two to build an image.
-ARM_TIMEOUT = 600.0
-ARMED = (
-    "until systemctl is-active -q vmcapture.service;"
-    " do systemctl is-failed -q vmcapture.service && exit 1; sleep 1; done"
-)
-REPORTED = "until journalctl -q -o cat -u vmcapture-report.service | grep -q 'saved\\|crash'; do sleep 1; done"
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package, built as `make deb` does, lintian included."""
-    if (line := host.missing(["dpkg-buildpackage", "lintian"])) is not None:
-        unavailable(line)
-    folder = tmp_path_factory.mktemp("deb")
-    made = subprocess.run(
-        ["bash", REPOSITORY / "packaging/deb.sh", folder], capture_output=True, text=True, check=False, timeout=600
-    )
-    assert made.returncode == 0, made.stderr + made.stdout
-    (deb,) = folder.glob("*.deb")
-    (folder / "files").mkdir()
-    return deb.rename(folder / "files" / deb.name).parent
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +39,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_takes_the_place_of_kdump_tools_and_says_that_no_memory_is_reserved(workdir: Path, package: Path) -> None:
     with debian.running(workdir, files=package) as machine:
         demand(machine, KDUMP_TOOLS, debian.INSTALL_TIMEOUT)
-        said = demand(machine, f"{APT} install /mnt/*.deb", debian.INSTALL_TIMEOUT)
+        said = demand(machine, f"{debian.APT} install /mnt/*.deb", debian.INSTALL_TIMEOUT)
         assert "Removing kdump-tools" in said
         assert "this machine is not armed: no memory is reserved for a capture kernel. Add crashkernel=" in said
         assert demand(machine, "command -v vmcapture").strip() == "/usr/sbin/vmcapture"
@@ -78,7 +53,7 @@ def test_it_takes_the_place_of_kdump_tools_and_says_that_no_memory_is_reserved(w
 
 def test_after_a_reboot_it_is_armed_with_the_same_meaning_and_saves_a_crash(workdir: Path) -> None:
     with debian.running(workdir, append=CRASHKERNEL) as machine:
-        demand(machine, f"( {ARMED} )", ARM_TIMEOUT)
+        demand(machine, debian.ARMED, debian.ARM_TIMEOUT)
         assert demand(machine, "cat /sys/kernel/kexec_crash_loaded").strip() == "1"
         demand(machine, "vmcapture status")
         words = json.loads(demand(machine, "cat /run/vmcapture/loaded.json"))["command_line"].split()
@@ -92,13 +67,13 @@ def test_after_a_reboot_it_is_armed_with_the_same_meaning_and_saves_a_crash(work
 
 def test_when_it_is_back_it_reports_the_crash_and_removed_it_leaves_that_alone(workdir: Path) -> None:
     with debian.running(workdir, append=CRASHKERNEL) as machine:
-        demand(machine, f"( {REPORTED} )", ARM_TIMEOUT)
+        demand(machine, debian.REPORTED, debian.ARM_TIMEOUT)
         said = demand(machine, "vmcapture list; journalctl -q -o cat -u vmcapture-report.service")
         assert "sysrq triggered crash" in said
         verified = demand(machine, "vmcapture verify --no-progress /var/dumps/*/vmcore", SAVE_TIMEOUT)
         assert re.search(r": \d+ pages read back well; SHA-256 as in the manifest", verified)
-        demand(machine, f"( {ARMED} )", ARM_TIMEOUT)
-        demand(machine, f"{APT} purge vmcapture", debian.INSTALL_TIMEOUT)
+        demand(machine, debian.ARMED, debian.ARM_TIMEOUT)
+        demand(machine, f"{debian.APT} purge vmcapture", debian.INSTALL_TIMEOUT)
         assert demand(machine, "cat /sys/kernel/kexec_crash_loaded").strip() == "0"
         left = demand(machine, "find / -xdev -iname '*vmcapture*' -not -path '/var/lib/systemd/*'").split()
         assert [path for path in left if not path.startswith(("/etc/vmcapture.conf", "/var/log/"))] == []

@@ -60,12 +60,6 @@ def case(kernels: Callable[[str], Kernel]) -> Case:
     return RESCUE
 
 
-def blank(path: Path, size: int = 1 << 30) -> Disk:
-    with path.open("wb") as image:
-        image.truncate(size)
-    return Disk(path)
-
-
 def use_lvm(machine: Machine) -> None:
     """Have LVM make its nodes by itself in the healthy machine: that has no udev either."""
     conf = LVM_CONF.decode().replace("metadata_read_only = 1", "metadata_read_only = 0")
@@ -147,7 +141,7 @@ def test_a_logical_volume_on_a_mirror_is_found_by_its_uuid_under_other_names(
     case: Case, store: ImageStore, tmp_path: Path
 ) -> None:
     """The plain disk before those of the array goes away before the crash: theirs have other names then."""
-    disks = (blank(tmp_path / "a"), blank(tmp_path / "b"))
+    disks = (disk.blank(tmp_path / "a"), disk.blank(tmp_path / "b"))
     with healthy(case, store, tmp_path, more_disks=disks) as machine:
         use_lvm(machine)
         demand(machine, f"{MIRROR} && lvm vgcreate crash /dev/md7 && {LV} crash && {MKE2FS} /dev/crash/dumps")
@@ -183,7 +177,7 @@ def test_a_logical_volume_on_a_mirror_is_found_by_its_uuid_under_other_names(
 def test_volumes_of_other_types(
     make: str, volume: str, more: tuple[str, ...], case: Case, store: ImageStore, tmp_path: Path
 ) -> None:
-    disks = tuple(blank(tmp_path / name) for name in "abc")
+    disks = tuple(disk.blank(tmp_path / name) for name in "abc")
     with healthy(case, store, tmp_path, more_disks=disks) as machine:
         use_lvm(machine)
         demand(machine, f"{make} && {MKE2FS} -L dumps {volume}")
@@ -198,7 +192,7 @@ def test_volumes_of_other_types(
 @pytest.mark.long
 @pytest.mark.parametrize("known", [False, True], ids=["until-the-crash", "before-the-crash"])
 def test_a_dead_disk_of_a_mirror_costs_no_dump(known: bool, case: Case, store: ImageStore, tmp_path: Path) -> None:
-    disks = (blank(tmp_path / "a"), blank(tmp_path / "b"))
+    disks = (disk.blank(tmp_path / "a"), disk.blank(tmp_path / "b"))
     with healthy(case, store, tmp_path, more_disks=disks) as machine:
         demand(machine, f"{MIRROR} && {MKE2FS} /dev/md7")
         if known:
@@ -215,7 +209,7 @@ def test_a_raw_partition_gets_a_file_system_and_is_emptied_afterwards(
 ) -> None:
     if os.geteuid() != 0:
         unavailable("only root may mount what a guest saved on a raw partition")
-    partition = blank(tmp_path / "raw")
+    partition = disk.blank(tmp_path / "raw")
     with partition.image.open("r+b") as table:  # an MBR: one partition, from 1 MiB to the end
         table.seek(440)
         table.write(bytes.fromhex("efbeadde0000"))
