@@ -302,10 +302,11 @@ def run_load(args: argparse.Namespace) -> int:
     console.say(
         f"armed: {loaded.kernel} with {loaded.image}, loaded by kexec -{'s' if loaded.syscall == 'file' else 'c'}"
     )
+    names = parse(request.command_line).targets
     for doubt in (
-        kexec.small_reservation(args.image),
+        kexec.small_reservation(args.image, targets.memory_of(names)),
         watchdogs.lacking_driver(args.image),
-        targets.lacking_modules(parse(request.command_line).targets, args.image),
+        targets.lacking_modules(names, args.image),
     ):
         if doubt is not None:
             console.say(doubt)
@@ -318,14 +319,15 @@ def crash_kernel(args: argparse.Namespace, console: Console) -> CrashKernel:
     line = args.command_line
     if line is None:
         mounted, path = settings.mounted_target(args.directory) if not args.target else ("", args.directory)
+        names = [targets.named(target, console.say) for target in args.target] or [mounted]
         line = kexec.capture_command_line(
             config.base_line or kexec.RUNNING_COMMAND_LINE.read_text(encoding="utf-8"),
-            [targets.named(target, console.say) for target in args.target] or [mounted],
+            names,
             args.path or str(path),
             args.final or settings.FINAL,
             args.failure or settings.FAILURE,
             f"{config.append} {args.append}",
-            cpus=args.cpus or _cpus(args.image),
+            cpus=args.cpus or _cpus(args.image, names),
             boot_cpu=kexec.boot_cpu_apic_id(),
             keep=args.keep,
             free=args.free,
@@ -343,9 +345,10 @@ def _watchdog_seconds(args: argparse.Namespace) -> int:
     return watchdogs.DEFAULT_SECONDS if watchdogs.running() else 0
 
 
-def _cpus(image: Path) -> int:
+def _cpus(image: Path, names: Sequence[str]) -> int:
     """Return how many CPUs the reservation is enough for."""
-    return estimate.cpus_for(kexec.reservation(), estimate.memory_of(image), os.cpu_count() or 1)
+    online, target = os.cpu_count() or 1, targets.memory_of(names)
+    return estimate.cpus_for(kexec.reservation(), estimate.memory_of(image), online, target)
 
 
 def run_estimate(args: argparse.Namespace) -> int:
@@ -359,7 +362,10 @@ def run_estimate(args: argparse.Namespace) -> int:
             size = estimate.memory_of(image)
         except OSError as error:
             raise ImageError(f"{image}: {error.strerror}; leave --image out, and one is built to be measured") from None
-        computed = estimate.estimate(size, args.cpus)
+        # Another image, or one with modules that are named, need not save to where this machine does.
+        here = not (args.target or args.image or args.module)
+        names = [settings.mounted_target(args.directory)[0]] if here else args.target
+        computed = estimate.estimate(size, args.cpus, targets.memory_of(names))
         measured, why_not = _measured(args, image, computed, Path(scratch))
     if args.json:
         found = computed.values()
@@ -391,6 +397,7 @@ def _measured(
         modules_dir=modules_dir,
         image=image,
         image_memory=computed.image,
+        target_memory=computed.target,
         first=computed.reservation,
         cpus=args.cpus,
         deadline=args.timeout,

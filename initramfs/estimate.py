@@ -39,6 +39,7 @@ class Estimate:
     drivers: int
     image: int
     job: int
+    target: int = 0
     spare: int = SPARE
 
     @property
@@ -47,7 +48,7 @@ class Estimate:
 
         What it is unpacked into may take half of the memory that the kernel and the packed image leave.
         """
-        parts = self.kernel + max(self.drivers + self.image + self.job + self.spare, 3 * self.image)
+        parts = self.kernel + max(self.drivers + self.image + self.job + self.target + self.spare, 3 * self.image)
         return parts + parts // PAGE_STRUCTURES
 
     @property
@@ -67,6 +68,7 @@ class Estimate:
             ("drivers", self.drivers, "what it takes once it runs"),
             ("image", self.image, "stays in memory"),
             ("job", self.job, f"interpreter and {self.cpus} compressing thread{'s' * (self.cpus > 1)}"),
+            *([("target", self.target, "its programs and its file system")] if self.target else []),
             ("spare", self.spare, "data on its way to the disk"),
         )
         return [self.parameter, *(f"  {name:8}{size / MIB:6.1f} MiB  {why}" for name, size, why in parts)]
@@ -78,15 +80,18 @@ class Estimate:
         }  # fmt: skip
 
 
-def estimate(image: int, cpus: int = 1) -> Estimate:
-    """Return what a capture kernel with so many CPUs needs, whose image takes ``image`` bytes of memory."""
-    return Estimate(cpus, KERNEL, DRIVERS, image, JOB + (cpus - 1) * CPU)
+def estimate(image: int, cpus: int = 1, target: int = 0) -> Estimate:
+    """Return what a capture kernel with so many CPUs needs.
+
+    Its image takes ``image`` bytes of memory, and to save to the target ``target`` more (initramfs.targets.memory_of).
+    """
+    return Estimate(cpus, KERNEL, DRIVERS, image, JOB + (cpus - 1) * CPU, target)
 
 
-def cpus_for(reservation: int, image: int, online: int) -> int:
+def cpus_for(reservation: int, image: int, online: int, target: int = 0) -> int:
     """Return how many CPUs a capture kernel may have with what is reserved: at least one, at most those there are."""
     most = max(1, min(online, MAX_CPUS))
-    return next((cpus for cpus in range(most, 1, -1) if estimate(image, cpus).needed <= reservation), 1)
+    return next((cpus for cpus in range(most, 1, -1) if estimate(image, cpus, target).needed <= reservation), 1)
 
 
 def memory_of(image: Path) -> int:

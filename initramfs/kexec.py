@@ -405,9 +405,9 @@ def reservation() -> int:
     return _read_number(CRASH_SIZE)
 
 
-def small_reservation(image: Path) -> str | None:
-    """Return a line when the reserved memory may not be enough to boot in; None when it is."""
-    reserved, needed = reservation(), estimate(memory_of(image))
+def small_reservation(image: Path, target: int = 0) -> str | None:
+    """Return a line when the reserved memory may not be enough; None when it is. ``target`` is estimate()'s."""
+    reserved, needed = reservation(), estimate(memory_of(image), target=target)
     if reserved >= needed.needed:
         return None
     return (

@@ -84,6 +84,7 @@ class Measurement:
     accelerator: str
     cpus: int
     image: int
+    target: int
     guest_memory: int
 
     @property
@@ -114,6 +115,11 @@ class Measurement:
                 f"  not measured: the devices of {', '.join(self.drivers)}, which QEMU does not have: "
                 f"{DRIVER // MIB} MiB for each are in the spare that is wanted"
             )
+        if self.target:
+            lines.append(
+                f"  not measured: a save to the target itself; the guest's goes to a disk: {self.target / MIB:.0f} MiB "
+                "for it are in the spare that is wanted"
+            )
         lines.append("  not measured: what drivers that are built into the kernel take for devices of this machine")
         return lines
 
@@ -132,7 +138,10 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to measure: a kernel with its modules, and a capture image for it that takes ``image_memory`` bytes."""
+    """What to measure: a kernel with its modules, and a capture image for it that takes ``image_memory`` bytes.
+
+    ``target_memory`` bytes have to be left for the target: the guests save to a disk.
+    """
 
     kernel: Path
     modules_dir: Path
@@ -142,6 +151,7 @@ class Request:
     cpus: int = 1
     deadline: int = DEADLINE  # seconds
     append: str = ""  # more words for the capture kernel's command line
+    target_memory: int = 0
 
 
 def measure(request: Request, scratch: Path, say: Callable[[str], object]) -> Measurement:
@@ -155,7 +165,7 @@ def measure(request: Request, scratch: Path, say: Callable[[str], object]) -> Me
         ImageError: there is something wrong with the image or the modules.
     """
     lab = Laboratory(request, scratch, say)
-    spare = SPARE + DRIVER * len(lab.drivers)
+    spare = SPARE + DRIVER * len(lab.drivers) + request.target_memory
     run, failed = search(request.first, spare, lab.crash)
     return Measurement(
         run=run,
@@ -166,6 +176,7 @@ def measure(request: Request, scratch: Path, say: Callable[[str], object]) -> Me
         accelerator=lab.accelerators[0],
         cpus=request.cpus,
         image=request.image_memory,
+        target=request.target_memory,
         guest_memory=guest_memory(run.reservation),
     )
 

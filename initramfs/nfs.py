@@ -10,6 +10,8 @@ from initramfs.devices import Mount, Needed
 from initramfs.wishes import Say, Wishes
 
 FILE_SYSTEMS = ("nfs", "nfs4")
+MEMORY = 4 << 20
+"""Bytes that the client takes in the kernel, its modules included."""
 _MODULES, _OPTIONAL = ("nfs", "nfsv4"), ("nfsv3",)
 
 

@@ -24,11 +24,13 @@ class Kind(NamedTuple):
 
     ``needed``: what the image has to hold for a target, which raises CaptureError where that cannot work.
     ``named``: the target as the capture kernel finds it, and what is doubtful of it said; raises alike.
+    ``memory``: bytes that a save there takes more than one on a disk; the image's own size is counted elsewhere.
     ``filesystems``: types in /proc/self/mountinfo that are of this kind; ``of_mount`` tells the target behind one.
     """
 
     needed: Callable[[str, Wishes], Needed]
     named: Callable[[str, Say], str]
+    memory: int = 0
     filesystems: tuple[str, ...] = ()
     of_mount: Callable[[Mount], str] | None = None
 
@@ -36,9 +38,9 @@ class Kind(NamedTuple):
 KINDS = {
     LOCAL: Kind(local.needed, local.named),
     RAW: Kind(raw.needed, raw.named),
-    VIRTIOFS: Kind(virtiofs.needed, virtiofs.named, (VIRTIOFS,), virtiofs.of_mount),
-    NFS: Kind(nfs.needed, nfs.named, nfs.FILE_SYSTEMS, nfs.of_mount),
-    SSH: Kind(ssh.needed, ssh.named),
+    VIRTIOFS: Kind(virtiofs.needed, virtiofs.named, filesystems=(VIRTIOFS,), of_mount=virtiofs.of_mount),
+    NFS: Kind(nfs.needed, nfs.named, nfs.MEMORY, nfs.FILE_SYSTEMS, nfs.of_mount),
+    SSH: Kind(ssh.needed, ssh.named, ssh.MEMORY),
 }
 """What stands before a target's first colon → its kind, with the same keys as capture.boot.targets.KINDS."""
 
@@ -81,6 +83,11 @@ def named(target: str, say: Say) -> str:
 def named_mount(mount: Mount) -> str:
     """Return what is mounted there as the capture kernel finds it; raises as ``named`` does."""
     return _target_of(mount) or local.named_mount(mount)
+
+
+def memory_of(names: Iterable[str]) -> int:
+    """Return the bytes that the capture kernel needs for the most demanding of these targets, to estimate with."""
+    return max((KINDS[kind].memory for kind in map(kind_of, names) if kind in KINDS), default=0)
 
 
 def lacking_modules(names: Iterable[str], image: Path) -> str | None:

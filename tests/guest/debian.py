@@ -66,11 +66,11 @@ MASKED = (
     "systemd-timesyncd.service",
 )  # fmt: skip
 
-BOOT_TIMEOUT = 300.0
-INSTALL_TIMEOUT = 600.0
+BOOT_TIMEOUT = 600.0
+INSTALL_TIMEOUT = 1200.0
 APT = "DEBIAN_FRONTEND=noninteractive apt-get -q -y"
-ARM_TIMEOUT = 600.0
-"""An emulated CPU takes a minute or two to build an image."""
+ARM_TIMEOUT = 1800.0
+"""An emulated CPU takes some minutes to build an image, a busy one three times as many."""
 ARMED = (
     "( until systemctl is-active -q vmcapture.service;"
     " do systemctl is-failed -q vmcapture.service && exit 1; sleep 1; done )"

@@ -332,7 +332,7 @@ def test_estimate_prints_what_was_measured(
         say("crashing a guest")
         assert not scratch.exists()
         run = Run(112 << 20, 80 << 20, 12 << 20, 44 << 20)
-        return Measurement(run, ((96 << 20, "no"),), 8 << 20, ("raid",), RELEASE, "tcg", 2, 20 << 20, 1 << 30)
+        return Measurement(run, ((96 << 20, "no"),), 8 << 20, ("raid",), RELEASE, "tcg", 2, 20 << 20, 0, 1 << 30)
 
     monkeypatch.setattr(measure, "measure", measured)
     image, kernel = image_of(20 << 20, tmp_path), tmp_path / "vmlinuz"

@@ -15,13 +15,14 @@ from initramfs.estimate import MIB
 sizes = st.integers(0, 1 << 30)
 
 
-@given(sizes, st.integers(1, estimate.MAX_CPUS))
-def test_the_reservation_holds_what_is_needed_in_whole_steps(image: int, cpus: int) -> None:
-    found = estimate.estimate(image, cpus)
+@given(sizes, st.integers(1, estimate.MAX_CPUS), sizes)
+def test_the_reservation_holds_what_is_needed_in_whole_steps(image: int, cpus: int, target: int) -> None:
+    found = estimate.estimate(image, cpus, target)
     assert found.needed <= found.reservation < found.needed + estimate.STEP
     assert found.reservation % estimate.STEP == 0
     assert found.parameter == f"crashkernel={found.reservation // MIB}M"
     assert found.needed >= image
+    assert found.needed >= target
 
 
 @given(sizes, sizes, st.integers(1, 64))
@@ -34,6 +35,10 @@ def test_as_many_cpus_as_fit_and_one_in_any_case(reservation: int, image: int, o
         assert estimate.estimate(image, cpus + 1).needed > reservation
 
 
+def test_what_the_target_takes_leaves_room_for_fewer_cpus() -> None:
+    assert estimate.cpus_for(128 * MIB, 13 * MIB, 64, 16 * MIB) == 1
+
+
 @pytest.mark.parametrize(("reserved", "cpus"), [(96, 1), (112, 1), (128, 3), (160, 7), (256, 8)])
 def test_cpus_with_an_image_of_today(reserved: int, cpus: int) -> None:
     assert estimate.cpus_for(reserved * MIB, 13 * MIB, 64) == cpus
@@ -44,6 +49,7 @@ def test_the_lines_name_every_part_and_sum_up() -> None:
     parameter, *parts = found.lines()
     assert parameter == found.parameter
     assert [part.split()[0] for part in parts] == ["kernel", "drivers", "image", "job", "spare"]
+    assert "target" in estimate.estimate(21 * MIB, 2, MIB).lines()[5]
     assert estimate.estimate(100 * MIB).needed > 40 * MIB + 300 * MIB  # half of the memory, and the packed image
     parts_sum = sum(float(part.split()[1]) for part in parts)
     assert parts_sum * MIB <= found.needed <= parts_sum * MIB * 1.02

@@ -322,6 +322,13 @@ def test_the_spare_grows_with_drivers_that_have_nothing_to_drive(host: Host) -> 
     assert any("not measured: the devices of raid, which QEMU does not have" in line for line in measured.lines())
 
 
+def test_the_spare_grows_by_what_the_target_takes(host: Host) -> None:
+    host.request = replace(host.request, target_memory=5 * MIB)
+    measured = host.measure()
+    assert measured.spare == measure.SPARE + 5 * MIB
+    assert any("not measured: a save to the target itself; " in line for line in measured.lines())
+
+
 @pytest.mark.parametrize("pack", [bytes, lambda data: gzip.compress(data)])
 def test_an_image_gets_the_modules_that_it_lacks_behind_its_own(
     pack: Callable[[bytes], bytes], tmp_path: Path, module_tree: Path

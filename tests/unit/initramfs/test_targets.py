@@ -67,6 +67,12 @@ def test_a_disk_that_is_not_there_is_not_judged(image: Path, monkeypatch: pytest
     assert targets.lacking_modules(["UUID=1"], image) is None
 
 
+def test_the_most_demanding_target_is_counted_once() -> None:
+    ssh = targets.memory_of(["ssh:u@h"])
+    assert targets.memory_of(["UUID=1", "ssh:u@h", "ssh:u@g", "nfs:s:/e"]) == max(ssh, targets.memory_of(["nfs:s:/e"]))
+    assert ssh > targets.memory_of(["UUID=1"]) == targets.memory_of([]) == 0
+
+
 def test_a_mount_of_a_kind_is_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = Needed(("gopher",), files=(("/etc/hole", b"deep"),))
     kind = Kind(
