@@ -11,6 +11,8 @@ SYSTEMD = Path("/run/systemd/system")
 """There where systemd is PID 1 (sd_booted(3))."""
 ARMING = "vmcapture.service"
 COMPETITORS = ("kdump-tools.service", "kdump.service")
+_GENERATED = "/run/systemd/generator"
+"""Where systemd-sysv-generator(8) puts what it makes of scripts in /etc/init.d."""
 
 
 def running() -> bool:
@@ -26,6 +28,22 @@ def enabled(unit: str) -> bool:
 def active(unit: str) -> bool:
     """Return whether a unit is active now."""
     return _systemctl("is-active", unit)
+
+
+def competitors() -> list[str]:
+    """Return the units of others that load a capture kernel.
+
+    A package that is removed and not purged leaves its script in /etc/init.d, of which systemd makes a unit that is
+    enabled and does nothing: not one of them.
+    """
+    return [unit for unit in COMPETITORS if (enabled(unit) or active(unit)) and not _generated(unit)]
+
+
+def _generated(unit: str) -> bool:
+    systemctl = tools.require("systemctl", "systemd")
+    words = [str(systemctl), "show", "--property=FragmentPath", unit]
+    said = subprocess.run(words, capture_output=True, text=True, check=False).stdout
+    return said.startswith(f"FragmentPath={_GENERATED}")
 
 
 def _systemctl(question: str, unit: str) -> bool:

@@ -27,6 +27,7 @@ from initramfs.kexec import CrashKernel, Loaded
 from initramfs.predict import Prediction
 from initramfs.reach import Target, reach
 from initramfs.stamp import Stamp
+from initramfs.targets import memory_of
 from initramfs.units import size_text
 
 GOOD, DOUBT, BAD = "good", "doubt", "bad"
@@ -130,8 +131,7 @@ def status(wanted: Wanted) -> Status:
     image = Path(loaded.image)
     boot = boot_config.parse(loaded.command_line)
     made_from = stamp.read(image)
-    cpus = kexec.cpus_of(loaded.command_line)
-    needed = estimate.estimate(estimate.memory_of(image), cpus).needed if image.exists() else None
+    needed = _needed(image, kexec.cpus_of(loaded.command_line), boot) if image.exists() else None
     targets = tuple(reach(target, boot.path) for target in boot.targets)
     predicted = predict.predict(boot.levels[-1], reservation)
     encrypted = None if made_from is None else made_from.encrypted
@@ -148,6 +148,10 @@ def status(wanted: Wanted) -> Status:
     )
     built = None if made_from is None else made_from.built
     return Status(armed, reservation, loaded, checks, needed, targets, predicted, built, encrypted, watchdog)
+
+
+def _needed(image: Path, cpus: int, boot: BootConfig) -> int:
+    return estimate.estimate(estimate.memory_of(image), cpus, memory_of(boot.targets)).needed
 
 
 def _unarmed(reservation: int, *, armed: bool) -> Iterator[Check]:
@@ -256,9 +260,9 @@ def _watchdog(doubt: str | None, boot: BootConfig) -> Iterator[Check]:
 
 def _surroundings(loaded: Loaded | None) -> Iterator[Check]:
     """Yield what is not ours: services, firmware, settings of the kernel."""
-    for unit in services.COMPETITORS:
-        if services.enabled(unit) or services.active(unit):
-            yield Check("others", DOUBT, f"{unit} loads a capture kernel, too", f"systemctl disable --now {unit}")
+    for unit in services.competitors():
+        what = f"{unit} loads a capture kernel, too"
+        yield Check("others", DOUBT, what, f"systemctl disable --now {unit}, which unloads ours, and {ARM}")
     if services.running() and not services.enabled(services.ARMING):
         what = f"{services.ARMING} is not enabled: after a reboot nothing is loaded"
         yield Check("service", DOUBT, what, f"systemctl enable {services.ARMING}")

@@ -42,7 +42,7 @@ class Healthy:
         monkeypatch.setattr(status, "RECIPIENTS", machine / "recipients")
         monkeypatch.setattr(services, "running", lambda: bool(self.units))
         monkeypatch.setattr(services, "enabled", lambda unit: unit in self.units)
-        monkeypatch.setattr(services, "active", lambda _: False)
+        monkeypatch.setattr(services, "competitors", lambda: sorted(self.units & set(services.COMPETITORS)))
         monkeypatch.setattr(watchdogs, "running", lambda *_: ())
         monkeypatch.setattr(status, "reach", lambda target, _: replace(self.target, target=target))
         monkeypatch.setattr(predict, "predict", lambda level, _: Prediction(level, GIB))
