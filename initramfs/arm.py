@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from capture.console import Console
-from capture.errors import IncompleteError
-from initramfs.errors import ImageError, KexecError, ToolError
+from capture.errors import CaptureError, IncompleteError
+from initramfs import kexec, state
+from initramfs.errors import ImageError, KexecError, StateError, ToolError
+from initramfs.kexec import CrashKernel
 
 DOUBTFUL = IncompleteError.exit_status
 """Armed, but not with what should be."""
@@ -37,27 +40,67 @@ def arm(wanted: Wanted, run: Run, console: Console) -> int:
     """Build the image if something that it is made from has changed, and load it if it is not loaded as it is.
 
     Where an image cannot be built now (its disk is not attached) and one is there, that is loaded: an older one saves
-    most crashes, none saves no crash. DOUBTFUL is returned then.
+    most crashes, none saves no crash. Whatever else is wrong (the configuration, since somebody edited it), a machine
+    that is not armed is armed as it was the last time. DOUBTFUL is returned then.
 
     Raises:
-        CaptureError: the machine cannot be armed.
+        CaptureError: the machine cannot be armed; or it is already, and not as it is wanted.
     """
-    needed = () if wanted.force else ("--if-needed",)
-    doubtful = 0
     with _alone():
         try:
-            words = ("--kernel", wanted.release, "-o", str(wanted.image))
-            status = run(("initramfs", *words, *needed, *wanted.words))
-        except (ImageError, ToolError) as error:
-            if not wanted.load or not wanted.image.exists():
+            status = _arm(wanted, run, console)
+        except CaptureError as error:
+            if not wanted.load or _is_armed() or not _as_before(wanted.image):
                 raise
-            console.say(f"{error}; the image that is there, {wanted.image}, is used")
-            doubtful = DOUBTFUL
-        else:
-            if status or not wanted.load:
-                return status
-        words = ("--kernel-image", str(wanted.kernel), "--image", str(wanted.image))
-        return run(("load", *words, *needed, *wanted.words)) or doubtful
+            console.say(f"{error}; meanwhile the machine is armed as it was the last time")
+            return DOUBTFUL
+        loaded = kexec.loaded() if wanted.load else None
+        if loaded is not None:
+            with contextlib.suppress(StateError):
+                state.write(before_of(wanted.image), asdict(loaded))
+        return status
+
+
+def _arm(wanted: Wanted, run: Run, console: Console) -> int:
+    needed = () if wanted.force else ("--if-needed",)
+    doubtful = 0
+    try:
+        words = ("--kernel", wanted.release, "-o", str(wanted.image))
+        status = run(("initramfs", *words, *needed, *wanted.words))
+    except (ImageError, ToolError) as error:
+        if not wanted.load or not wanted.image.exists():
+            raise
+        console.say(f"{error}; the image that is there, {wanted.image}, is used")
+        doubtful = DOUBTFUL
+    else:
+        if status or not wanted.load:
+            return status
+    words = ("--kernel-image", str(wanted.kernel), "--image", str(wanted.image))
+    return run(("load", *words, *needed, *wanted.words)) or doubtful
+
+
+def before_of(image: Path) -> Path:
+    """Return where it stands how a machine with this image was armed the last time."""
+    return image.with_name(f"{image.name}.loaded")
+
+
+def _is_armed() -> bool:
+    """Return whether a capture kernel is loaded that knows the machine's memory as it is now."""
+    there = kexec.loaded()
+    return kexec.armed() and (there is None or kexec.out_of_date(there) is None)
+
+
+def _as_before(image: Path) -> bool:
+    """Arm the machine as it was the last time; return whether that could be done."""
+    record = state.read(before_of(image))
+    if record is None:
+        return False
+    try:
+        kernel, line, syscall = (str(record[name]) for name in ("kernel", "command_line", "syscall"))
+        kexec.load(CrashKernel(Path(kernel), image, line, syscall))
+    except (KeyError, CaptureError):
+        return False
+    return True
 
 
 @contextmanager

@@ -55,7 +55,13 @@ def test_after_a_reboot_it_is_armed_with_the_same_meaning_and_saves_a_crash(work
     with debian.running(workdir, append=CRASHKERNEL) as machine:
         demand(machine, debian.ARMED, debian.ARM_TIMEOUT)
         assert demand(machine, "cat /sys/kernel/kexec_crash_loaded").strip() == "1"
-        demand(machine, "vmcapture status")
+        print(said := demand(machine, "vmcapture status"))
+        assert said.startswith("armed: a crash now would be saved")
+        status, said = machine.run("vmcapture test", debian.ARM_TIMEOUT)
+        print(said)
+        assert (status, "a file was written to /var/dumps, read back and removed" in said) == (3, True)
+        assert "no guest was crashed" in said  # there is no QEMU
+        print(demand(machine, "systemctl show -P ExecMainStartTimestamp,ExecMainExitTimestamp vmcapture.service"))
         words = json.loads(demand(machine, "cat /run/vmcapture/loaded.json"))["command_line"].split()
         expected = {"vmcapture.path=/var/dumps", "vmcapture.level=17", "vmcapture.keep=3", "vmcapture.compress=zlib"}
         assert expected <= set(words)

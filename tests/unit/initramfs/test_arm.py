@@ -15,6 +15,7 @@ from initramfs import arm, cli, kexec
 from initramfs.arm import Wanted
 from initramfs.cli import main
 from initramfs.errors import ImageError, KexecError
+from initramfs.kexec import CrashKernel
 
 
 @pytest.fixture
@@ -78,6 +79,40 @@ def test_a_mistake_in_the_configuration_is_not_passed_over(wanted: Wanted, conso
     with pytest.raises(UsageError):
         arm.arm(wanted, run, console)
     assert len(run.called) == 1
+
+
+def test_a_machine_that_is_not_armed_is_armed_as_before_whatever_is_wrong_now(
+    machine: Path, console: Console, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(arm, "LOCK", tmp_path / "run/arm.lock")
+    wanted = Wanted("6.1", machine / "kernel", machine / "image")
+    line = "console=ttyS0 vmcapture.target=LABEL=x"
+
+    def load(words: Sequence[str]) -> int:
+        if words[0] == "load":
+            kexec.load(CrashKernel(wanted.kernel, wanted.image, line, "auto"))
+            (machine / "crash_loaded").write_text("1\n")
+        return 0
+
+    said = "vmcapture.conf:3: no such directive"
+    wrong = Commands(initramfs=UsageError(said))
+    with pytest.raises(UsageError):
+        arm.arm(wanted, wrong, console)  # never armed before
+    assert arm.arm(wanted, load, console) == 0
+    with pytest.raises(UsageError):
+        arm.arm(wanted, wrong, console)  # armed
+    (machine / "calls").write_text("")
+    (machine / "crash_loaded").write_text("0\n")
+    kexec.RECORD.unlink()
+
+    assert arm.arm(wanted, wrong, console) == arm.DOUBTFUL
+    assert console.lines == [f"{said}; meanwhile the machine is armed as it was the last time"]
+    (call,) = (machine / "calls").read_text().splitlines()
+    assert call.endswith(f" {wanted.kernel} --initrd={wanted.image} --command-line={line}")
+
+    wanted.image.unlink()
+    with pytest.raises(UsageError):
+        arm.arm(wanted, wrong, console)
 
 
 def test_a_load_that_fails_is_a_failure(wanted: Wanted, console: Console) -> None:
