@@ -37,6 +37,7 @@ from initramfs import (
 )
 from initramfs.config import Config
 from initramfs.devices import Needed
+from initramfs.encryption import encryption
 from initramfs.errors import ImageError, MeasureError
 from initramfs.estimate import Estimate
 from initramfs.image import ImageRequest, build_image
@@ -228,8 +229,6 @@ def image_request(args: argparse.Namespace, config: Config, output: Path | None)
     # With --module the image may be for another machine.
     watchdog = Needed() if args.module else watchdogs.modules()
     software = () if args.module or watchdog != Needed() else (watchdogs.SOFTWARE,)
-    from initramfs.encryption import encryption  # with NumPy, for which no other command has to wait
-
     encrypted = encryption(args.recipients)
     return ImageRequest(
         output=output or default_image(release),

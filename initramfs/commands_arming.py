@@ -13,7 +13,7 @@ from pathlib import Path
 from capture.cli import OneLineParser, Subparsers, command, positive
 from capture.console import Console
 from capture.errors import UsageError
-from initramfs import arm, crash_test, prometheus, rehearsal, settings, status
+from initramfs import arm, crash_test, crashes, prometheus, rehearsal, settings, status
 from initramfs.config import read_config
 from initramfs.image import ImageRequest
 from initramfs.kexec import CrashKernel
@@ -131,8 +131,6 @@ def run_status(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace, state: status.Status) -> int:
-    from initramfs import crashes  # with NumPy, for which no other command has to wait
-
     with places(read_config(args.config)) as (found, _):
         prometheus.write(args.prometheus, prometheus.metrics(state, crashes.find(found)))
     return 0

@@ -15,7 +15,6 @@ from capture.console import Console
 from capture.errors import UsageError
 from initramfs import config_check, settings
 from initramfs.config import CONFIG, Config, ConfigError, directive_lines, read_config
-from initramfs.config_import import import_files, usual_files
 from initramfs.directives import DIRECTIVES
 
 STANDARD_OUTPUT = Path("-")
@@ -107,6 +106,8 @@ def _seconds(number: int | None) -> str | None:
 
 def run_import(args: argparse.Namespace) -> int:
     """Make the file, and name what could not be carried over."""
+    from initramfs.config_import import import_files, usual_files
+
     console = Console(quiet=args.quiet)
     output = args.output or CONFIG
     if output != STANDARD_OUTPUT and not args.force and _has_directives(output):

@@ -9,14 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from capture.errors import UsageError
 from initramfs import state
+from initramfs.crashes import SavedCrash, log_has
 from initramfs.errors import KexecError
-
-if TYPE_CHECKING:
-    from initramfs.crashes import SavedCrash
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 KMSG = Path("/dev/kmsg")
@@ -109,8 +107,6 @@ def crash() -> None:
 
 def find(test: CrashTest, crashes: Sequence[SavedCrash]) -> SavedCrash | None:
     """Return the crash that a test made: its log has the id in it; an encrypted one is known by its time."""
-    from initramfs.crashes import log_has  # with NumPy, for which nobody else here has to wait
-
     for crash in crashes:
         if not crash.encrypted and log_has(crash, MARK + test.id):
             return crash

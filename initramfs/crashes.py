@@ -17,17 +17,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from capture.boot.job import DUMP, ENCRYPTED_DUMP, LOG
+from capture.boot.names import DUMP, ENCRYPTED_DUMP, LOG, REGISTERS
 from capture.boot.room import Crash, crash_named, made_by_us
 from capture.console import printable
 from capture.dumpfile.encrypted import SUFFIX
 from capture.dumpfile.output import INCOMPLETE_SUFFIX, MANIFEST
 from capture.errors import SourceError
-from capture.kernel.panic import is_oops, is_panic
+from capture.kernel.announcement import is_oops, is_panic
 from initramfs.places import Place
 
 WHOLE, INCOMPLETE, WITHOUT_DUMP = "whole", "incomplete", "without dump"
-REGISTERS = "registers.json"
 MAX_JSON = 64 << 20
 """Bytes of a manifest: it may list a range of pages for each that was unreadable."""
 MAX_LOG = 32 << 20
