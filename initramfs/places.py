@@ -6,17 +6,18 @@ at. What was saved on another machine is there, and not looked for.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from capture.boot.mounting import inside
 from capture.boot.targets import LOCAL, kind_of
 from capture.errors import CaptureError
-from initramfs import devices, settings, tools
+from initramfs import devices, mounting, settings
 from initramfs.config import Config
 from initramfs.devices import Mount
+from initramfs.errors import ToolError
 
 
 class Place(NamedTuple):
@@ -55,9 +56,9 @@ def places(config: Config) -> Iterator[tuple[list[Place], list[str]]]:
                 lines.append(f"{target}: what is there is not looked at")
                 continue
             try:
-                found.append(stack.enter_context(_opened(target, path)))
+                found.append(stack.enter_context(opened(target, path, "ro,nosuid,nodev,noexec")))
             except (CaptureError, OSError) as error:
-                lines.append(f"{target}: {error}")
+                lines.append(f"{target}: {reason(error, target)}")
         yield _distinct(found), lines
 
 
@@ -66,27 +67,23 @@ def _distinct(found: Sequence[Place]) -> list[Place]:
 
 
 @contextmanager
-def _opened(target: str, path: str) -> Iterator[Place]:
+def opened(target: str, path: str, options: str) -> Iterator[Place]:
+    """Give ``path`` on a local target: where that is mounted, else mounted with ``options`` for as long as it is used.
+
+    Raises:
+        CaptureError: it is not attached, cannot be mounted, or ``path`` is a link that leads away from it.
+    """
     device = devices.find_device(target)
     if device is None:
-        raise CaptureError("it is not attached now")
+        raise ToolError(f"{target}: it is not attached now")
     if (there := mounted(device, path)) is not None:
         yield Place(there, str(there))
         return
-    with mounted_for_now(device, "ro,nosuid,nodev,noexec") as root:
-        yield Place(root / path.lstrip("/"), f"{target}:{path}")
+    with mounting.mounted_for_now(device, options) as root:
+        yield Place(inside(root, path, target), f"{target}:{path}")
 
 
-@contextmanager
-def mounted_for_now(device: Path, options: str) -> Iterator[Path]:
-    """Mount the file system on a device where nobody else looks, and unmount it.
-
-    Raises:
-        ToolError: it cannot be mounted.
-    """
-    with tempfile.TemporaryDirectory(prefix="vmcapture-") as point:
-        tools.run([tools.require("mount", "mount"), "-o", options, device, point])
-        try:
-            yield Path(point)
-        finally:
-            tools.run([tools.require("umount", "mount"), point])
+def reason(error: Exception, target: str) -> str:
+    """Return what an error says, without the name of the target, which stands before it anyway."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return said.removeprefix(f"{target}: ")

@@ -500,11 +500,20 @@ def sync_file_system(fd: int) -> None:
 def sync_directory(path: Path) -> None:
     """Bring renames and new names in a directory to the disk."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            with pulse.at_target():
-                os.fsync(fd)
-        finally:
-            os.close(fd)
+        fsync_directory(path)
     except OSError as error:
         raise target_error(path, "syncing the directory", error) from None
+
+
+def fsync_directory(path: Path) -> None:
+    """Do as ``sync_directory`` does.
+
+    Raises:
+        OSError: it cannot be done.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with pulse.at_target():
+            os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from initramfs import devices, places, reach, settings
+from initramfs import devices, mounting, places, reach, settings
 from initramfs.config import Config
 from initramfs.devices import Mount
 from initramfs.errors import ToolError
@@ -85,7 +85,7 @@ def test_what_is_not_mounted_is_mounted_read_only_for_a_moment(
     monkeypatch.setattr(settings, "CRASH_DIRECTORY", tmp_path / "none")
     target = str(loop_disk)
     try:
-        with places.mounted_for_now(loop_disk, "rw") as root:
+        with mounting.mounted_for_now(loop_disk, "rw") as root:
             (root / "var/crash").mkdir(parents=True)
     except ToolError:
         pytest.skip("nothing may be mounted here")
@@ -96,11 +96,15 @@ def test_what_is_not_mounted_is_mounted_read_only_for_a_moment(
         with pytest.raises(OSError, match="Read-only"):
             (place.path / "x").touch()
     assert not place.path.exists()
+    with mounting.mounted_for_now(loop_disk, "rw") as root:
+        (root / "var/link").symlink_to("/var/crash")
+    with places.places(Config(targets=(target,), path="/var/link")) as (_, lines):
+        assert lines == [f"{target}: /var/link on it is a symbolic link to /var/crash: {lines[0].rpartition(': ')[2]}"]
     known = reach.reach(target, "/var/crash")
     assert known.reached
     assert known.what == f"{target}, not mounted"
     assert 8 << 20 < (known.free or 0) < (known.total or 0) <= 16 << 20
-    with places.mounted_for_now(loop_disk, "rw") as root:
+    with mounting.mounted_for_now(loop_disk, "rw") as root:
         volume = os.statvfs(root)
         known = reach.reach(target, "/var/crash")
         assert known.what == target
