@@ -68,7 +68,7 @@ def parse(target: str) -> Export:
     Raises:
         UsageError: it is no such text.
     """
-    found = re.fullmatch(r"nfs:(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]@,]+)):(/[^\s,]*)", target)
+    found = re.fullmatch(r"nfs:(?:\[([0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)\]|([^\s:/\[\]@,]+)):(/[^\s,]*)", target)
     if found is None:
         raise UsageError(f"{target}: not of the form nfs:SERVER:/EXPORT (an IPv6 address in brackets)")
     return Export(found[1] or found[2], found[3])

@@ -130,7 +130,9 @@ def parse(target: str) -> Login:
     Raises:
         UsageError: it is no such text.
     """
-    found = re.fullmatch(r"ssh:([^\s@:/\[\]]+)@(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]@]+))(?::([0-9]{1,5}))?", target)
+    found = re.fullmatch(
+        r"ssh:([^\s@:/\[\]]+)@(?:\[([0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)\]|([^\s:/\[\]@]+))(?::([0-9]{1,5}))?", target
+    )
     if found is None or not 0 < int(found[4] or PORT) < 1 << 16:
         raise UsageError(f"{target}: not of the form ssh:USER@HOST[:PORT] (an IPv6 address in brackets)")
     return Login(found[1], found[2] or found[3], int(found[4] or PORT))
