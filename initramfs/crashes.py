@@ -161,7 +161,7 @@ def _dump(names: Iterable[str]) -> str | None:
 def excerpt(crash: SavedCrash) -> list[str]:
     """Return the lines of the log around the crash, printable; empty where there is no log that can be read."""
     lines = _log_lines(crash.directory / LOG)
-    at = _announcement(lines)
+    at, _ = _announcement(list(map(_without_stamp, lines)))
     first = max(0, len(lines) - LINES if at is None else at - LINES_BEFORE)
     return [_text(line.decode("utf-8", "replace")) for line in lines[first : first + LINES]]
 
@@ -188,20 +188,21 @@ def manifest_files(crash: SavedCrash) -> dict[str, dict[str, Any]]:
 
 
 def _announced(log: Path) -> str | None:
-    lines = _log_lines(log)
-    at = next((number for number in range(len(lines) - 1, -1, -1) if is_panic(lines[number])), None)
-    if at is None:
-        at = _announcement(lines)
-    return None if at is None else _text(_without_stamp(lines[at]).decode("utf-8", "replace"))
+    texts = list(map(_without_stamp, _log_lines(log)))
+    begin, panic = _announcement(texts)
+    at = begin if panic is None else panic
+    return None if at is None else _text(texts[at].decode("utf-8", "replace"))
 
 
-def _announcement(lines: list[bytes]) -> int | None:
-    """Return where the log begins to speak of the crash: the oops that ended in the last panic, else that panic."""
-    texts = list(map(_without_stamp, lines))
+def _announcement(texts: list[bytes]) -> tuple[int | None, int | None]:
+    """Return where the log begins to speak of the crash, and its last panic.
+
+    It begins with the oops that ended in that panic, else with the panic.
+    """
     panic = next((number for number in range(len(texts) - 1, -1, -1) if is_panic(texts[number])), None)
     end = len(texts) if panic is None else panic
     oopses = (number for number in range(max(0, end - _OOPS_BEFORE_PANIC), end) if is_oops(texts[number]))
-    return next(oopses, panic)
+    return next(oopses, panic), panic
 
 
 def _without_stamp(line: bytes) -> bytes:

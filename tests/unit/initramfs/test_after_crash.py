@@ -240,12 +240,10 @@ def test_who_could_not_be_told_is_told_by_the_next_report(
 @pytest.mark.parametrize(
     ("receiver", "line"),
     [
-        (Receiver(WEBHOOK, "file:///etc/passwd"), "a URL begins with https://"),
         (Receiver(WEBHOOK, "http://127.0.0.1:1/"), "Connection refused"),
         (Receiver(MAIL, "root"), "install a mail server"),
         (Receiver(COMMAND, "/nowhere/at/all"), "No such file or directory"),
         (Receiver(COMMAND, "/bin/false"), "failed with status 1"),
-        (Receiver("pigeon", "x"), "only mail ADDRESS"),
     ],
 )
 def test_each_failure_is_one_line(
@@ -346,6 +344,7 @@ def test_what_is_remembered_of_a_test_may_be_damaged(own_state: Path) -> None:
 
 
 def test_a_file_is_written_whole_or_not_at_all(own_state: Path) -> None:
+    state.make_directory(own_state)
     state.write_text(own_state / "a", "one", 0o644)
     state.write_text(own_state / "a", "two", 0o644)
     assert [path.name for path in own_state.iterdir()] == ["a"]
