@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,20 +53,28 @@ def find_device(target: str, wait: int, console: Console) -> str:
     )
 
 
-def look_up(target: str) -> str | None:
+def look_up(target: str, known: Mapping[superblocks.Tag, str] | None = None) -> str | None:
     """Return the block device of ``target`` when it is there now.
+
+    ``known``: what all superblocks that could be read have just said.
 
     Raises:
         TargetError: there is no findfs to ask.
     """
     if "=" not in target:
         return target if Path(target).is_block_device() else None
-    tag, _, value = target.partition("=")
+    tag = tag_of(target)
     with pulse.at_target():
-        found = superblocks.device_with(tag, value)
+        found = (superblocks.devices_with([tag]) if known is None else known).get(tag)
         if found is None:
             found = None if superblocks.some_hang() else _found_by_findfs(target)
     return None if found is None else _topmost(found, target)
+
+
+def tag_of(target: str) -> superblocks.Tag:
+    """Return both halves of ``TAG=VALUE``."""
+    tag, _, value = target.partition("=")
+    return tag, value
 
 
 def _found_by_findfs(target: str) -> str | None:
@@ -84,5 +92,5 @@ def _topmost(device: str, target: str) -> str | None:
         return None
     if len(tops) == 1:
         return tops[0]
-    tag, _, value = target.partition("=")
-    return superblocks.device_with(tag, value, tops) or device
+    tag = tag_of(target)
+    return superblocks.devices_with([tag], tops).get(tag, device)
