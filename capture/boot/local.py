@@ -6,7 +6,6 @@ The superblocks of the usual file systems are looked at first, because of disks 
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from capture import pulse
 from capture.boot import mounting, superblocks, volumes
+from capture.boot.programs import ended
 from capture.boot.waiting import attempts
 from capture.console import Console
 from capture.errors import TargetError
@@ -64,10 +64,12 @@ def look_up(target: str, known: Mapping[superblocks.Tag, str] | None = None) -> 
     if "=" not in target:
         return target if Path(target).is_block_device() else None
     tag = tag_of(target)
-    with pulse.at_target():
-        found = (superblocks.devices_with([tag]) if known is None else known).get(tag)
-        if found is None:
-            found = None if superblocks.some_hang() else _found_by_findfs(target)
+    if known is None:
+        with pulse.at_target():
+            known = superblocks.devices_with([tag])
+    found = known.get(tag)
+    if found is None and not superblocks.some_hang():
+        found = _found_by_findfs(target)
     return None if found is None else _topmost(found, target)
 
 
@@ -79,7 +81,7 @@ def tag_of(target: str) -> superblocks.Tag:
 
 def _found_by_findfs(target: str) -> str | None:
     try:
-        answer = subprocess.run(["findfs", target], capture_output=True, text=True, check=False)
+        answer = ended(["findfs", target])
     except OSError as error:
         raise TargetError(f"findfs cannot be run ({error.strerror}): name the target by its device, /dev/...") from None
     return answer.stdout.strip() or None if answer.returncode == 0 else None
