@@ -14,6 +14,7 @@ from initramfs.config import Config
 from initramfs.devices import Mount
 from initramfs.errors import ToolError
 from initramfs.places import Place
+from tests.faults import loop_device
 
 
 @pytest.fixture
@@ -69,14 +70,9 @@ def test_a_disk_that_is_not_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def loop_disk(tmp_path: Path) -> Iterator[Path]:
     """A block device with an ext4 file system, which nobody has mounted."""
-    image = tmp_path / "disk"
-    subprocess.run(["mke2fs", "-q", "-t", "ext4", image, "16M"], check=True)
-    try:
-        made = subprocess.run(["losetup", "--find", "--show", image], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("no loop device can be made here")
-    yield Path(made.stdout.strip())
-    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
+    with loop_device(tmp_path / "disk", 16 << 20) as device:
+        subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", device], check=True)
+        yield device
 
 
 def test_what_is_not_mounted_is_mounted_read_only_for_a_moment(

@@ -148,8 +148,8 @@ def test_whatever_is_wrong_on_the_server_is_one_line_now(openssh: OpenSSH, at_ho
         assert str(refused.value).startswith(target)
         return str(refused.value)
 
-    public = openssh.host_key.with_suffix(".pub").read_text().split()[1]
-    assert f"authorized_keys there: ssh-ed25519 {public}" in refusal(ssh_key=openssh.host_key)
+    public = openssh.keys.server.with_suffix(".pub").read_text().split()[1]
+    assert f"authorized_keys there: ssh-ed25519 {public}" in refusal(ssh_key=openssh.keys.server)
     assert "/proc on it cannot be written" in refusal("/proc/x")
     (at_home / ".ssh/known_hosts").write_text(
         f"[server]:{openssh.port} " + " ".join(openssh.key.with_suffix(".pub").read_text().split()[:2])

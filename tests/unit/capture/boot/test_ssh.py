@@ -138,7 +138,7 @@ def test_another_host_key_is_refused(openssh: OpenSSH, point: Path) -> None:
 
 def test_a_key_that_the_server_does_not_know_is_refused(openssh: OpenSSH, point: Path) -> None:
     with pytest.raises(KeyRefusedError, match=r"Permission denied.*authorized_keys"):
-        mount(openssh, point, key=openssh.host_key)
+        mount(openssh, point, key=openssh.keys.server)
 
 
 def test_a_server_that_is_gone_is_named(openssh: OpenSSH, point: Path) -> None:
