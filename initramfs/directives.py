@@ -410,6 +410,7 @@ def _mountable(kind: str) -> bool:
     return kind in (*FILESYSTEMS, "nfs", "nfs4", "virtiofs")
 
 
+_WHEN_BUILT = "vmcapture arm builds the image when what it is made from has changed, with --force in any case"
 _FILE_SYSTEM_HINT = "UUID=…|LABEL=…|/dev/…"
 DIRECTIVES: dict[str, tuple[str, Directive]] = {
     **dict.fromkeys(FILESYSTEMS, (_FILE_SYSTEM_HINT, _filesystem)),
@@ -448,8 +449,8 @@ DIRECTIVES: dict[str, tuple[str, Directive]] = {
         "yes|no",
         _switch(("yes", "no"), "crashkernel= is never changed here; vmcapture estimate says what it should be"),
     ),
-    "force_rebuild": ("0|1", _switch(("0", "1"), "the image is built whenever vmcapture initramfs runs")),
-    "force_no_rebuild": ("0|1", _switch(("0", "1"), "the image is built whenever vmcapture initramfs runs")),
+    "force_rebuild": ("0|1", _switch(("0", "1"), _WHEN_BUILT)),
+    "force_no_rebuild": ("0|1", _switch(("0", "1"), _WHEN_BUILT)),
     "dracut_args": ("OPTIONS", _dracut),
     "fence_kdump_args": ("OPTIONS", _fence_arguments),
     "fence_kdump_nodes": (
