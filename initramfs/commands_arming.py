@@ -164,7 +164,8 @@ def _crash(args: argparse.Namespace, state: status.Status, console: Console) -> 
         if not sys.stdin.isatty():
             raise UsageError(f"nobody is at the terminal to be asked: vmcapture test --crash --{CRASH_WORD}")
         crash_test.confirm(host, input)
+    before = crash_test.last()
     made = crash_test.begin(host, [target.target for target in state.targets])
     console.say(f"crash test {made.id}: after the reboot 'vmcapture report', or the journal, says what was saved")
-    crash_test.crash()
+    crash_test.crash(before)
     return 1

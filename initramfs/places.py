@@ -6,6 +6,7 @@ at. What was saved on another machine is there, and not looked for.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,10 +31,19 @@ class Place(NamedTuple):
 def mounted(device: Path, path: str) -> Path | None:
     """Return where ``path`` of the file system on a device is now; None where that part of it is not mounted."""
     real = device.resolve()
-    for mount, number in devices.mounts():
+    there = list(devices.mounts())
+    for mount, number in there:
         if _is_on(mount, number, real) and Path(path).is_relative_to(mount.root):
-            return mount.point / Path(path).relative_to(mount.root)
+            found = mount.point / Path(path).relative_to(mount.root)
+            if _seen(found, [other for other, _ in there]) is mount:
+                return found
     return None
+
+
+def _seen(path: Path, mounts: Sequence[Mount]) -> Mount:
+    """Return of which of those that are mounted a path is: of the nearest above it, and of several there the last."""
+    above = [mount for mount in mounts if path.is_relative_to(mount.point)]
+    return max(enumerate(above), key=lambda entry: (len(entry[1].point.parts), entry[0]))[1]
 
 
 def _is_on(mount: Mount, number: str, device: Path) -> bool:
@@ -63,7 +73,7 @@ def places(config: Config) -> Iterator[tuple[list[Place], list[str]]]:
 
 
 def _distinct(found: Sequence[Place]) -> list[Place]:
-    return list({place.path.resolve(): place for place in reversed(found)}.values())[::-1]
+    return list({os.path.realpath(place.path): place for place in reversed(found)}.values())[::-1]
 
 
 @contextmanager

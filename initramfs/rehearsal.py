@@ -7,6 +7,7 @@ live through a crash: ``vmcapture test --crash`` shows that.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import tempfile
@@ -67,7 +68,8 @@ def rehearse(request: Request, say: Callable[[str], object]) -> Rehearsal:
     """Try everything but the crash of this machine."""
     state = request.state
     # What is not as it should be comes first; what is tried below need not be said twice.
-    checks = [check for check in state.checks if check.state != GOOD and check.name != "target"]
+    tried = "target" if state.targets else None
+    checks = [check for check in state.checks if check.state != GOOD and check.name != tried]
     if state.loaded is None:
         return Rehearsal(tuple(checks))
     checks += _image(request, Path(state.loaded.image))
@@ -123,19 +125,22 @@ def _refuse_link(directory: Path) -> None:
 def _write(directory: Path) -> None:
     """Write a file as a save would, and read it back; directories that were missing are removed again."""
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     file = directory / f".vmcapture-test-{secrets.token_hex(8)}"
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.write(descriptor, _TRIAL)
-        os.fsync(descriptor)
-        if os.pread(descriptor, len(_TRIAL), 0) != _TRIAL:
-            raise ToolError("what was written is not what is read")
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(descriptor, _TRIAL)
+            os.fsync(descriptor)
+            if os.pread(descriptor, len(_TRIAL), 0) != _TRIAL:
+                raise ToolError("what was written is not what is read")
+        finally:
+            os.close(descriptor)
+            file.unlink()
     finally:
-        os.close(descriptor)
-        file.unlink()
-        for folder in made:
-            folder.rmdir()
+        with contextlib.suppress(OSError):  # somebody else has put something there, or they are not there
+            for folder in made:
+                folder.rmdir()
 
 
 def _guest(request: Request, say: Callable[[str], object]) -> Check:

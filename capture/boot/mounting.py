@@ -55,8 +55,8 @@ def inside(root: Path, path: str, target: str) -> Path:
     """Return the directory on the mounted target; a symbolic link must not lead out of it, into our own memory."""
     place = root / path.lstrip("/")
     with pulse.at_target():
-        real = place.resolve()
-    if not real.is_relative_to(root.resolve()):
+        real = Path(os.path.realpath(place))  # Path.resolve() does not survive a link to itself
+    if not real.is_relative_to(os.path.realpath(root)):
         raise TargetError(
             f"{target}: {path} on it is a symbolic link to {real}: name the directory itself with vmcapture.path="
         )

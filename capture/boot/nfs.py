@@ -93,7 +93,7 @@ def mount(export: Export, address: str, point: Path) -> str:
             options += f",nolock,mountproto={family}"
         with pulse.at_target():
             answer = libc.mount(
-                f"{host}:{export.path}".encode(), os.fsencode(point), b"nfs", _MS_NOSUID | _MS_NODEV | _MS_NOATIME,
+                os.fsencode(f"{host}:{export.path}"), os.fsencode(point), b"nfs", _MS_NOSUID | _MS_NODEV | _MS_NOATIME,
                 options.encode(),
             )  # fmt: skip
         if answer == 0:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def ended(command: Sequence[str]) -> CompletedProcess[str]:
-    """Run a program to its end; whatever it prints is text.
+    """Run a program to its end, with nobody to answer it; whatever it prints is text.
 
     Raises:
         OSError: it cannot be run.
@@ -21,7 +21,9 @@ def ended(command: Sequence[str]) -> CompletedProcess[str]:
     import subprocess  # the process that watches over the job has no need of it
 
     with pulse.at_target():
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+        )
 
 
 def run(command: Sequence[str], failure: str, good: Container[int] = (0,)) -> str:

@@ -40,6 +40,22 @@ def test_a_path_of_a_device_is_found_where_that_part_of_it_is_mounted(
     assert places.mounted(device, "/var/crash") == Path("/srv/var/crash")
 
 
+def test_a_path_that_another_file_system_hides_is_not_the_devices(
+    mounts: list[tuple[Mount, str]], tmp_path: Path
+) -> None:
+    device = tmp_path / "sdz1"
+    device.touch()
+    mounts.append((Mount(f"/dev/../{device}", Path("/"), "/", "ext4"), "8:2"))
+    assert places.mounted(device, "/var/crash") == Path("/var/crash")
+    mounts.append((Mount("/dev/other", Path("/var"), "/", "xfs"), "8:3"))
+    assert places.mounted(device, "/var/crash") is None
+    assert places.mounted(device, "/srv") == Path("/srv")
+    mounts.append((Mount(f"/dev/../{device}", Path("/mnt/all"), "/", "ext4"), "8:2"))
+    assert places.mounted(device, "/var/crash") == Path("/mnt/all/var/crash")
+    mounts.append((Mount("tmpfs", Path("/mnt/all"), "/", "tmpfs"), "0:30"))
+    assert places.mounted(device, "/var/crash") is None
+
+
 def test_a_device_is_known_by_its_number_as_well(
     mounts: list[tuple[Mount, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +75,12 @@ def test_without_a_target_it_is_the_machines_own_directory() -> None:
     with places.places(Config(path="/srv/crash", targets=("nfs:server:/export", "raw:/dev/vdz"))) as (found, lines):
         assert [place.shown for place in found] == ["/srv/crash", "/var/crash"]
         assert [line.partition(": ")[0] for line in lines] == ["nfs:server:/export", "raw:/dev/vdz"]
+
+
+def test_a_directory_that_is_a_link_to_itself_is_no_end_of_the_list(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with places.places(Config(path=str(tmp_path / "loop"))) as (found, _):
+        assert found[0].shown == str(tmp_path / "loop")
 
 
 def test_a_disk_that_is_not_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from initramfs.reach import Target
 from initramfs.rehearsal import Request, options_of, rehearse
 from initramfs.status import BAD, DOUBT, GOOD, Check, Status, Wanted
 from initramfs.wishes import Wishes
+from tests.faults import tmpfs
 
 LINE = (
     "console=ttyS0 nr_cpus=4 vmcapture.target=/dev/vdz vmcapture.path=/crash vmcapture.final=reboot "
@@ -101,6 +102,20 @@ def test_a_directory_that_was_there_stays(request_: Request, tmp_path: Path) -> 
     (tmp_path / "target/crash").mkdir()
     assert checks(request_)["target"].state == GOOD
     assert list((tmp_path / "target/crash").iterdir()) == []
+
+
+def test_a_machine_without_a_target_does_not_pass(request_: Request) -> None:
+    none = Check("target", BAD, "no target is named: the capture kernel would not know where to save", "vmcapture arm")
+    request = replace(request_, state=replace(request_.state, targets=(), checks=(none,)))
+    assert checks(request)["target"] == none
+    assert rehearse(request, lambda _: None).exit_status == 1
+
+
+def test_directories_that_were_made_for_a_file_that_cannot_be_are_gone(request_: Request, tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "target", "size=64k,nr_inodes=2") as full:  # its root, and one directory
+        check = checks(request_)["target"]
+        assert (check.state, check.what) == (BAD, "/dev/vdz: No space left on device")
+        assert list(full.iterdir()) == []
 
 
 def test_a_target_that_cannot_be_written_is_bad(request_: Request, tmp_path: Path) -> None:

@@ -307,7 +307,7 @@ def test_the_command_prints_one_screen_and_ends_with_the_verdict(
 def test_a_machine_that_would_not_save_it_is_not_crashed(
     words: list[str], healthy: Healthy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(crash_test, "crash", lambda: pytest.fail("crashed"))
+    monkeypatch.setattr(crash_test, "crash", lambda _: pytest.fail("crashed"))
     broken_load(healthy)
     assert main(["test", *words]) == 2
     assert "not crashed" in capsys.readouterr().err or words == ["--yes-crash-this-machine"]
@@ -316,7 +316,7 @@ def test_a_machine_that_would_not_save_it_is_not_crashed(
 def test_nobody_at_the_terminal_is_nobody_who_agrees(
     healthy: Healthy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(crash_test, "crash", lambda: pytest.fail("crashed"))
+    monkeypatch.setattr(crash_test, "crash", lambda _: pytest.fail("crashed"))
     monkeypatch.setattr("initramfs.cli.image_request", lambda *_: healthy.image)
     monkeypatch.setattr("initramfs.cli.crash_kernel", lambda *_: healthy.request)
     monkeypatch.setattr("sys.stdin", Path(os.devnull).open())  # noqa: SIM115
@@ -329,7 +329,7 @@ def test_a_crash_on_purpose_is_remembered_before_it_happens(healthy: Healthy, mo
     monkeypatch.setattr("initramfs.cli.crash_kernel", lambda *_: healthy.request)
     monkeypatch.setattr(crash_test, "KMSG", healthy.folder / "kmsg")
     seen: list[crash_test.CrashTest | None] = []
-    monkeypatch.setattr(crash_test, "crash", lambda: seen.append(crash_test.last()))
+    monkeypatch.setattr(crash_test, "crash", lambda _: seen.append(crash_test.last()))
     assert main(["test", "--crash", "--yes-crash-this-machine"]) == 1, "it came back"
     (made,) = seen
     assert made is not None
