@@ -14,7 +14,7 @@ from capture.cli import OneLineParser, Subparsers, command, positive
 from capture.console import Console
 from capture.errors import UsageError
 from initramfs import arm, crash_test, crashes, prometheus, rehearsal, settings, status
-from initramfs.config import read_config
+from initramfs.config import Config, ConfigError, read_config
 from initramfs.image import ImageRequest
 from initramfs.kexec import CrashKernel
 from initramfs.places import places
@@ -132,9 +132,17 @@ def run_status(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace, state: status.Status) -> int:
-    with places(read_config(args.config)) as (found, _):
+    with places(_config(args)) as (found, _):
         prometheus.write(args.prometheus, prometheus.metrics(state, crashes.find(found)))
     return 0
+
+
+def _config(args: argparse.Namespace) -> Config:
+    """Return what the configuration file says; nothing where that is wrong, which the check of the image tells."""
+    try:
+        return read_config(args.config)
+    except ConfigError:
+        return Config()
 
 
 def run_test(args: argparse.Namespace) -> int:
@@ -146,7 +154,7 @@ def run_test(args: argparse.Namespace) -> int:
     state = status.status(wanted)
     if args.crash:
         return _crash(args, state, console)
-    wishes = Wishes(ssh_key=read_config(args.config).sshkey)
+    wishes = Wishes(ssh_key=_config(args).sshkey)
     request = rehearsal.Request(state, wanted, args.timeout, guest=not args.no_guest, wishes=wishes)
     result = rehearsal.rehearse(request, console.say)
     print("\n".join(result.lines()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -301,6 +302,18 @@ def test_the_command_prints_one_screen_and_ends_with_the_verdict(
     broken_load(healthy)
     assert main(["status", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["verdict"] == "bad"
+
+
+def test_a_configuration_that_is_wrong_hides_nothing_else(
+    healthy: Healthy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "conf").write_text("no such directive\n")
+    options = ("--config", str(tmp_path / "conf"))
+    kexec.load(healthy.request)
+    assert main(["status", *options, "--prometheus", "-"]) == 0
+    assert "\nvmcapture_armed 1\n" in capsys.readouterr().out
+    assert main(["test", *options, "--no-guest"]) == 1
+    assert re.search(r"^image +bad .*conf:1: no: no such directive", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("words", [["--crash"], ["--crash", "--yes-crash-this-machine"], ["--yes-crash-this-machine"]])
