@@ -82,8 +82,10 @@ class SavedCrash:
 def find(places: Iterable[Place]) -> list[SavedCrash]:
     """Return the crashes in these places, the newest first. What was not saved by vmcapture is no crash.
 
+    One that cannot be read, because the disk fails, is there all the same, and hides no other.
+
     Raises:
-        OSError: a directory that is there cannot be read.
+        OSError: a directory that they are in is there, and cannot be read.
     """
     found: dict[Path, tuple[Crash, Place]] = {}
     for place in places:
@@ -91,7 +93,17 @@ def find(places: Iterable[Place]) -> list[SavedCrash]:
             for named in _ours(place.path):
                 found.setdefault((place.path / named.name).resolve(), (named, place))
     newest_first = sorted(found.values(), key=lambda entry: (entry[0].when, entry[0].number), reverse=True)
-    return [describe(place.path / named.name, f"{place.shown}/{named.name}") for named, place in newest_first]
+    return [_described(named, place) for named, place in newest_first]
+
+
+def _described(named: Crash, place: Place) -> SavedCrash:
+    directory, shown = place.path / named.name, f"{place.shown}/{named.name}"
+    try:
+        return describe(directory, shown)
+    except OSError as error:
+        problems = (f"cannot be read: {error.strerror or error}",)
+        when = named.when.replace(tzinfo=UTC)
+        return SavedCrash(directory, printable(shown), named.host, when, WITHOUT_DUMP, False, 0, problems=problems)
 
 
 def _ours(parent: Path) -> list[Crash]:
