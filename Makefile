@@ -11,7 +11,8 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadscop
 # What to leave out; 'not long' takes in what test-debuginfo runs.
 TESTS ?= not debuginfo and not long
 
-.PHONY: help venv guest-host readers-host storage-host demo test test-unit test-guest test-debuginfo test-long bench bench-filter bench-memory bench-reservation fuzz fuzz-coverage deb check format clean
+.PHONY: help venv guest-host readers-host storage-host demo test test-unit test-guest test-debuginfo test-long \
+	bench bench-filter bench-memory bench-reservation fuzz fuzz-coverage deb check format clean
 
 help:
 	@echo 'make demo            crash a real kernel in QEMU, save it, show what was saved'

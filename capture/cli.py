@@ -226,19 +226,19 @@ def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
 # What a command needs is imported when it runs: `vmcapture status` should not wait for NumPy.
 
 
-def _dump_options(args: argparse.Namespace, levels: tuple[int, ...], compression: str, *, hashed: bool = True) -> Any:  # noqa: ANN401
+def _dump_options(args: argparse.Namespace, levels: tuple[int, ...], compression: str, **more: bool) -> Any:  # noqa: ANN401
     from capture.options import DumpOptions
 
     options = DumpOptions(
         levels=levels if args.level is None else args.level,
         compression=args.compress or compression,
         threads=args.threads,
-        hashed=hashed,
         progress=progress_wanted(args),
         trust_filter=args.trust_filter,
         exclude_vmemmap=args.exclude_vmemmap,
         deadline=None if args.deadline is None else time.monotonic() + args.deadline,
         recipients=args.recipients,
+        **more,
     )
     options.check()
     return options
@@ -281,11 +281,12 @@ def _write_dump(args: argparse.Namespace) -> int:
     if args.out == STANDARD_OUTPUT and sys.stdout.isatty():
         raise UsageError("OUT -: standard output is a terminal; send it to a file or a program")
     console = Console(quiet=args.quiet)
-    options = _dump_options(args, args.level, DUMP_COMPRESSION, hashed=False)
-    options = options._replace(replace=args.force, resume=args.resume, elf=args.format == "elf")
-    if options.elf and args.compress not in (None, "none"):
+    elf = args.format == "elf"
+    if elf and args.compress not in (None, "none"):
         raise UsageError(f"an ELF file is not compressed: leave -c {args.compress} out, or --format elf")
-    options.check()
+    options = _dump_options(
+        args, args.level, DUMP_COMPRESSION, hashed=False, replace=args.force, resume=args.resume, elf=elf
+    )
     with open_vmcore(args.source) as vmcore:
         for line in vmcore.problems:
             console.say(line)

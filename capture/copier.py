@@ -1,8 +1,9 @@
 """The fast chunked copier: bounded memory, ordered output, all CPUs.
 
 A chunk is read (mapped), its zero pages are set aside, the rest goes to the codec in one call, on as many threads as
-there are CPUs; results are written in their order while later chunks are being worked on. No Python code runs for each
-page, but for those that zstd does not shrink: they get a checksum of our own.
+there are CPUs; results are written in their order while later chunks are being worked on. With zstd no Python code runs
+for each page, but for those that it does not shrink: they get a checksum of our own, as all pages do of a codec that
+brings none. zlib, and a zstandard without ``multi_compress_to_buffer``, are called page by page.
 """
 
 from __future__ import annotations

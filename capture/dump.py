@@ -330,6 +330,8 @@ def _begin(
         writer.start(filtered.level | vmcore.level & ~1)
         if not isinstance(writer, KdumpWriter) and writer.gap_pages:
             say(f"too many runs of pages for an ELF file: {writer.gap_pages} pages between them read as zeros")
+        if not isinstance(writer, KdumpWriter) and writer.maps_left_out:
+            say(f"too many mappings for an ELF file: of {writer.maps_left_out} no page has its virtual address")
     if place.streamed:
         return filtered
     try:

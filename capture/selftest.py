@@ -52,9 +52,8 @@ def elf_core(notes: Sequence[bytes], loads: Sequence[tuple[int, int, bytes]], *,
     table["p_offset"] = elfcore.ELF_HEADER_SIZE + table.nbytes + np.cumsum(sizes) - sizes
     table["p_vaddr"][len(notes) :] = [virtual for virtual, _, _ in loads]
     table["p_paddr"][len(notes) :] = [physical for _, physical, _ in loads]
-    identity = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
     et_core, version = 4, 1
-    header = identity + struct.pack(
+    header = elfcore.IDENTITY + struct.pack(
         "<HHIQQQIHHHHHH", et_core, machine, version, 0, elfcore.ELF_HEADER_SIZE, 0, 0, elfcore.ELF_HEADER_SIZE,
         elfcore.PROGRAM_HEADER.itemsize, count, 0, 0, 0,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from capture.dumpfile import kdump
 from capture.dumpfile.output import HASH_BLOCK, MANIFEST, digests_of
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile, ReadPages
 from capture.errors import IncompleteError, SourceError
+from capture.memory.elfcore import MAGIC
 from capture.memory.image import MemoryImage
 from capture.progress import Progress
 
@@ -67,7 +68,7 @@ def open_dump(path: Path) -> Iterator[Dump]:
     Raises:
         SourceError: it is none that can be read.
     """
-    if kdump.start_of(str(path)).startswith(b"\x7fELF"):
+    if kdump.start_of(str(path)).startswith(MAGIC):
         from capture.elfdump import open_elf
 
         with open_elf(path) as elf:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import capture.cli
-from capture.boot.config import MAX_KEEP, MAX_WATCHDOG, MIN_WATCHDOG, parse
+from capture.boot.config import ACTIONS, MAX_KEEP, MAX_WATCHDOG, MIN_WATCHDOG, parse
 from capture.boot.room import parse_floor
 from capture.cli import Subparsers, command, positive
 from capture.console import Console, printable
@@ -37,6 +37,7 @@ from initramfs import (
 )
 from initramfs.config import Config
 from initramfs.devices import Needed
+from initramfs.encryption import encryption
 from initramfs.errors import ImageError, MeasureError
 from initramfs.estimate import Estimate
 from initramfs.image import ImageRequest, build_image
@@ -136,8 +137,8 @@ def _add_load(subparsers: Subparsers) -> None:
     _add_target(parser)
     settings.add_config(parser)
     add("--path", metavar="DIR", help="directory on the target, default: /var/crash")
-    add("--final", choices=kexec.FINALS, help=f"what follows a save (default: {settings.FINAL})")
-    add("--failure", choices=kexec.FINALS, help=f"what follows a failure (default: {settings.FAILURE})")
+    add("--final", choices=ACTIONS, help=f"what follows a save (default: {settings.FINAL})")
+    add("--failure", choices=ACTIONS, help=f"what follows a failure (default: {settings.FAILURE})")
     settings.add_save_options(parser)
     add(
         "--keep", type=positive(MAX_KEEP), metavar="N",
@@ -228,8 +229,6 @@ def image_request(args: argparse.Namespace, config: Config, output: Path | None)
     # With --module the image may be for another machine.
     watchdog = Needed() if args.module else watchdogs.modules()
     software = () if args.module or watchdog != Needed() else (watchdogs.SOFTWARE,)
-    from initramfs.encryption import encryption  # with NumPy, for which no other command has to wait
-
     encrypted = encryption(args.recipients)
     return ImageRequest(
         output=output or default_image(release),

@@ -13,17 +13,15 @@ import errno
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from capture.boot.raw import FILE_SYSTEM, LABEL, describe, is_ours, signature
 from capture.cli import Subparsers, command
 from capture.console import Console
-from capture.dumpfile.output import HASH_BLOCK, MANIFEST, digests_of
-from initramfs import devices, tools
+from capture.dumpfile.output import HASH_BLOCK, MANIFEST, digests_of, fsync_directory
+from initramfs import devices, mounting
 from initramfs.errors import CollectError
 
 DESTINATION = Path("/var/crash")
@@ -85,7 +83,7 @@ def collect(node: Path, destination: Path, say: Callable[[str], object]) -> list
         return []
     if not is_ours(found):
         raise CollectError(f"{node} has {describe(found)} on it, which no capture kernel made: left alone")
-    with _mounted(node) as root:
+    with mounting.mounted_for_now(node, "ro,nodev,nosuid,noexec", FILE_SYSTEM) as root:
         crashes = sorted({path.parent for path in root.rglob("*") if path.is_file() and not path.is_symlink()})
         collected = [_bring(crash, destination, node) for crash in crashes]
     for crash in collected:
@@ -94,16 +92,6 @@ def collect(node: Path, destination: Path, say: Callable[[str], object]) -> list
     _wipe(node)
     say(f"{node} is empty again" if collected else f"{node}: no crash on it; it is empty again")
     return collected
-
-
-@contextmanager
-def _mounted(node: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="vmcapture-") as point:
-        tools.run(["mount", "-t", FILE_SYSTEM, "-o", "ro,nodev,nosuid,noexec", node, point])
-        try:
-            yield Path(point)
-        finally:
-            tools.run(["umount", point])
 
 
 def _bring(crash: Path, destination: Path, node: Path) -> Collected:
@@ -126,10 +114,10 @@ def _bring(crash: Path, destination: Path, node: Path) -> Collected:
             _copy(path, unfinished / path.name)
         if any(digests_of(unfinished / name) != right for name, right in digests.items()):
             raise CollectError(f"{place}: what was copied reads back wrong; {node} is left as it is")
-        _sync(unfinished)
+        fsync_directory(unfinished)
         shutil.copystat(crash, unfinished)
         unfinished.rename(place)
-        _sync(destination)
+        fsync_directory(destination)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -194,14 +182,6 @@ def _copy(source: Path, target: Path) -> None:
         os.fsync(writing.fileno())
         os.posix_fadvise(writing.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     shutil.copystat(source, target)
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _wipe(node: Path) -> None:

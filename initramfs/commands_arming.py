@@ -13,11 +13,12 @@ from pathlib import Path
 from capture.cli import OneLineParser, Subparsers, command, positive
 from capture.console import Console
 from capture.errors import UsageError
-from initramfs import arm, crash_test, prometheus, rehearsal, settings, status
-from initramfs.config import read_config
+from initramfs import arm, crash_test, crashes, prometheus, rehearsal, settings, status
+from initramfs.config import Config, ConfigError, read_config
 from initramfs.image import ImageRequest
 from initramfs.kexec import CrashKernel
 from initramfs.places import places
+from initramfs.wishes import Wishes
 
 
 def add_commands(subparsers: Subparsers) -> None:
@@ -99,15 +100,15 @@ def run_arm(args: argparse.Namespace) -> int:
     return arm.arm(wanted, _run, Console(quiet=args.quiet))
 
 
-def _wanted(args: argparse.Namespace, *options: str) -> status.Wanted:
-    """Return how to learn what ``arm`` would do for the running kernel; ``options`` are for its ``initramfs``."""
+def _wanted(args: argparse.Namespace) -> status.Wanted:
+    """Return how to learn what ``arm`` would do for the running kernel, without a trial of targets."""
     from initramfs.cli import crash_kernel, default_image, image_request
 
     release = os.uname().release
     config = () if args.config is None else ("--config", str(args.config))
 
     def image(path: Path) -> ImageRequest:
-        words = ("initramfs", "--kernel", release, "-o", str(path), *config, *options)
+        words = ("initramfs", "--kernel", release, "-o", str(path), NO_TRIAL, *config)
         args = parsed(words)
         return image_request(args, settings.configure(args), path)
 
@@ -120,7 +121,7 @@ def _wanted(args: argparse.Namespace, *options: str) -> status.Wanted:
 
 def run_status(args: argparse.Namespace) -> int:
     """Tell whether a crash now would be saved."""
-    state = status.status(_wanted(args, NO_TRIAL))
+    state = status.status(_wanted(args))
     if args.prometheus is not None:
         return _export(args, state)
     if args.json:
@@ -131,11 +132,17 @@ def run_status(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace, state: status.Status) -> int:
-    from initramfs import crashes  # with NumPy, for which no other command has to wait
-
-    with places(read_config(args.config)) as (found, _):
+    with places(_config(args)) as (found, _):
         prometheus.write(args.prometheus, prometheus.metrics(state, crashes.find(found)))
     return 0
+
+
+def _config(args: argparse.Namespace) -> Config:
+    """Return what the configuration file says; nothing where that is wrong, which the check of the image tells."""
+    try:
+        return read_config(args.config)
+    except ConfigError:
+        return Config()
 
 
 def run_test(args: argparse.Namespace) -> int:
@@ -143,10 +150,12 @@ def run_test(args: argparse.Namespace) -> int:
     console = Console(quiet=args.quiet)
     if args.confirmed and not args.crash:
         raise UsageError(f"--{CRASH_WORD} is for --crash")
-    state = status.status(_wanted(args, NO_TRIAL))
+    wanted = _wanted(args)
+    state = status.status(wanted)
     if args.crash:
         return _crash(args, state, console)
-    request = rehearsal.Request(state, _wanted(args), args.timeout, guest=not args.no_guest)
+    wishes = Wishes(ssh_key=_config(args).sshkey)
+    request = rehearsal.Request(state, wanted, args.timeout, guest=not args.no_guest, wishes=wishes)
     result = rehearsal.rehearse(request, console.say)
     print("\n".join(result.lines()))
     return result.exit_status
@@ -163,7 +172,8 @@ def _crash(args: argparse.Namespace, state: status.Status, console: Console) -> 
         if not sys.stdin.isatty():
             raise UsageError(f"nobody is at the terminal to be asked: vmcapture test --crash --{CRASH_WORD}")
         crash_test.confirm(host, input)
+    before = crash_test.last()
     made = crash_test.begin(host, [target.target for target in state.targets])
     console.say(f"crash test {made.id}: after the reboot 'vmcapture report', or the journal, says what was saved")
-    crash_test.crash()
+    crash_test.crash(before)
     return 1

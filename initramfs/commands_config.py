@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +12,10 @@ from pathlib import Path
 from capture.cli import EXIT_FAILED, Subparsers, command
 from capture.console import Console
 from capture.errors import UsageError
-from initramfs import config_check, settings
+from initramfs import config_check, settings, state
 from initramfs.config import CONFIG, Config, ConfigError, directive_lines, read_config
-from initramfs.config_import import import_files, usual_files
 from initramfs.directives import DIRECTIVES
+from initramfs.errors import StateError
 
 STANDARD_OUTPUT = Path("-")
 
@@ -107,6 +106,8 @@ def _seconds(number: int | None) -> str | None:
 
 def run_import(args: argparse.Namespace) -> int:
     """Make the file, and name what could not be carried over."""
+    from initramfs.config_import import import_files, usual_files
+
     console = Console(quiet=args.quiet)
     output = args.output or CONFIG
     if output != STANDARD_OUTPUT and not args.force and _has_directives(output):
@@ -135,18 +136,8 @@ def _has_directives(file: Path) -> bool:
 
 
 def _write(file: Path, text: str) -> None:
-    """Write the file whole or not at all; root may write it, everybody read it."""
+    """Write the file; root may write it, everybody read it."""
     try:
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape") as stream:
-                stream.write(text)
-                os.fchmod(stream.fileno(), 0o644)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(name).replace(file)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}; name another place with -o") from None
+        state.write_text(file, text, 0o644)
+    except StateError as error:
+        raise UsageError(f"{error}; name another place with -o") from None

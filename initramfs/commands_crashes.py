@@ -8,17 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from capture.cli import EXIT_FAILED, Subparsers, command
 from capture.console import Console, printable
 from capture.errors import SourceError
-from initramfs import settings
+from initramfs import crash_view, crashes, settings
 from initramfs.config import read_config
+from initramfs.crashes import SavedCrash
 from initramfs.places import Place, places
-
-if TYPE_CHECKING:
-    from initramfs.crashes import SavedCrash
 
 
 def add_commands(subparsers: Subparsers) -> None:
@@ -59,8 +56,6 @@ def _places(args: argparse.Namespace, directories: Sequence[Path], console: Cons
 
 def run_list(args: argparse.Namespace) -> int:
     """List crashes, the newest first."""
-    from initramfs import crash_view, crashes  # with NumPy, for which no other command has to wait
-
     console = Console(quiet=args.quiet)
     with _places(args, args.directories, console) as where:
         found = crashes.find(where)
@@ -75,8 +70,6 @@ def run_list(args: argparse.Namespace) -> int:
 
 def run_show(args: argparse.Namespace) -> int:
     """Show one crash."""
-    from initramfs import crashes
-
     console = Console(quiet=args.quiet)
     named = None if args.crash is None else Path(args.crash)
     if named is not None and named.is_dir():
@@ -94,8 +87,6 @@ def run_show(args: argparse.Namespace) -> int:
 
 
 def _print_crash(args: argparse.Namespace, crash: SavedCrash) -> None:
-    from initramfs import crash_view, crashes
-
     if not args.json:
         print("\n".join(map(printable, crash_view.screen(crash))))
         return
@@ -111,7 +102,7 @@ def _print_crash(args: argparse.Namespace, crash: SavedCrash) -> None:
 
 def run_report(args: argparse.Namespace) -> int:
     """Tell of the crashes that nobody was told of yet."""
-    from initramfs import after_crash, notify
+    from initramfs import after_crash, notify  # with NumPy, and all that speaks HTTP
 
     console = Console(quiet=args.quiet)
     config = read_config(args.config)

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
+from capture.dumpfile.encrypted import check_recipients
 from capture.errors import CaptureError
 from initramfs import devices, scripts, settings, targets
 from initramfs.config import Config, ConfigError
@@ -90,8 +91,6 @@ def _image_problems(config: Config, modules_dir: Path) -> Iterator[str]:
     if config.extra_modules:
         yield from _module_problems(config, modules_dir)
     if config.recipients is not None:
-        from capture.dumpfile.encrypted import check_recipients  # with NumPy
-
         try:
             check_recipients(config.recipients)
         except CaptureError as error:

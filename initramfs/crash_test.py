@@ -9,14 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from capture.errors import UsageError
 from initramfs import state
+from initramfs.crashes import SavedCrash, log_has
 from initramfs.errors import KexecError
-
-if TYPE_CHECKING:
-    from initramfs.crashes import SavedCrash
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 KMSG = Path("/dev/kmsg")
@@ -57,9 +55,12 @@ def last() -> CrashTest | None:
     if values is None:
         return None
     try:
-        return CrashTest(**{**values, "targets": tuple(values.get("targets", ()))})
-    except TypeError:
+        found = CrashTest(**{**values, "targets": tuple(values.get("targets", ()))})
+        texts = (found.id, found.boot_id, found.host, found.result or "", *found.targets, found.when)
+    except (TypeError, ValueError, OverflowError):
         return None
+    numbers = isinstance(found.time, int | float) and isinstance(found.saved, bool | None)
+    return found if numbers and all(isinstance(text, str) for text in texts) else None
 
 
 def confirm(host: str, ask: Callable[[str], str]) -> None:
@@ -68,10 +69,14 @@ def confirm(host: str, ask: Callable[[str], str]) -> None:
     Raises:
         UsageError: they did not.
     """
-    answer = ask(f"This crashes {host} NOW; everything that runs on it ends. Type the name of this host: ")
-    if answer.strip() != host:
-        raise UsageError(f"{answer.strip()!r} is not the name of this host: nothing was done")
-    if ask("All file systems are synced, then the kernel panics. Type 'crash' to go on: ").strip() != "crash":
+    try:
+        answer = ask(f"This crashes {host} NOW; everything that runs on it ends. Type the name of this host: ")
+        if answer.strip() != host:
+            raise UsageError(f"{answer.strip()!r} is not the name of this host: nothing was done")
+        answer = ask("All file systems are synced, then the kernel panics. Type 'crash' to go on: ")
+    except EOFError:
+        answer = ""
+    if answer.strip() != "crash":
         raise UsageError("nothing was done")
 
 
@@ -83,21 +88,32 @@ def begin(host: str, targets: Sequence[str]) -> CrashTest:
         KexecError: the kernel does not take a line for its log.
     """
     made = CrashTest(secrets.token_hex(8), round(time.time(), 3), _boot_id(), host, tuple(targets))
-    state.write(record(), asdict(made))
     try:
         KMSG.write_text(f"<5>{MARK}{made.id}\n", encoding="utf-8")
     except OSError as error:
         raise KexecError(f"{KMSG}: {error.strerror}; nothing was done") from None
+    state.write(record(), asdict(made))
     return made
 
 
-def crash() -> None:
+def crash(before: CrashTest | None) -> None:
     """Crash the machine: it does not come back.
 
     Raises:
-        KexecError: it does.
+        KexecError: it does; the test before this one is the last one again.
     """
     os.sync()
+    try:
+        _trigger()
+    except KexecError:
+        if before is None:
+            record().unlink(missing_ok=True)
+        else:
+            state.write(record(), asdict(before))
+        raise
+
+
+def _trigger() -> None:
     try:
         SYSRQ.write_text("1\n", encoding="utf-8")
         TRIGGER.write_text("c", encoding="utf-8")
@@ -109,8 +125,6 @@ def crash() -> None:
 
 def find(test: CrashTest, crashes: Sequence[SavedCrash]) -> SavedCrash | None:
     """Return the crash that a test made: its log has the id in it; an encrypted one is known by its time."""
-    from initramfs.crashes import log_has  # with NumPy, for which nobody else here has to wait
-
     for crash in crashes:
         if not crash.encrypted and log_has(crash, MARK + test.id):
             return crash

@@ -17,17 +17,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from capture.boot.job import DUMP, ENCRYPTED_DUMP, LOG
+from capture.boot.names import DUMP, ENCRYPTED_DUMP, LOG, REGISTERS
 from capture.boot.room import Crash, crash_named, made_by_us
 from capture.console import printable
 from capture.dumpfile.encrypted import SUFFIX
 from capture.dumpfile.output import INCOMPLETE_SUFFIX, MANIFEST
 from capture.errors import SourceError
-from capture.kernel.panic import is_oops, is_panic
+from capture.kernel.announcement import is_oops, is_panic
 from initramfs.places import Place
 
 WHOLE, INCOMPLETE, WITHOUT_DUMP = "whole", "incomplete", "without dump"
-REGISTERS = "registers.json"
 MAX_JSON = 64 << 20
 """Bytes of a manifest: it may list a range of pages for each that was unreadable."""
 MAX_LOG = 32 << 20
@@ -83,8 +82,10 @@ class SavedCrash:
 def find(places: Iterable[Place]) -> list[SavedCrash]:
     """Return the crashes in these places, the newest first. What was not saved by vmcapture is no crash.
 
+    One that cannot be read, because the disk fails, is there all the same, and hides no other.
+
     Raises:
-        OSError: a directory that is there cannot be read.
+        OSError: a directory that they are in is there, and cannot be read.
     """
     found: dict[Path, tuple[Crash, Place]] = {}
     for place in places:
@@ -92,7 +93,17 @@ def find(places: Iterable[Place]) -> list[SavedCrash]:
             for named in _ours(place.path):
                 found.setdefault((place.path / named.name).resolve(), (named, place))
     newest_first = sorted(found.values(), key=lambda entry: (entry[0].when, entry[0].number), reverse=True)
-    return [describe(place.path / named.name, f"{place.shown}/{named.name}") for named, place in newest_first]
+    return [_described(named, place) for named, place in newest_first]
+
+
+def _described(named: Crash, place: Place) -> SavedCrash:
+    directory, shown = place.path / named.name, f"{place.shown}/{named.name}"
+    try:
+        return describe(directory, shown)
+    except OSError as error:
+        problems = (f"cannot be read: {error.strerror or error}",)
+        when = named.when.replace(tzinfo=UTC)
+        return SavedCrash(directory, printable(shown), named.host, when, WITHOUT_DUMP, False, 0, problems=problems)
 
 
 def _ours(parent: Path) -> list[Crash]:
@@ -162,7 +173,7 @@ def _dump(names: Iterable[str]) -> str | None:
 def excerpt(crash: SavedCrash) -> list[str]:
     """Return the lines of the log around the crash, printable; empty where there is no log that can be read."""
     lines = _log_lines(crash.directory / LOG)
-    at = _announcement(lines)
+    at, _ = _announcement(list(map(_without_stamp, lines)))
     first = max(0, len(lines) - LINES if at is None else at - LINES_BEFORE)
     return [_text(line.decode("utf-8", "replace")) for line in lines[first : first + LINES]]
 
@@ -189,20 +200,21 @@ def manifest_files(crash: SavedCrash) -> dict[str, dict[str, Any]]:
 
 
 def _announced(log: Path) -> str | None:
-    lines = _log_lines(log)
-    at = next((number for number in range(len(lines) - 1, -1, -1) if is_panic(lines[number])), None)
-    if at is None:
-        at = _announcement(lines)
-    return None if at is None else _text(_without_stamp(lines[at]).decode("utf-8", "replace"))
+    texts = list(map(_without_stamp, _log_lines(log)))
+    begin, panic = _announcement(texts)
+    at = begin if panic is None else panic
+    return None if at is None else _text(texts[at].decode("utf-8", "replace"))
 
 
-def _announcement(lines: list[bytes]) -> int | None:
-    """Return where the log begins to speak of the crash: the oops that ended in the last panic, else that panic."""
-    texts = list(map(_without_stamp, lines))
+def _announcement(texts: list[bytes]) -> tuple[int | None, int | None]:
+    """Return where the log begins to speak of the crash, and its last panic.
+
+    It begins with the oops that ended in that panic, else with the panic.
+    """
     panic = next((number for number in range(len(texts) - 1, -1, -1) if is_panic(texts[number])), None)
     end = len(texts) if panic is None else panic
     oopses = (number for number in range(max(0, end - _OOPS_BEFORE_PANIC), end) if is_oops(texts[number]))
-    return next(oopses, panic)
+    return next(oopses, panic), panic
 
 
 def _without_stamp(line: bytes) -> bytes:

@@ -61,7 +61,7 @@ class Needed:
 
 def mount_of(path: Path, mountinfo: Path = Path("/proc/self/mountinfo"), sys: Path = SYS) -> Mount:
     """Return the mount that holds the path, or its nearest existing parent; links are followed."""
-    place = path.resolve()
+    place = Path(os.path.realpath(path))  # (Path.resolve() does not survive a link to itself)
     while not place.exists():
         place = place.parent
     best: Mount | None = None
@@ -97,7 +97,7 @@ def _name_of(number: str, sys: Path) -> str | None:
 
 def path_on_device(path: Path, mount: Mount) -> str:
     """Return where a path of the running system is, counted from the root of its file system; links are followed."""
-    return str(Path(mount.root) / path.resolve().relative_to(mount.point))
+    return str(Path(mount.root) / Path(os.path.realpath(path)).relative_to(mount.point))
 
 
 def find_device(target: str, tags: Collection[str] = TAGS) -> Path | None:

@@ -8,27 +8,27 @@ was not said.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from capture.boot.config import MAX_DEADLINE, MAX_KEEP, MAX_WAIT, MAX_WATCHDOG, MIN_WATCHDOG
+from capture.boot import nfs, ssh
+from capture.boot.config import ACTIONS, MAX_DEADLINE, MAX_KEEP, MAX_WAIT, MAX_WATCHDOG, MIN_WATCHDOG
 from capture.boot.room import parse_floor
 from capture.errors import UsageError
 from capture.levels import parse_levels
 from initramfs import collector
+from initramfs.kexec import SYSCALLS
 
-ACTIONS = ("reboot", "halt", "poweroff", "shell")
 DUMP_TO_ROOT = "dump_to_rootfs"
-SYSCALLS = ("file", "load", "auto")
 FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "minix")
 NOTIFY = ("mail", "webhook", "command")
 MAX_CPUS = 8192
 _MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
-_IPV6 = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9._-]+)?")
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\$?")
 
 
@@ -114,11 +114,15 @@ def _unknown(name: str) -> str:
 
 
 def _add_target(draft: Draft, name: str, target: str) -> None:
+    _refuse_blanks(name, target)
+    draft.add("targets", "target", target)
+
+
+def _refuse_blanks(name: str, target: str) -> None:
     if re.search(r"[\s\"]", target):
         raise UsageError(
             f"{name} {target}: blanks and quotes do not survive a kernel command line; name it by its UUID"
         )
-    draft.add("targets", "target", target)
 
 
 def _local(name: str, value: str) -> str:
@@ -147,26 +151,31 @@ def _raw(draft: Draft, name: str, value: str) -> None:
 
 
 def _nfs(draft: Draft, name: str, value: str) -> None:
-    match = re.fullmatch(r"(\[[^]]*\]|[^:/\[\]]*):(/.*)", value)
-    if match is None:
-        raise UsageError(f"{name} {value}: an export is named SERVER:/EXPORT, an IPv6 server in brackets")
-    _check_host(name, match[1])
+    _refuse_blanks(name, value)
+    try:
+        export = nfs.parse(f"nfs:{value}")
+    except UsageError:
+        raise UsageError(f"{name} {value}: an export is named SERVER:/EXPORT, an IPv6 server in brackets") from None
+    _check_host(name, export.server)
     _add_target(draft, name, f"nfs:{value}")
 
 
 def _ssh(draft: Draft, name: str, value: str) -> None:
-    user, at, host = value.rpartition("@")
-    if not at or not _USER.fullmatch(user):
-        raise UsageError(f"{name} {value}: an account is named USER@HOST")
-    port = ""
-    if _IPV6.fullmatch(host) and host.count(":") > 1:
+    _refuse_blanks(name, value)
+    user, _, host = value.rpartition("@")
+    if host.count(":") > 1 and not host.startswith("["):  # as kdump.conf has it
         host = f"[{host}]"
-    elif match := re.fullmatch(r"(.*):([0-9]+)", host):
-        host, port = match[1], match[2]
-        if not 1 <= int(port[:6]) <= 65535:
-            raise UsageError(f"{name} {value}: a port is a number from 1 to 65535")
-    _check_host(name, host)
-    _add_target(draft, name, f"ssh:{user}@{host}{port and f':{port}'}")
+    try:
+        login = ssh.parse(f"ssh:{user}@{host}")
+    except UsageError:
+        login = None
+    if login is None or not _USER.fullmatch(login.user):
+        raise UsageError(
+            f"{name} {value}: an account is named USER@HOST[:PORT], a port is a number from 1 to 65535, an IPv6 "
+            "address with a port stands in brackets"
+        )
+    _check_host(name, login.host)
+    _add_target(draft, name, ssh.text_of(login))
 
 
 def _virtiofs(draft: Draft, name: str, value: str) -> None:
@@ -191,12 +200,12 @@ def _target(draft: Draft, name: str, value: str) -> None:
 
 
 def _check_host(name: str, host: str) -> None:
-    if host.startswith("[") and host.endswith("]"):
-        good = _IPV6.fullmatch(host[1:-1]) is not None and host.count(":") > 1
-    else:
-        good = _HOST.fullmatch(host) is not None
-    if not good:
-        raise UsageError(f"{name} {host}: no name or address of a host; an IPv6 address stands in brackets")
+    """Refuse what nobody would call a host, though the capture kernel would look it up."""
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        if ":" in host or not _HOST.fullmatch(host):
+            raise UsageError(f"{name} {host}: no name or address of a host") from None
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -401,13 +410,14 @@ def _mountable(kind: str) -> bool:
     return kind in (*FILESYSTEMS, "nfs", "nfs4", "virtiofs")
 
 
+_WHEN_BUILT = "vmcapture arm builds the image when what it is made from has changed, with --force in any case"
 _FILE_SYSTEM_HINT = "UUID=…|LABEL=…|/dev/…"
 DIRECTIVES: dict[str, tuple[str, Directive]] = {
     **dict.fromkeys(FILESYSTEMS, (_FILE_SYSTEM_HINT, _filesystem)),
     "target": ("UUID=…|LABEL=…|/dev/…|KIND:…", _target),
     "raw": ("PARTUUID=…|/dev/…", _raw),
     "nfs": ("SERVER:/EXPORT", _nfs),
-    "ssh": ("USER@HOST", _ssh),
+    "ssh": ("USER@HOST[:PORT]", _ssh),
     "sshkey": ("FILE", _file("sshkey")),
     "virtiofs": ("TAG", _virtiofs),
     "path": ("DIRECTORY", _path),
@@ -439,8 +449,8 @@ DIRECTIVES: dict[str, tuple[str, Directive]] = {
         "yes|no",
         _switch(("yes", "no"), "crashkernel= is never changed here; vmcapture estimate says what it should be"),
     ),
-    "force_rebuild": ("0|1", _switch(("0", "1"), "the image is built whenever vmcapture initramfs runs")),
-    "force_no_rebuild": ("0|1", _switch(("0", "1"), "the image is built whenever vmcapture initramfs runs")),
+    "force_rebuild": ("0|1", _switch(("0", "1"), _WHEN_BUILT)),
+    "force_no_rebuild": ("0|1", _switch(("0", "1"), _WHEN_BUILT)),
     "dracut_args": ("OPTIONS", _dracut),
     "fence_kdump_args": ("OPTIONS", _fence_arguments),
     "fence_kdump_nodes": (

@@ -21,6 +21,8 @@ from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 
+from initramfs.strip import ELF_MAGIC
+
 _NAMES = re.compile(r"lib(scipy_openblas|openblas|cblas|blas|lapack)(64_?)?[po]?[-.].*")
 """NumPy's own wheels; Debian, Fedora."""
 _MACHINE = "EM_X86_64"
@@ -153,7 +155,7 @@ def _shared_object(soname: str, functions: list[bytes]) -> bytes:
         (_PT_DYNAMIC, _RW, dynamic_at, len(dynamic), 8),
         (_PT_GNU_STACK, _RW, 0, 0, 16),  # without it, the loader would make every stack executable
     )
-    identity = b"\x7fELF" + bytes((2, 1, 1))  # 64 bits, little endian, version 1
+    identity = ELF_MAGIC + bytes((2, 1, 1))  # 64 bits, little endian, version 1
     header = _HEADER.pack(
         identity.ljust(16, b"\0"), _ET_DYN, _EM_X86_64, 1, 0, _HEADER.size, 0, 0,
         _HEADER.size, _SEGMENT.size, len(segments), 0, 0, 0,

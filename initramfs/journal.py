@@ -15,15 +15,14 @@ CRITICAL, WARNING, NOTICE = 2, 4, 5
 IDENTIFIER = "vmcapture"
 
 
-def log(message: str, priority: int, fields: Mapping[str, str | int | None], *, quiet: bool = False) -> bool:
-    """Write one line, with fields beside it; say whether the journal took it.
+def log(message: str, priority: int, fields: Mapping[str, str | int | None], *, quiet: bool = False) -> None:
+    """Write one line, with fields beside it.
 
     It is printed on standard error as well, unless ``quiet``, or that is the journal already.
     """
     taken = _send(message, priority, fields)
     if not quiet and not (taken and "JOURNAL_STREAM" in os.environ):
         print_line(PREFIX + printable(message))
-    return taken
 
 
 def _send(message: str, priority: int, fields: Mapping[str, str | int | None]) -> bool:

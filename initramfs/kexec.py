@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from capture.errors import UsageError
-from initramfs import predict, tools
+from initramfs import predict, state, tools
 from initramfs.errors import KexecError, ToolError
 from initramfs.estimate import estimate, memory_of, unpacked_size
 
@@ -44,7 +44,6 @@ NO_RESERVATION = (
 )
 """What is wrong, and what to do."""
 
-FINALS = ("poweroff", "reboot", "halt", "shell")
 SYSCALLS = ("file", "load", "auto")
 
 DROPPED = frozenset(
@@ -297,8 +296,7 @@ def load(request: CrashKernel) -> Loaded:
             files=files_digest(request.kernel, request.image),
             machine=machine_digest(),
         )
-        RECORD.parent.mkdir(parents=True, exist_ok=True)
-        RECORD.write_text(json.dumps(asdict(loaded), indent=2) + "\n", encoding="utf-8")
+        state.write(RECORD, asdict(loaded), 0o644)
         return loaded
     if _read_number(CRASH_LOADED) != 1:  # a load that fails has freed what was loaded before
         errors.append("the machine is not armed now")
@@ -317,8 +315,11 @@ def out_of_date(loaded: Loaded) -> str | None:
 def is_loaded(request: CrashKernel) -> bool:
     """Return whether just that is loaded already, by us, and of this machine as it is now."""
     there = loaded()
-    if there is None or out_of_date(there) is not None:
-        return False
+    return there is not None and out_of_date(there) is None and is_of(request, there)
+
+
+def is_of(request: CrashKernel, there: Loaded) -> bool:
+    """Return whether what was loaded is what is asked for."""
     wanted = (str(request.kernel), str(request.image), request.command_line)
     same_call = request.syscall in ("auto", there.syscall)
     return wanted == (there.kernel, there.image, there.command_line) and same_call

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import zstandard
-from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
 
 from initramfs import tools
 from initramfs.errors import ImageError, ModuleNotThereError, ToolError
@@ -187,6 +185,9 @@ def read_module(path: Path) -> bytes:
 
 def modinfo(path: Path) -> tuple[tuple[str, str], ...]:
     """Return the (key, value) pairs of the module's ``.modinfo`` section."""
+    from elftools.common.exceptions import ELFError  # takes time to import: for those who build an image
+    from elftools.elf.elffile import ELFFile
+
     try:
         section = ELFFile(io.BytesIO(read_module(path))).get_section_by_name(".modinfo")
         content = section.data() if section is not None else b""

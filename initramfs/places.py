@@ -6,17 +6,19 @@ at. What was saved on another machine is there, and not looked for.
 
 from __future__ import annotations
 
-import tempfile
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from capture.boot.mounting import inside
 from capture.boot.targets import LOCAL, kind_of
 from capture.errors import CaptureError
-from initramfs import devices, settings, tools
+from initramfs import devices, mounting, settings
 from initramfs.config import Config
 from initramfs.devices import Mount
+from initramfs.errors import ToolError
 
 
 class Place(NamedTuple):
@@ -29,10 +31,19 @@ class Place(NamedTuple):
 def mounted(device: Path, path: str) -> Path | None:
     """Return where ``path`` of the file system on a device is now; None where that part of it is not mounted."""
     real = device.resolve()
-    for mount, number in devices.mounts():
+    there = list(devices.mounts())
+    for mount, number in there:
         if _is_on(mount, number, real) and Path(path).is_relative_to(mount.root):
-            return mount.point / Path(path).relative_to(mount.root)
+            found = mount.point / Path(path).relative_to(mount.root)
+            if _seen(found, [other for other, _ in there]) is mount:
+                return found
     return None
+
+
+def _seen(path: Path, mounts: Sequence[Mount]) -> Mount:
+    """Return of which of those that are mounted a path is: of the nearest above it, and of several there the last."""
+    above = [mount for mount in mounts if path.is_relative_to(mount.point)]
+    return max(enumerate(above), key=lambda entry: (len(entry[1].point.parts), entry[0]))[1]
 
 
 def _is_on(mount: Mount, number: str, device: Path) -> bool:
@@ -55,38 +66,34 @@ def places(config: Config) -> Iterator[tuple[list[Place], list[str]]]:
                 lines.append(f"{target}: what is there is not looked at")
                 continue
             try:
-                found.append(stack.enter_context(_opened(target, path)))
+                found.append(stack.enter_context(opened(target, path, "ro,nosuid,nodev,noexec")))
             except (CaptureError, OSError) as error:
-                lines.append(f"{target}: {error}")
+                lines.append(f"{target}: {reason(error, target)}")
         yield _distinct(found), lines
 
 
 def _distinct(found: Sequence[Place]) -> list[Place]:
-    return list({place.path.resolve(): place for place in reversed(found)}.values())[::-1]
+    return list({os.path.realpath(place.path): place for place in reversed(found)}.values())[::-1]
 
 
 @contextmanager
-def _opened(target: str, path: str) -> Iterator[Place]:
+def opened(target: str, path: str, options: str) -> Iterator[Place]:
+    """Give ``path`` on a local target: where that is mounted, else mounted with ``options`` for as long as it is used.
+
+    Raises:
+        CaptureError: it is not attached, cannot be mounted, or ``path`` is a link that leads away from it.
+    """
     device = devices.find_device(target)
     if device is None:
-        raise CaptureError("it is not attached now")
+        raise ToolError(f"{target}: it is not attached now")
     if (there := mounted(device, path)) is not None:
         yield Place(there, str(there))
         return
-    with mounted_for_now(device, "ro,nosuid,nodev,noexec") as root:
-        yield Place(root / path.lstrip("/"), f"{target}:{path}")
+    with mounting.mounted_for_now(device, options) as root:
+        yield Place(inside(root, path, target), f"{target}:{path}")
 
 
-@contextmanager
-def mounted_for_now(device: Path, options: str) -> Iterator[Path]:
-    """Mount the file system on a device where nobody else looks, and unmount it.
-
-    Raises:
-        ToolError: it cannot be mounted.
-    """
-    with tempfile.TemporaryDirectory(prefix="vmcapture-") as point:
-        tools.run([tools.require("mount", "mount"), "-o", options, device, point])
-        try:
-            yield Path(point)
-        finally:
-            tools.run([tools.require("umount", "mount"), point])
+def reason(error: Exception, target: str) -> str:
+    """Return what an error says, without the name of the target, which stands before it anyway."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return said.removeprefix(f"{target}: ")

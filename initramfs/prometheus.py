@@ -53,6 +53,7 @@ def write(path: Path, text: str) -> None:
     if path == STANDARD_OUTPUT:
         print(text, end="")
     else:
+        state.make_directory(path.parent)
         state.write_text(path, text, 0o644)
 
 

@@ -38,8 +38,7 @@ def reach(target: str, path: str) -> Target:
     try:
         return kinds.get(kind_of(target), _untried)(target, path)
     except (CaptureError, OSError, UnicodeError) as error:  # (of a name that cannot be looked up)
-        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return Target(target, False, f"{target}: {said}", "vmcapture test tries it")
+        return Target(target, False, f"{target}: {places.reason(error, target)}", "vmcapture test tries it")
 
 
 def _local(target: str, path: str) -> Target:

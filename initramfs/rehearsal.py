@@ -7,20 +7,21 @@ live through a crash: ``vmcapture test --crash`` shows that.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from capture.boot import config as boot_config
-from capture.boot.targets import LOCAL, kind_of
+from capture.boot.targets import LOCAL, RAW, VIRTIOFS, kind_of
 from capture.errors import CaptureError
-from initramfs import devices, estimate, kexec, measure, places, qemu, stamp
+from initramfs import estimate, kexec, measure, places, qemu, stamp, targets
 from initramfs.errors import NotSavedError, ToolError
 from initramfs.status import BAD, DOUBT, DOUBTFUL, GOOD, Check, Status, Wanted
+from initramfs.wishes import Wishes
 
 MODULES = Path("/lib/modules")
 DEADLINE = 600
@@ -38,6 +39,7 @@ class Request:
     wanted: Wanted
     deadline: int = DEADLINE  # seconds
     guest: bool = True
+    wishes: Wishes = field(default_factory=Wishes)  # for targets on other machines
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +68,22 @@ def rehearse(request: Request, say: Callable[[str], object]) -> Rehearsal:
     """Try everything but the crash of this machine."""
     state = request.state
     # What is not as it should be comes first; what is tried below need not be said twice.
-    checks = [check for check in state.checks if check.state != GOOD and check.name != "target"]
+    tried = "target" if state.targets else None
+    checks = [check for check in state.checks if check.state != GOOD and check.name != tried]
     if state.loaded is None:
         return Rehearsal(tuple(checks))
     checks += _image(request, Path(state.loaded.image))
+    path = boot_config.parse(state.loaded.command_line).path
     for target in state.targets:
         say(f"writing to {target.target}")
-        checks.append(_target(target.target, boot_config.parse(state.loaded.command_line).path))
+        checks.append(_target(target.target, path, request.wishes))
     if request.guest:
         checks.append(_guest(request, say))
     return Rehearsal(tuple(checks))
 
 
 def _image(request: Request, image: Path) -> Iterator[Check]:
-    """Ask what an image would have to hold now: each kind of target looks at its server, its keys, its devices."""
+    """Ask what an image would have to hold now: each kind of target looks at its route, its keys, its devices."""
     try:
         request.wanted.image(image)
     except CaptureError as error:
@@ -88,46 +92,55 @@ def _image(request: Request, image: Path) -> Iterator[Check]:
         yield Check("image", GOOD, "it could be built now: what each target needs is there")
 
 
-def _target(target: str, path: str) -> Check:
-    if kind_of(target) != LOCAL:
-        return Check("target", GOOD, f"{target}: as far as the image's needs tell; nothing was written")
+def _target(target: str, path: str, wishes: Wishes) -> Check:
+    local = kind_of(target) == LOCAL
     try:
-        with _writable(target, path) as directory:
-            _write(directory)
+        if local:
+            with places.opened(target, path, "rw,nosuid,nodev,noexec") as place:
+                _refuse_link(place.path)
+                _write(place.path)
+        else:
+            targets.needed_by(target, wishes._replace(path=path, check=True))
     except (CaptureError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return Check("target", BAD, f"{target}: {reason}", "a save there would fail")
-    return Check("target", GOOD, f"{target}: a file was written to {path}, read back and removed")
+        return Check("target", BAD, f"{target}: {places.reason(error, target)}", "a save there would fail")
+    if kind_of(target) == RAW:
+        return Check(
+            "target", GOOD, f"{target}: it is there, and nothing is on it that would be lost; nothing was written"
+        )
+    where = "it" if kind_of(target) == VIRTIOFS else path
+    return Check("target", GOOD, f"{target}: a file was written to {where}{', read back' if local else ''} and removed")
 
 
-@contextmanager
-def _writable(target: str, path: str) -> Iterator[Path]:
-    device = devices.find_device(target)
-    if device is None:
-        raise ToolError(devices.absent(target))
-    if (there := places.mounted(device, path)) is not None:
-        yield there
-        return
-    with places.mounted_for_now(device, "rw,nosuid,nodev,noexec") as root:
-        yield root / path.lstrip("/")
+def _refuse_link(directory: Path) -> None:
+    """Refuse what leads to the right place on this machine only: in the capture kernel its root is elsewhere.
+
+    Raises:
+        ToolError: a part of the path is an absolute symbolic link.
+    """
+    for part in (directory, *directory.parents):
+        if part.is_symlink() and part.readlink().is_absolute():
+            raise ToolError(f"{part} is a symbolic link to {part.readlink()}, which is not followed: name that as path")
 
 
 def _write(directory: Path) -> None:
     """Write a file as a save would, and read it back; directories that were missing are removed again."""
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     file = directory / f".vmcapture-test-{secrets.token_hex(8)}"
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.write(descriptor, _TRIAL)
-        os.fsync(descriptor)
-        if os.pread(descriptor, len(_TRIAL), 0) != _TRIAL:
-            raise ToolError("what was written is not what is read")
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(descriptor, _TRIAL)
+            os.fsync(descriptor)
+            if os.pread(descriptor, len(_TRIAL), 0) != _TRIAL:
+                raise ToolError("what was written is not what is read")
+        finally:
+            os.close(descriptor)
+            file.unlink()
     finally:
-        os.close(descriptor)
-        file.unlink()
-        for folder in made:
-            folder.rmdir()
+        with contextlib.suppress(OSError):  # somebody else has put something there, or they are not there
+            for folder in made:
+                folder.rmdir()
 
 
 def _guest(request: Request, say: Callable[[str], object]) -> Check:

@@ -18,7 +18,7 @@ from capture.boot import routes
 from capture.boot.mounting import inside
 from capture.boot.routes import Route
 from capture.errors import CaptureError
-from initramfs import network, tools
+from initramfs import mounting, network, tools
 from initramfs.devices import Needed
 from initramfs.errors import ImageError, ToolError
 from initramfs.image import BUSYBOX_PACKAGE, static_busybox
@@ -65,22 +65,16 @@ def tried(target: str, route: Route, port: int, mount: Callable[[Path, Path], ob
             "with --no-check"
         )
     shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="vmcapture-", dir=shared if shared.is_dir() else None) as name:
-        point, scratch = Path(name) / "point", Path(name) / "scratch"
-        for folder in (point, scratch):
-            folder.mkdir(mode=0o700)
-        mount(point, scratch)
+    with tempfile.TemporaryDirectory(prefix="vmcapture-", dir=shared if shared.is_dir() else None) as scratch:
         try:
-            yield point
-        finally:
-            try:
-                tools.run(["umount", point])
-            except ToolError as error:
-                raise ImageError(f"{target}: what was mounted to try it cannot be unmounted: {error}") from None
+            with mounting.mounted_by(lambda point: mount(point, Path(scratch))) as point:
+                yield point
+        except ToolError as error:
+            raise ImageError(f"{target}: {error}") from None
 
 
-def probe(root: Path, path: str, target: str) -> int:
-    """Write, sync, rename and remove a file where the dumps will be; return the bytes that are free there.
+def probe(root: Path, path: str, target: str) -> None:
+    """Write, sync, rename and remove a file where the dumps will be.
 
     Raises:
         ImageError: something of that cannot be done.
@@ -101,7 +95,6 @@ def probe(root: Path, path: str, target: str) -> int:
         finally:
             for name in (first, second):
                 name.unlink(missing_ok=True)
-        room = os.statvfs(place)
     except OSError as error:
         remedy = {
             errno.EROFS: "the server lets nobody write: export it rw",
@@ -111,7 +104,6 @@ def probe(root: Path, path: str, target: str) -> int:
             errno.EDQUOT: "make room there",
         }.get(error.errno or 0, "no dump could be written there")
         raise ImageError(f"{target}: {there} on it cannot be written: {error.strerror}; {remedy}") from None
-    return room.f_bavail * room.f_frsize
 
 
 def have_module(name: str) -> None:

@@ -17,11 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
-from elftools.elf.segments import InterpSegment
-
-from initramfs import bytecode, hollow, tools
+from initramfs import bytecode, tools
 from initramfs.bytecode import Compilation
 from initramfs.errors import ImageError, ToolError
 from initramfs.imports import named_imports
@@ -134,6 +130,8 @@ def _without_blas(request: Mapping[str, Any], report: Report) -> tuple[Report, d
 
     Where it does not work, the first report and nothing: the image is larger then, and no worse.
     """
+    from initramfs import hollow  # with pyelftools
+
     objects = [Path(name) for name in report["objects"]]
     extensions = [Path(module["file"]) for module in report["modules"] if module["file"].endswith(".so")]
     users = [*extensions, *(path for path in objects if not hollow.is_blas(path))]
@@ -217,6 +215,10 @@ def add_executable(tree: Tree, path: Path) -> None:
 
 def program_loader(path: Path) -> str | None:
     """Return the loader that the program asks for (PT_INTERP); None for a static one or a script."""
+    from elftools.common.exceptions import ELFError  # takes time to import: for those who build an image
+    from elftools.elf.elffile import ELFFile
+    from elftools.elf.segments import InterpSegment
+
     try:
         with path.open("rb") as file:
             for segment in ELFFile(file).iter_segments():

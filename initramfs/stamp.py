@@ -19,7 +19,8 @@ from typing import Any
 
 from capture import __version__
 from capture.options import RECIPIENTS
-from initramfs.errors import ImageError
+from initramfs import state
+from initramfs.errors import ImageError, StateError
 from initramfs.image import ImageReport, ImageRequest
 
 SUFFIX = ".stamp"
@@ -54,13 +55,13 @@ def write(request: ImageRequest, report: ImageReport) -> None:
         image=_identity(report.path),
         sources={str(path): _identity(path) for path in report.sources},
     )
-    place, draft = path_of(report.path), path_of(report.path).with_suffix(".new")
+    place = path_of(report.path)
     try:
-        place.unlink(missing_ok=True)
-        draft.write_text(json.dumps({"format": FORMAT, **asdict(stamp)}) + "\n", encoding="utf-8")
-        draft.replace(place)
-    except OSError as error:
-        raise ImageError(f"{place}: {error.strerror}") from None
+        with contextlib.suppress(FileNotFoundError):
+            place.unlink()
+        state.write(place, {"format": FORMAT, **asdict(stamp)}, 0o644)
+    except (OSError, StateError) as error:
+        raise ImageError(str(error) if isinstance(error, StateError) else f"{place}: {error.strerror}") from None
 
 
 def read(image: Path) -> Stamp | None:

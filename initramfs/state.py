@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from capture.dumpfile.output import fsync_directory
 from initramfs.errors import StateError
 
 DIRECTORY = Path("/var/lib/vmcapture")
@@ -21,31 +22,40 @@ def write_text(path: Path, text: str, mode: int = 0o600) -> None:
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("w", encoding="utf-8") as file:
+        with draft.open("w", encoding="utf-8", errors="surrogateescape") as file:
             os.fchmod(file.fileno(), mode)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
-        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync_directory(path.parent)
     except OSError as error:
+        raise StateError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
         with contextlib.suppress(OSError):
             draft.unlink()
-        raise StateError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def write(path: Path, values: dict[str, Any]) -> None:
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, where they are missing.
+
+    Raises:
+        StateError: that cannot be done.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StateError(f"{path}: cannot be made: {error.strerror}") from None
+
+
+def write(path: Path, values: dict[str, Any], mode: int = 0o600) -> None:
     """Write values as JSON.
 
     Raises:
         StateError: it cannot be written.
     """
-    write_text(path, json.dumps(values, indent=1) + "\n")
+    make_directory(path.parent)
+    write_text(path, json.dumps(values, indent=1) + "\n", mode)
 
 
 def read(path: Path) -> dict[str, Any] | None:

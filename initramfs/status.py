@@ -22,6 +22,7 @@ from capture.errors import CaptureError, IncompleteError
 from capture.options import RECIPIENTS
 from initramfs import crash_test, estimate, kexec, predict, services, stamp, watchdogs
 from initramfs.errors import KexecError
+from initramfs.estimate import Estimate
 from initramfs.image import ImageRequest
 from initramfs.kexec import CrashKernel, Loaded
 from initramfs.predict import Prediction
@@ -131,13 +132,15 @@ def status(wanted: Wanted) -> Status:
     image = Path(loaded.image)
     boot = boot_config.parse(loaded.command_line)
     made_from = stamp.read(image)
-    needed = _needed(image, kexec.cpus_of(loaded.command_line), boot) if image.exists() else None
+    cpus = kexec.cpus_of(loaded.command_line)
+    estimated = _estimated(image, cpus, boot) if image.exists() else None
+    needed = None if estimated is None else estimated.needed
     targets = tuple(reach(target, boot.path) for target in boot.targets)
     predicted = predict.predict(boot.levels[-1], reservation)
     encrypted = None if made_from is None else made_from.encrypted
     watchdog = watchdogs.doubt(loaded.command_line, image)
     checks = (
-        _reservation(reservation, needed),
+        _reservation(reservation, estimated),
         _kernel(loaded, wanted),
         _image(image, made_from, wanted),
         *_targets(targets),
@@ -150,8 +153,8 @@ def status(wanted: Wanted) -> Status:
     return Status(armed, reservation, loaded, checks, needed, targets, predicted, built, encrypted, watchdog)
 
 
-def _needed(image: Path, cpus: int, boot: BootConfig) -> int:
-    return estimate.estimate(estimate.memory_of(image), cpus, memory_of(boot.targets)).needed
+def _estimated(image: Path, cpus: int, boot: BootConfig) -> Estimate:
+    return estimate.estimate(estimate.memory_of(image), cpus, memory_of(boot.targets))
 
 
 def _unarmed(reservation: int, *, armed: bool) -> Iterator[Check]:
@@ -171,13 +174,14 @@ def _reserved(reservation: int) -> str:
     return f"{reservation >> 20} MiB reserved for the capture kernel"
 
 
-def _reservation(reservation: int, needed: int | None) -> Check:
+def _reservation(reservation: int, estimated: Estimate | None) -> Check:
     what = _reserved(reservation)
-    if needed is None or reservation >= needed:
-        return Check("reservation", GOOD, what + (f", about {needed >> 20} MiB needed" if needed else ""))
-    more = -(-needed // estimate.STEP) * estimate.STEP
-    remedy = f"reserve more (crashkernel={more >> 20}M), or find out by vmcapture test"
-    return Check("reservation", DOUBT, f"{what}, about {needed >> 20} MiB are needed", remedy)
+    if estimated is None:
+        return Check("reservation", GOOD, what)
+    if reservation >= estimated.needed:
+        return Check("reservation", GOOD, f"{what}, about {estimated.needed >> 20} MiB needed")
+    remedy = f"reserve more ({estimated.parameter}), or find out by vmcapture test"
+    return Check("reservation", DOUBT, f"{what}, about {estimated.needed >> 20} MiB are needed", remedy)
 
 
 def _kernel(loaded: Loaded, wanted: Wanted) -> Check:
@@ -187,7 +191,7 @@ def _kernel(loaded: Loaded, wanted: Wanted) -> Check:
         return Check("kernel", DOUBT, f"{what}; {why}", ARM)
     if services.enabled(services.ARMING):
         try:
-            same = kexec.is_loaded(wanted.kernel())
+            same = kexec.is_of(wanted.kernel(), loaded)
         except CaptureError as error:
             return Check("kernel", DOUBT, f"{what}; it cannot be loaded again: {error}")
         if not same:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from capture.boot.targets import VIRTIOFS, place_of
 from capture.errors import UsageError
-from initramfs import devices, tools
+from initramfs import devices, mounting
 from initramfs.devices import SYS, Mount, Needed
 from initramfs.errors import ImageError, ToolError
 from initramfs.wishes import Wishes
@@ -58,15 +58,10 @@ def _try(target: str) -> None:
     tag = place_of(target)
     if not tag:
         raise UsageError(f"{target}: a tag is missing, the name that the host gave the directory: {VIRTIOFS}:TAG")
-    with tempfile.TemporaryDirectory(prefix="vmcapture-") as point:
-        try:
-            tools.run(["mount", "-t", VIRTIOFS, tag, point])
-        except ToolError as error:
-            raise ImageError(f"{target} cannot be mounted here: {error}; does its host offer {tag}?") from None
-        try:
-            with tempfile.TemporaryFile(dir=point):
-                pass
-        except OSError as error:
-            raise ImageError(f"{target} cannot be written to: {error.strerror}; is it read-only on the host?") from None
-        finally:
-            tools.run(["umount", point])
+    try:
+        with mounting.mounted_for_now(tag, kind=VIRTIOFS) as point, tempfile.TemporaryFile(dir=point):
+            pass
+    except ToolError as error:
+        raise ImageError(f"{target} cannot be mounted here: {error}; does its host offer {tag}?") from None
+    except OSError as error:
+        raise ImageError(f"{target} cannot be written to: {error.strerror}; is it read-only on the host?") from None

@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--ssh-key", type=Path, dest="sshkey", metavar="FILE",
         help=f"the secret key for ssh: targets, default: of ~/.ssh, the first of {', '.join(KEYS)}",
     )  # fmt: skip
-    add("--no-check", action="store_true", help="do not mount nfs: and ssh: targets to try them")
+    add("--no-check", action="store_true", help="do not mount nfs:, ssh: and virtiofs: targets to try them")
 
 
 def of(args: argparse.Namespace) -> Wishes:

@@ -115,6 +115,22 @@ def tmpfs(folder: Path, options: str, *, lazy: bool = True) -> Iterator[Path]:
         subprocess.run(["umount", *(["-l"] if lazy else []), str(folder)], check=True)
 
 
+@contextmanager
+def loop_device(image: Path, size: int) -> Iterator[Path]:
+    """A block device of ``size`` bytes, which are those of a file; skips where there can be none."""
+    with image.open("ab") as file:
+        file.truncate(size)
+    try:
+        made = subprocess.run(["losetup", "-f", "--show", image], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no loop devices here: {error}")
+    device = Path(made.stdout.strip())
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
+
+
 # --- writes that fail -----------------------------------------------------------------------------------------------
 
 

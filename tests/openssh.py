@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.guest import cache, host
+from tests.guest.server import Keys, make_keys
 
 PACKAGES = ("openssh-server", "openssh-sftp-server", "libwrap0")
 PATIENCE = 20.0
@@ -20,12 +21,11 @@ PATIENCE = 20.0
 
 @dataclass(slots=True)
 class OpenSSH:
-    """It lets in whoever has ``key``, as root; ``host_key`` is its own."""
+    """It lets in whoever has ``key``, as root."""
 
     folder: Path
     port: int = 0
-    key: Path = field(init=False)
-    host_key: Path = field(init=False)
+    keys: Keys = field(init=False)
     _process: subprocess.Popen[bytes] | None = field(init=False, default=None)
 
     def start(self) -> None:
@@ -35,17 +35,14 @@ class OpenSSH:
             HostError: there is no sshd to be had.
         """
         tree = cache.tree("sshd", PACKAGES)
-        self.folder.mkdir()
-        self.key, self.host_key = self.folder / "user", self.folder / "host"
-        for path in (self.key, self.host_key):
-            subprocess.run([host.find("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
-        (self.folder / "authorized_keys").write_bytes(self.key.with_suffix(".pub").read_bytes())
+        self.keys = make_keys(self.folder)
+        (self.folder / "authorized_keys").write_bytes(self.keys.user.with_suffix(".pub").read_bytes())
         accounts = Path("/etc/passwd").read_text() + "sshd:x:65533:65534::/run/sshd:/bin/false\n"
         (self.folder / "passwd").write_text(accounts)
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         (self.folder / "config").write_text(
-            f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.host_key}\n"
+            f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.keys.server}\n"
             f"AuthorizedKeysFile {self.folder}/authorized_keys\nStrictModes no\nPidFile none\nUsePAM no\n"
             f"Subsystem sftp {tree}/usr/lib/openssh/sftp-server\n"
         )
@@ -75,5 +72,9 @@ class OpenSSH:
 
     def known_hosts(self, name: str) -> bytes:
         """A line for known_hosts that calls the server ``name``."""
-        kind, key = self.host_key.with_suffix(".pub").read_text().split()[:2]
-        return f"{name} {kind} {key}\n".encode()
+        return self.keys.known_hosts(name)
+
+    @property
+    def key(self) -> Path:
+        """The secret key of whom it lets in, with its public half beside it."""
+        return self.keys.user

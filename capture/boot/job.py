@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capture import __version__, pulse, report
+from capture.boot.names import DUMP, ENCRYPTED_DUMP, LOG, REGISTERS, REGISTERS_TEXT
 from capture.console import Console
 from capture.dumpfile.encrypted import SUFFIX, EncryptedFile, check_recipients
 from capture.dumpfile.output import (
@@ -44,13 +45,10 @@ from capture.vmcore import Vmcore
 if TYPE_CHECKING:
     from capture.dump import DumpReport, Filtered
 
-LOG = "vmcore-dmesg.txt"
-DUMP = "vmcore"
 DIRECTORY_MODE = 0o700
 MANIFEST_FORMAT = 1
 FULL_MANIFEST = "manifest-full.json"
 """What ``manifest.json`` says when nothing is encrypted, in an encrypted file."""
-ENCRYPTED_DUMP = f"vmcore.flat{SUFFIX}"
 _WRITE_SIZE = 1 << 16
 _MAX_NAME_TRIES = 100
 _MAX_NUMBER = 9999
@@ -153,8 +151,8 @@ class _Job:
         if self._options.resume:
             self._forget_manifest()
         self._step(self._called(LOG), self._unless_there(self._save_log))
-        self._step(self._called("registers.txt"), self._unless_there(self._save_registers_text))
-        self._step(self._called("registers.json"), self._unless_there(self._save_registers_json))
+        self._step(self._called(REGISTERS_TEXT), self._unless_there(self._save_registers_text))
+        self._step(self._called(REGISTERS), self._unless_there(self._save_registers_json))
         self._step(ENCRYPTED_DUMP if self._encrypted else DUMP, self._save_dump)
         self._step(self._called(_log_name(self._report.directory)), self._save_capture_log)
         if self._encrypted:

@@ -6,14 +6,14 @@ The superblocks of the usual file systems are looked at first, because of disks 
 
 from __future__ import annotations
 
-import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from capture import pulse
 from capture.boot import mounting, superblocks, volumes
+from capture.boot.programs import ended
 from capture.boot.waiting import attempts
 from capture.console import Console
 from capture.errors import TargetError
@@ -53,25 +53,35 @@ def find_device(target: str, wait: int, console: Console) -> str:
     )
 
 
-def look_up(target: str) -> str | None:
+def look_up(target: str, known: Mapping[superblocks.Tag, str] | None = None) -> str | None:
     """Return the block device of ``target`` when it is there now.
+
+    ``known``: what all superblocks that could be read have just said.
 
     Raises:
         TargetError: there is no findfs to ask.
     """
     if "=" not in target:
         return target if Path(target).is_block_device() else None
-    tag, _, value = target.partition("=")
-    with pulse.at_target():
-        found = superblocks.device_with(tag, value)
-        if found is None:
-            found = None if superblocks.some_hang() else _found_by_findfs(target)
+    tag = tag_of(target)
+    if known is None:
+        with pulse.at_target():
+            known = superblocks.devices_with([tag])
+    found = known.get(tag)
+    if found is None and not superblocks.some_hang():
+        found = _found_by_findfs(target)
     return None if found is None else _topmost(found, target)
+
+
+def tag_of(target: str) -> superblocks.Tag:
+    """Return both halves of ``TAG=VALUE``."""
+    tag, _, value = target.partition("=")
+    return tag, value
 
 
 def _found_by_findfs(target: str) -> str | None:
     try:
-        answer = subprocess.run(["findfs", target], capture_output=True, text=True, check=False)
+        answer = ended(["findfs", target])
     except OSError as error:
         raise TargetError(f"findfs cannot be run ({error.strerror}): name the target by its device, /dev/...") from None
     return answer.stdout.strip() or None if answer.returncode == 0 else None
@@ -84,5 +94,5 @@ def _topmost(device: str, target: str) -> str | None:
         return None
     if len(tops) == 1:
         return tops[0]
-    tag, _, value = target.partition("=")
-    return superblocks.device_with(tag, value, tops) or device
+    tag = tag_of(target)
+    return superblocks.devices_with([tag], tops).get(tag, device)

@@ -1,4 +1,4 @@
-"""Where file systems are mounted, and the programs that do it: what all kinds of target share.
+"""Where file systems are mounted: what all kinds of target share.
 
 ``mount`` is left to busybox, or to the program that a kind brings: its one line of error is worth passing on.
 """
@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from capture import pulse
+from capture.boot.programs import run
 from capture.console import Console
 from capture.errors import TargetError
 
@@ -54,8 +55,8 @@ def inside(root: Path, path: str, target: str) -> Path:
     """Return the directory on the mounted target; a symbolic link must not lead out of it, into our own memory."""
     place = root / path.lstrip("/")
     with pulse.at_target():
-        real = place.resolve()
-    if not real.is_relative_to(root.resolve()):
+        real = Path(os.path.realpath(place))  # Path.resolve() does not survive a link to itself
+    if not real.is_relative_to(os.path.realpath(root)):
         raise TargetError(
             f"{target}: {path} on it is a symbolic link to {real}: name the directory itself with vmcapture.path="
         )
@@ -93,22 +94,3 @@ def give_up_mount_points() -> None:
 
 def _given_up(point: Path) -> Path:
     return point.with_name(f"hangs-{point.name}")
-
-
-def run(command: Sequence[str], failure: str, good: Container[int] = (0,)) -> str:
-    """Run a program that may wait for a disk or a server; what it printed.
-
-    Raises:
-        TargetError: its exit status is not one of ``good``: the text ``failure``, and what it said.
-    """
-    import subprocess  # the process that watches over the job has no need of it
-
-    try:
-        with pulse.at_target():
-            answer = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    except OSError as error:
-        raise TargetError(f"{failure}: {command[0]} cannot be run: {error.strerror}") from None
-    if answer.returncode not in good:
-        said = " ".join((answer.stderr or answer.stdout).split()) or f"{command[0]} ended with {answer.returncode}"
-        raise TargetError(f"{failure}: {said}")
-    return answer.stdout

@@ -13,12 +13,12 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from capture import pulse
+from capture.boot.programs import ended
 from capture.boot.routes import BOND, CARD, Link, Route
 from capture.boot.waiting import attempts
 from capture.console import Console
@@ -215,7 +215,7 @@ def _is_taken(route: Route, interface: str) -> bool:
         return False
     try:
         asked = ["arping", "-D", "-q", "-c", "2", "-w", "2", "-I", interface, str(address)]
-        return _run(asked).returncode == 1
+        return ended(asked).returncode == 1
     except OSError:  # no arping: nobody says that it is taken
         return False
 
@@ -228,7 +228,7 @@ def _use_lease(route: Route, interface: str, console: Console) -> None:
         LEASE_SCRIPT.parent.mkdir(parents=True, exist_ok=True)
         LEASE_SCRIPT.write_text(_LEASE)
         LEASE_SCRIPT.chmod(0o755)
-        said = _run(
+        said = ended(
             ["udhcpc", "-f", "-q", "-n", "-t", str(_LEASE_TIME // 2), "-T", "2", "-i", interface,
              "-s", str(LEASE_SCRIPT), "-r", str(ipaddress.ip_interface(route.source).ip)]
         ).stdout  # fmt: skip
@@ -296,12 +296,7 @@ def _ip(*words: str, there_is_well: bool = False) -> None:
     Raises:
         OSError: it refuses; where ``there_is_well``, not because what is to be added is there.
     """
-    answer = _run(["ip", *words])
+    answer = ended(["ip", *words])
     said = " ".join((answer.stderr or answer.stdout).split())
     if answer.returncode and not (there_is_well and "exists" in said):
         raise OSError(f"ip {' '.join(words)}: {said.removeprefix('ip: ') or f'status {answer.returncode}'}")
-
-
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    with pulse.at_target():
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)

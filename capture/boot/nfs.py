@@ -68,7 +68,7 @@ def parse(target: str) -> Export:
     Raises:
         UsageError: it is no such text.
     """
-    found = re.fullmatch(r"nfs:(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]@,]+)):(/[^\s,]*)", target)
+    found = re.fullmatch(r"nfs:(?:\[([0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)\]|([^\s:/\[\]@,]+)):(/[^\s,]*)", target)
     if found is None:
         raise UsageError(f"{target}: not of the form nfs:SERVER:/EXPORT (an IPv6 address in brackets)")
     return Export(found[1] or found[2], found[3])
@@ -93,7 +93,7 @@ def mount(export: Export, address: str, point: Path) -> str:
             options += f",nolock,mountproto={family}"
         with pulse.at_target():
             answer = libc.mount(
-                f"{host}:{export.path}".encode(), os.fsencode(point), b"nfs", _MS_NOSUID | _MS_NODEV | _MS_NOATIME,
+                os.fsencode(f"{host}:{export.path}"), os.fsencode(point), b"nfs", _MS_NOSUID | _MS_NODEV | _MS_NOATIME,
                 options.encode(),
             )  # fmt: skip
         if answer == 0:

@@ -15,6 +15,7 @@ from pathlib import Path
 from capture import pulse
 from capture.boot import mounting
 from capture.boot.local import find_device
+from capture.boot.programs import run
 from capture.boot.targets import place_of
 from capture.console import Console
 from capture.errors import TargetError
@@ -42,7 +43,7 @@ def mounted(target: str, wait: int, console: Console, device: str | None = None)
         device = find_device(place_of(target), wait, console)
     found = signature(device)
     if found is None:
-        mounting.run([*_MAKE, *_EXTENDED, device], f"{target} ({device}): no file system can be made")
+        run([*_MAKE, *_EXTENDED, device], f"{target} ({device}): no file system can be made")
     elif not is_ours(found):
         raise TargetError(
             f"{target} ({device}) has {describe(found)} on it: nothing is overwritten; mount any disk and name it: "
@@ -69,7 +70,7 @@ def signature(device: str) -> dict[str, str] | None:
                 os.close(handle)
     except OSError as error:
         raise TargetError(f"{device} cannot be read: {error.strerror}") from None
-    said = mounting.run(["blkid", "-p", "-o", "export", device], f"{device}: what is on it is not clear", good=(0, 2))
+    said = run(["blkid", "-p", "-o", "export", device], f"{device}: what is on it is not clear", good=(0, 2))
     found = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
     return found if "TYPE" in found or "PTTYPE" in found else None
 

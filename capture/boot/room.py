@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from capture import pulse
+from capture.boot.names import DUMP, ENCRYPTED_DUMP, REGISTERS, REGISTERS_TEXT
 from capture.console import Console
+from capture.dumpfile.encrypted import SUFFIX
 from capture.dumpfile.output import INCOMPLETE_SUFFIX, MANIFEST, sync_file_system
 from capture.errors import UsageError
 
@@ -38,7 +40,8 @@ _FILE = re.compile(
 )
 _WRITTEN_BY = b'"written_by": "vmcapture '
 _MANIFEST_START = 512  # bytes; the second line of it says who wrote it
-_DUMPS = {"vmcore": ("registers.txt", "registers.json"), "vmcore.flat.age": ("registers.txt.age", "registers.json.age")}
+_BESIDE = (REGISTERS_TEXT, REGISTERS)
+_DUMPS = {DUMP: _BESIDE, ENCRYPTED_DUMP: tuple(name + SUFFIX for name in _BESIDE)}
 """What a dump is called, plain and encrypted, and what lies beside it."""
 _LAST = {**dict.fromkeys(_DUMPS, -1), **{f"{dump}{INCOMPLETE_SUFFIX}": 1 for dump in _DUMPS}, MANIFEST: 2}
 """In which order files go: last what a directory is known by, so that the next save goes on with one that was begun."""

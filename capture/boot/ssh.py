@@ -127,10 +127,14 @@ class Credentials(NamedTuple):
 def parse(target: str) -> Login:
     """Return what ``ssh:USER@HOST[:PORT]`` names; an IPv6 address stands in brackets.
 
+    What ssh_config(5) puts something else for (%), or takes away ("), is in no name: a path in it has them, too.
+
     Raises:
         UsageError: it is no such text.
     """
-    found = re.fullmatch(r"ssh:([^\s@:/\[\]]+)@(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]@]+))(?::([0-9]{1,5}))?", target)
+    found = re.fullmatch(
+        r"ssh:([^\s@:/\[\]%\"]+)@(?:\[([0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)\]|([^\s:/\[\]@%\"]+))(?::([0-9]{1,5}))?", target
+    )
     if found is None or not 0 < int(found[4] or PORT) < 1 << 16:
         raise UsageError(f"{target}: not of the form ssh:USER@HOST[:PORT] (an IPv6 address in brackets)")
     return Login(found[1], found[2] or found[3], int(found[4] or PORT))

@@ -51,24 +51,28 @@ _asked: dict[str, subprocess.Popen[bytes]] = {}
 """Who asks a disk that has not answered yet: there is no need for a second one."""
 
 
-def device_with(tag: str, value: str, among: Iterable[str] | None = None) -> str | None:
-    """Return the first device to answer whose file system (ext2 to ext4, xfs, btrfs) has the UUID or LABEL ``value``.
+Tag = tuple[str, str]
+"""UUID or LABEL, and its value."""
 
-    ``among`` are the devices to ask; all where it is None. It may be part of something that carries the file system in
+
+def devices_with(wanted: Iterable[Tag], among: Iterable[str] | None = None) -> dict[Tag, str]:
+    """Return which devices have a file system (ext2 to ext4, xfs, btrfs) with one of these tags, the first to answer.
+
+    ``among`` are the devices to ask; all where it is None. One may be part of something that carries the file system in
     its stead, as a disk of a mirror is. Nothing is found where there is no ``dd`` to read with.
     """
-    if tag not in TAGS:
-        return None
+    missing = {(tag, value.lower() if tag == "UUID" else value): (tag, value) for tag, value in wanted if tag in TAGS}
+    found: dict[Tag, str] = {}
+    if not missing:
+        return found
     names = _disks() if among is None else (Path(device).name for device in among)
-    wanted = value.lower() if tag == "UUID" else value
-    try:
-        with contextlib.closing(_heads(list(names))) as answers:
-            for name, head in answers:
-                if tags(head).get(tag) == wanted:
-                    return f"/dev/{name}"
-    except OSError:
-        return None
-    return None
+    with contextlib.suppress(OSError), contextlib.closing(_heads(list(names))) as answers:
+        for name, head in answers:
+            for is_it in tags(head).items() & missing.keys():
+                found[missing.pop(is_it)] = f"/dev/{name}"
+            if not missing:
+                break
+    return found
 
 
 def some_hang() -> bool:

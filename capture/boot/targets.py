@@ -68,18 +68,22 @@ def mounted_target(target: str, wait: int, console: Console, device: str | None 
 def devices_of(targets: Iterable[str]) -> dict[str, str]:
     """Return the devices of those targets that are there now.
 
-    To look for one, all disks are read: to be done before any of them hangs.
+    To look for them, all disks are read, once: to be done before any of them hangs.
     """
-    from capture.boot.local import look_up
+    from capture import pulse
+    from capture.boot import superblocks
+    from capture.boot.local import look_up, tag_of
     from capture.boot.volumes import Assembly
 
     found: dict[str, str] = {}
     on_disk = [target for target in targets if kind_of(target) in (LOCAL, RAW)]
     if on_disk:
         Assembly().go_on()
+    with pulse.at_target():
+        known = superblocks.devices_with(map(tag_of, map(place_of, on_disk)))
     for target in on_disk:
         with contextlib.suppress(TargetError):
-            device = look_up(place_of(target))
+            device = look_up(place_of(target), known)
             if device is not None:
                 found[target] = device
     return found

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from capture.boot import mounting
+from capture.boot.programs import run
 from capture.errors import TargetError
 
 VOLUMES = Path("/etc/vmcapture/volumes")
@@ -85,7 +85,7 @@ def is_member(device: str) -> bool:
     if not arrays:
         return False
     try:
-        said = mounting.run(["mdadm", "--examine", "--export", device], device)
+        said = run(["mdadm", "--examine", "--export", device], device)
     except TargetError:  # it has no superblock
         return False
     return any(f"MD_UUID={uuid}" in said.splitlines() for uuid in arrays)
@@ -110,8 +110,8 @@ def _assemble(volume: Volume, say: Callable[[str], object], *, degraded: bool) -
         if _read(array / "array_state") not in ("clear", "inactive"):
             return
         with contextlib.suppress(TargetError):  # what came of an earlier try, with a disk less
-            mounting.run(["mdadm", "--stop", f"/dev/{name}"], name)
-    mounting.run(
+            run(["mdadm", "--stop", f"/dev/{name}"], name)
+    run(
         [
             "mdadm",
             "--assemble",
@@ -132,7 +132,7 @@ def _assemble(volume: Volume, say: Callable[[str], object], *, degraded: bool) -
 def _activate(volume: Volume) -> None:
     if _is_active(volume.identity):
         return
-    said = mounting.run(
+    said = run(
         ["lvm", "lvchange", "--sysinit", "-K", "-ay", "-S", f"lv_uuid={lvm_uuid(volume.identity)}"],
         f"logical volume {volume.name} cannot be activated",
     )

@@ -18,14 +18,13 @@ from capture.dumpfile.flattened import END, HEADER, HEADER_BYTES, RECORD, SIGNAT
 from capture.dumpfile.output import OutputFile, TargetFullError, named, sync_directory, unfinished_path
 from capture.dumpfile.reader import KdumpFile
 from capture.errors import SourceError, TargetError
-from capture.memory.elfcore import ELF_HEADER, INCOMPLETE, parse
+from capture.memory.elfcore import ELF_HEADER, INCOMPLETE, MAGIC, parse
 from capture.memory.source import open_source
 from capture.progress import Progress
 
 _PIECE = 1 << 20
 """A record up to that size is written whole or not at all: half a table of descriptors would be taken for damage."""
 _MAX_OFFSET = 1 << 62
-_ELF = b"\x7fELF"
 
 
 class Assembled(NamedTuple):
@@ -134,7 +133,7 @@ def _mark(name: str, output: OutputFile, failure: str | None) -> bool:
     """
     raw = output.read_back(0, kdump.DISK_DUMP_HEADER.itemsize)
     if not raw.startswith(kdump.SIGNATURE):
-        if raw.startswith(_ELF):
+        if raw.startswith(MAGIC):
             return _mark_elf(output, failure)
         raise SourceError(f"{failure or f'{name}: what is in it is no dump'}: nothing of it can be read")
     header = np.frombuffer(raw, kdump.DISK_DUMP_HEADER).copy()

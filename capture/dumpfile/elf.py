@@ -17,7 +17,6 @@ as zeros.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,15 +26,16 @@ from numpy.typing import NDArray
 
 from capture.dumpfile.output import Output, ScratchFile, TargetFullError, cut_pieces
 from capture.dumpfile.selection import BitmapPlaces, Selection
-from capture.dumpfile.writer import DumpPlan, PackedPages
-from capture.errors import TargetError
+from capture.dumpfile.writer import DumpPlan, PackedPages, take_mark_off
 from capture.memory.elfcore import (
     ELF_HEADER,
     ELF_HEADER_SIZE,
     ET_CORE,
     GAPS,
+    IDENTITY,
     INCOMPLETE,
     MACHINES,
+    MAX_SEGMENTS,
     PN_XNUM,
     PROGRAM_HEADER,
     PT_LOAD,
@@ -50,8 +50,6 @@ MAX_RUNS = 1 << 15
 MAX_MAPS = 64
 """Linear mappings that are taken: two of every kernel; a damaged header may have any number."""
 _READ_WRITE_EXECUTE = 7
-_IDENTITY = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
-"""ELF64, little endian, version 1 (elf(5))."""
 _RUN = np.dtype([("pfn", "<i8"), ("pages", "<i8"), ("offset", "<i8")])
 """Pages that have their places one behind the other; ``offset`` of the first, in bytes from the first page's."""
 _GAP_BITS = 64
@@ -91,6 +89,8 @@ class ElfWriter(Selection):
         self.pages_written = 0
         self.gap_pages = 0
         """Pages that the dump does not have and that read as zeros all the same."""
+        self.maps_left_out = 0
+        """Mappings for which the file has no room: of a kernel's own two and its stacks none."""
 
     def start(self, _level: int) -> None:
         """Make the dump readable, without a page yet, as long as it will be; the header comes last, synced."""
@@ -140,15 +140,8 @@ class ElfWriter(Selection):
     def finish(self, *, complete: bool) -> None:
         """Bring everything to the disk; when ``complete``, take the incomplete mark off as the very last write."""
         self._output.sync()
-        if not complete:
-            return
-        try:
-            self._write_header(incomplete=False)
-            self._output.sync()
-        except TargetError:
-            with contextlib.suppress(TargetError):
-                self._write_header(incomplete=True)
-            raise
+        if complete:
+            take_mark_off(self._output, self._write_header)
 
     def close(self) -> None:
         """Let the bitmaps go."""
@@ -195,12 +188,18 @@ class ElfWriter(Selection):
         """Return the PT_LOADs: of each linear mapping what runs have of it, and without an address what none has."""
         size = self._plan.page_size
         starts, ends = self._runs_written["pfn"], self._runs_written["pfn"] + self._runs_written["pages"]
-        found = [
-            _Span.of(starts, ends, linear.physical // size, -(-(linear.physical + linear.size) // size), shift=linear)
-            for linear in self._maps
-        ]
+        found, taken = [], []
+        room = MAX_SEGMENTS - 1 - len(starts) - len(self._maps) - 1  # besides the notes, and what has no address
+        for linear in self._maps:
+            end = -(-(linear.physical + linear.size) // size)
+            span = _Span.of(starts, ends, linear.physical // size, end, shift=linear)
+            if len(span.runs) <= room:
+                found.append(span)
+                taken.append(linear)
+                room -= len(span.runs)
+        self.maps_left_out = len(self._maps) - len(taken)
         bare, low = [], 0
-        for linear in sorted(self._maps, key=lambda linear: linear.physical):
+        for linear in sorted(taken, key=lambda linear: linear.physical):
             bare.append(_Span.of(starts, ends, low, linear.physical // size))
             low = max(low, -(-(linear.physical + linear.size) // size))
         bare.append(_Span.of(starts, ends, low, self._plan.max_mapnr))
@@ -229,7 +228,7 @@ class ElfWriter(Selection):
     def _describe(self, count: int, section: int) -> None:
         """Fill the header in: ``count`` program headers; section header 0 is at ``section`` where it has to say so."""
         header = self._header
-        header["e_ident"] = np.void(_IDENTITY)
+        header["e_ident"] = np.void(IDENTITY)
         header["e_type"], header["e_machine"], header["e_version"] = ET_CORE, self._machine, 1
         header["e_phoff"] = header["e_ehsize"] = ELF_HEADER_SIZE
         header["e_phentsize"], header["e_phnum"] = PROGRAM_HEADER.itemsize, min(count, PN_XNUM)

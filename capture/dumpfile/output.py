@@ -167,6 +167,21 @@ def put_all(put: Callable[[Pieces], int], pieces: Pieces) -> None:
             queue[first] = memoryview(queue[first])[written:]
 
 
+class _Place:
+    """Where the next bytes go in a file that is written at offsets."""
+
+    def __init__(self, fd: int, offset: int) -> None:
+        self._fd = fd
+        self.offset = offset
+
+    def put(self, pieces: Pieces) -> int:
+        """Write as many bytes as can be written; return how many that were."""
+        with pulse.at_target():
+            written = os.pwritev(self._fd, pieces, self.offset)
+        self.offset += written
+        return written
+
+
 class OutputFile:
     """A file that is written at offsets: a new one, or with ``existing`` one that is there and goes on being written.
 
@@ -201,28 +216,20 @@ class OutputFile:
 
     def write(self, pieces: Pieces, offset: int) -> int:
         """Write all ``pieces`` one after another at ``offset``; return how many bytes that were."""
-        position = offset
-
-        def put(some: Pieces) -> int:
-            nonlocal position
-            with pulse.at_target():
-                written = os.pwritev(self._fd, some, position)
-            position += written
-            return written
-
+        place = _Place(self._fd, offset)
         if self._hashes is not None:
             with self._lock:
                 self._hashes.feed(pieces, offset)
         try:
-            put_all(put, pieces)
+            put_all(place.put, pieces)
         except OSError as error:
             with self._lock:
-                self._forget_hashes(position)
+                self._forget_hashes(place.offset)
                 self.size = os.fstat(self._fd).st_size
-            raise target_error(self.path, f"writing at {position}", error) from None
+            raise target_error(self.path, f"writing at {place.offset}", error) from None
         with self._lock:
-            self.size = max(self.size, position)
-        return position - offset
+            self.size = max(self.size, place.offset)
+        return place.offset - offset
 
     def append(self, pieces: Pieces) -> int:
         """Write all ``pieces`` behind what is there; return how many bytes that were."""
@@ -452,11 +459,8 @@ class ScratchFile:
 
     def write_bitmap(self, bits: bytes, offset: int) -> None:
         """Write bytes that will be read back."""
-        rest, position = memoryview(bits), offset
         try:
-            while len(rest):
-                written = os.pwrite(self._fd, rest, position)
-                rest, position = rest[written:], position + written
+            put_all(_Place(self._fd, offset).put, [bits])
         except OSError as error:
             raise target_error(self._directory, "keeping the bitmaps of the dump", error) from None
 
@@ -500,11 +504,20 @@ def sync_file_system(fd: int) -> None:
 def sync_directory(path: Path) -> None:
     """Bring renames and new names in a directory to the disk."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            with pulse.at_target():
-                os.fsync(fd)
-        finally:
-            os.close(fd)
+        fsync_directory(path)
     except OSError as error:
         raise target_error(path, "syncing the directory", error) from None
+
+
+def fsync_directory(path: Path) -> None:
+    """Do as ``sync_directory`` does.
+
+    Raises:
+        OSError: it cannot be done.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with pulse.at_target():
+            os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -330,13 +330,7 @@ class KdumpWriter(Selection):
         self.checkpoint()
         self._output.sync()
         if complete:
-            try:
-                self._write_header(incomplete=False)
-                self._output.sync()
-            except TargetError:
-                with contextlib.suppress(TargetError):
-                    self._write_header(incomplete=True)
-                raise
+            take_mark_off(self._output, self._write_header)
 
     def _give_back(self) -> None:
         """On a full disk, drop the newest pages that have no descriptor yet: the manifest needs some room as well.
@@ -436,6 +430,21 @@ class _Numbers:
 
     def _chosen(self, window: int) -> NDArray[np.bool_]:
         return self._selection(window * _NUMBER_WINDOW, _NUMBER_WINDOW)
+
+
+def take_mark_off(output: Output, write_header: Callable[..., None]) -> None:
+    """Write the header without the incomplete mark (``incomplete=False``), the very last write of a dump.
+
+    Raises:
+        TargetError: it did not get to the disk; the mark is back, as far as that can be done.
+    """
+    try:
+        write_header(incomplete=False)
+        output.sync()
+    except TargetError:
+        with contextlib.suppress(TargetError):
+            write_header(incomplete=True)
+        raise
 
 
 def _step_bytes(available: int | None) -> int:

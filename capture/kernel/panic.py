@@ -11,16 +11,10 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from capture.kernel.announcement import is_oops, is_panic
 from capture.kernel.printk import CALLER_CPU, Record
 from capture.notes.prstatus import CpuRegisters
 
-_PANIC = re.compile(rb"(?<!\[ end )Kernel panic - not syncing")
-_OOPS = re.compile(
-    rb"^(BUG|Oops|general protection fault|Unable to handle kernel|kernel BUG at|Internal error)\b"
-    rb"|^[a-z][\w ,-]*: [0-9a-f]{4} \[#\d+\]"
-)
-"""What precedes a crash without panic(): with panic_on_oops, oops_end() (arch/x86/kernel/dumpstack.c) and die()
-(arch/arm64/kernel/traps.c) jump to the capture kernel first. The last form is x86's ``invalid opcode: 0000 [#1]``."""
 _WHERE = re.compile(rb"^CPU: (\d{1,5}) (?:UID: \d+ )?PID: (\d{1,10}) Comm: ")
 """dump_stack_print_info(), lib/dump_stack.c; UID since 6.12."""
 
@@ -63,16 +57,6 @@ class PanicFinder:
         """Whether the announcement before is still being explained: its first line says most."""
         panic = self.panic
         return bool(panic.line) and panic.cpu is None and record.caller_id == panic.caller_id
-
-
-def is_panic(text: bytes) -> bool:
-    """Return whether a line of the log, without its time stamp, is panic()'s own."""
-    return _PANIC.search(text) is not None
-
-
-def is_oops(text: bytes) -> bool:
-    """Return whether a line of the log, without its time stamp, begins an oops."""
-    return _OOPS.search(text) is not None
 
 
 def panicked_cpu(panic: Panic, cpus: list[CpuRegisters]) -> int | None:

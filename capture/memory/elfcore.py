@@ -59,6 +59,9 @@ PN_XNUM = 0xFFFF
 """e_phnum when the real number is in sh_info of section 0 (elf(5))."""
 
 ELF_HEADER_SIZE = ELF_HEADER.itemsize
+MAGIC = b"\x7fELF"
+IDENTITY = (MAGIC + b"\x02\x01\x01").ljust(16, b"\0")
+"""ELF64, little endian, version 1 (elf(5))."""
 MAX_SEGMENTS = 1 << 18
 """More than any kernel writes (CONFIG_CRASH_MAX_MEMORY_RANGES is 8192); keeps the table under 15 MB."""
 MAX_PHYSICAL_BITS = 52
@@ -151,7 +154,7 @@ def _elf_header(source: ByteSource) -> np.void:
     if source.size == 0:
         raise SourceError(f"{source.name}: empty file, not a vmcore")
     magic = _read(source, 0, 8, "the first bytes")
-    if magic[:4] != b"\x7fELF":
+    if not magic.startswith(MAGIC):
         raise SourceError(f"{source.name}: {_what_else(magic)}")
     if magic[4] != 2:
         raise SourceError(f"{source.name}: ELF class {magic[4]}: only 64-bit vmcores are read")

@@ -13,6 +13,7 @@ import zstandard
 
 from capture.cli import main
 from tests.encryption import Key, make_key
+from tests.guest.conftest import unavailable
 from tests.guest.host import HostError
 from tests.openssh import OpenSSH
 from tests.outcome import Ran, Run
@@ -20,6 +21,7 @@ from tests.outcome import Ran, Run
 REPOSITORY = Path(__file__).resolve().parents[2]
 CORPUS_VARIABLE = "VMCAPTURE_CORPUS"
 CORPUS = ("linux-6.1-la57", "linux-6.12")
+ADVICE = f"set {CORPUS_VARIABLE} to the folder of the vmcore corpus"
 
 
 def corpus_folder() -> Path:
@@ -36,7 +38,7 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     def vmcore(name: str) -> Path:
         packed, target = folder / f"{name}.elf.zst", unpacked / f"{name}.elf"
         if not packed.exists():
-            pytest.skip(f"{packed} is not there: set {CORPUS_VARIABLE} to the folder of the vmcore corpus")
+            pytest.skip(f"{packed} is not there: {ADVICE}")
         if not target.exists():
             with packed.open("rb") as source, target.open("wb") as sink:
                 zstandard.ZstdDecompressor(max_window_size=1 << 27).copy_stream(source, sink)
@@ -85,22 +87,25 @@ def run(capfdbinary: pytest.CaptureFixture[bytes]) -> Run:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = corpus_folder()
     for item in items:
         names = getattr(item, "fixturenames", [])
         if "corpus_file" in names or "corpus_vmcore" in names:
             item.add_marker(pytest.mark.corpus)
+            if not folder.is_dir():  # said once for each file of tests, not for each test
+                item.add_marker(pytest.mark.skip(f"{folder} is not there: {ADVICE}"))
 
 
 @contextmanager
 def running_openssh(folder: Path) -> Iterator[OpenSSH]:
     """A real OpenSSH server on this machine, which sees what is mounted now."""
     if os.geteuid() != 0 or not Path("/dev/fuse").exists() or shutil.which("sshfs") is None:
-        pytest.skip("sshfs needs root, /dev/fuse and the package sshfs")
+        unavailable("sshfs needs root, /dev/fuse and the package sshfs")
     server = OpenSSH(folder / "openssh")
     try:
         server.start()
     except HostError as error:
-        pytest.skip(str(error))
+        unavailable(str(error))
     try:
         yield server
     finally:

@@ -18,11 +18,12 @@ from capture.console import Console
 from capture.errors import UsageError
 from initramfs import after_crash, crash_test, crashes, journal, notify, state
 from initramfs.after_crash import Reported, Verdict
-from initramfs.errors import StateError
+from initramfs.errors import KexecError, StateError
 from initramfs.notify import COMMAND, MAIL, WEBHOOK, Receiver
 from initramfs.places import Place
 from tests.builders import PANIC, PrintkRing
 from tests.encryption import Key
+from tests.faults import raising
 from tests.saved import name_of, save_crash
 
 from .conftest import program_of
@@ -240,12 +241,10 @@ def test_who_could_not_be_told_is_told_by_the_next_report(
 @pytest.mark.parametrize(
     ("receiver", "line"),
     [
-        (Receiver(WEBHOOK, "file:///etc/passwd"), "a URL begins with https://"),
         (Receiver(WEBHOOK, "http://127.0.0.1:1/"), "Connection refused"),
         (Receiver(MAIL, "root"), "install a mail server"),
         (Receiver(COMMAND, "/nowhere/at/all"), "No such file or directory"),
         (Receiver(COMMAND, "/bin/false"), "failed with status 1"),
-        (Receiver("pigeon", "x"), "only mail ADDRESS"),
     ],
 )
 def test_each_failure_is_one_line(
@@ -333,10 +332,48 @@ def test_whoever_does_not_say_it_twice_crashes_nothing(answers: list[str]) -> No
     crash_test.confirm("db7", lambda question: "crash" if "panics" in question else "db7")
 
 
+def test_whoever_ends_the_input_crashes_nothing() -> None:
+    with pytest.raises(UsageError, match="nothing was done"):
+        crash_test.confirm("db7", raising(EOFError()))
+
+
+def test_a_crash_that_did_not_come_about_is_no_test(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the next report after a reboot says that nothing was saved."""
+    begun(monkeypatch, tmp_path)
+    before = report(folder).test
+    assert before is not None
+    monkeypatch.setattr(crash_test, "KMSG", tmp_path)
+    with pytest.raises(KexecError, match="nothing was done"):
+        crash_test.begin("db7", [])
+    assert crash_test.last() == before
+    monkeypatch.setattr(crash_test, "KMSG", tmp_path / "kmsg")
+    crash_test.begin("db7", [])
+    assert crash_test.last() != before
+    monkeypatch.setattr(crash_test, "SYSRQ", tmp_path)
+    with pytest.raises(KexecError, match="was not crashed"):
+        crash_test.crash(before)
+    assert crash_test.last() == before
+    with pytest.raises(KexecError, match="was not crashed"):
+        crash_test.crash(None)
+    assert crash_test.last() is None
+
+
 def test_what_is_remembered_of_a_test_may_be_damaged(own_state: Path) -> None:
     own_state.mkdir()
     assert crash_test.last() is None
-    for text in ("", "[]", '{"id": 1}', '{"odd": 1}'):
+    whole = {"id": "1", "time": 2.0, "boot_id": "boot", "host": "db7"}
+    odd = (
+        {"time": "soon"},
+        {"time": 1e300},
+        {"targets": 1},
+        {"targets": [1]},
+        {"result": 5},
+        {"saved": 1},
+        {"host": 1},
+    )
+    for text in ("", "[]", '{"id": 1}', '{"odd": 1}', *(json.dumps(whole | values) for values in odd)):
         (own_state / "crash-test.json").write_text(text)
         assert crash_test.last() is None
     made = crash_test.CrashTest("1", 2.0, "boot", "db7", ("UUID=1",))
@@ -346,6 +383,7 @@ def test_what_is_remembered_of_a_test_may_be_damaged(own_state: Path) -> None:
 
 
 def test_a_file_is_written_whole_or_not_at_all(own_state: Path) -> None:
+    state.make_directory(own_state)
     state.write_text(own_state / "a", "one", 0o644)
     state.write_text(own_state / "a", "two", 0o644)
     assert [path.name for path in own_state.iterdir()] == ["a"]

@@ -19,27 +19,16 @@ from initramfs import cli
 from initramfs import raw as set_up
 from initramfs.collect import collect
 from initramfs.errors import CollectError, ImageError
-from tests.faults import tmpfs
+from tests.faults import loop_device, tmpfs
 
 CRASH = "host-2026-11-27-03:00:00"
-
-
-def losetup(*arguments: str | Path) -> str:
-    return subprocess.run(["losetup", *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.fixture
 def partition(tmp_path: Path) -> Iterator[Path]:
     """An empty block device."""
-    image = tmp_path / "partition.img"
-    with image.open("wb") as file:
-        file.truncate(64 << 20)
-    try:
-        device = losetup("-f", "--show", image)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no loop devices here: {error}")
-    yield Path(device)
-    losetup("-d", device)
+    with loop_device(tmp_path / "partition.img", 64 << 20) as device:
+        yield device
 
 
 @pytest.fixture

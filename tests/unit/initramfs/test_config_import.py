@@ -153,7 +153,7 @@ def test_what_needs_nothing_is_said(line: str, what: str, tmp_path: Path) -> Non
 def test_no_dump_goes_to_another_place_than_before(tmp_path: Path) -> None:
     for text, what in (
         ("FTP=ftp.example.org:/up\n", "SSH=USER@ftp.example.org"),
-        ("SSH=root@\n", "no name or address of a host"),
+        ("SSH=root@\n", "named USER@HOST"),
         ("NFS=db\n", "named SERVER:/EXPORT"),
     ):
         with pytest.raises(ConfigError) as refused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -67,6 +68,23 @@ def test_what_was_not_saved_by_us_is_no_crash(folder: Path, tmp_path: Path) -> N
     (folder / name_of(FIRST + 1)).symlink_to(real)
     assert found(folder) == []
     assert found(tmp_path / "nothing here") == []
+
+
+def test_a_crash_that_the_disk_does_not_give_back_hides_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_crash(folder, FIRST)
+    bad = save_crash(folder, FIRST + 1)
+    real = os.scandir
+
+    def scandir(path: Path) -> object:
+        if path == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    broken, whole = found(folder)
+    assert (broken.directory, broken.state) == (bad, WITHOUT_DUMP)
+    assert broken.problems == ("cannot be read: Input/output error",)
+    assert whole.state == WHOLE
 
 
 def test_one_place_under_two_names_is_looked_at_once(folder: Path, tmp_path: Path) -> None:

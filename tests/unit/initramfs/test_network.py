@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capture.boot.routes import BOND, CARD, VLAN, Link
@@ -164,6 +164,7 @@ def test_wifi_and_an_interface_without_address_are_refused(sysfs: Sysfs) -> None
 
 
 @given(kinds=st.lists(st.sampled_from(["vlan", "bond"]), max_size=5), bridged=st.booleans())
+@settings(deadline=None)
 def test_whatever_stands_on_what_each_link_comes_after_those_below(
     kinds: list[str], bridged: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from initramfs import devices, places, reach, settings
+from initramfs import devices, mounting, places, reach, settings
 from initramfs.config import Config
 from initramfs.devices import Mount
 from initramfs.errors import ToolError
 from initramfs.places import Place
+from tests.faults import loop_device
 
 
 @pytest.fixture
@@ -39,6 +40,22 @@ def test_a_path_of_a_device_is_found_where_that_part_of_it_is_mounted(
     assert places.mounted(device, "/var/crash") == Path("/srv/var/crash")
 
 
+def test_a_path_that_another_file_system_hides_is_not_the_devices(
+    mounts: list[tuple[Mount, str]], tmp_path: Path
+) -> None:
+    device = tmp_path / "sdz1"
+    device.touch()
+    mounts.append((Mount(f"/dev/../{device}", Path("/"), "/", "ext4"), "8:2"))
+    assert places.mounted(device, "/var/crash") == Path("/var/crash")
+    mounts.append((Mount("/dev/other", Path("/var"), "/", "xfs"), "8:3"))
+    assert places.mounted(device, "/var/crash") is None
+    assert places.mounted(device, "/srv") == Path("/srv")
+    mounts.append((Mount(f"/dev/../{device}", Path("/mnt/all"), "/", "ext4"), "8:2"))
+    assert places.mounted(device, "/var/crash") == Path("/mnt/all/var/crash")
+    mounts.append((Mount("tmpfs", Path("/mnt/all"), "/", "tmpfs"), "0:30"))
+    assert places.mounted(device, "/var/crash") is None
+
+
 def test_a_device_is_known_by_its_number_as_well(
     mounts: list[tuple[Mount, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,6 +77,12 @@ def test_without_a_target_it_is_the_machines_own_directory() -> None:
         assert [line.partition(": ")[0] for line in lines] == ["nfs:server:/export", "raw:/dev/vdz"]
 
 
+def test_a_directory_that_is_a_link_to_itself_is_no_end_of_the_list(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with places.places(Config(path=str(tmp_path / "loop"))) as (found, _):
+        assert found[0].shown == str(tmp_path / "loop")
+
+
 def test_a_disk_that_is_not_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "find_device", lambda _: None)
     with places.places(Config(targets=("UUID=1",))) as (_, lines):
@@ -69,14 +92,9 @@ def test_a_disk_that_is_not_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def loop_disk(tmp_path: Path) -> Iterator[Path]:
     """A block device with an ext4 file system, which nobody has mounted."""
-    image = tmp_path / "disk"
-    subprocess.run(["mke2fs", "-q", "-t", "ext4", image, "16M"], check=True)
-    try:
-        made = subprocess.run(["losetup", "--find", "--show", image], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("no loop device can be made here")
-    yield Path(made.stdout.strip())
-    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
+    with loop_device(tmp_path / "disk", 16 << 20) as device:
+        subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", device], check=True)
+        yield device
 
 
 def test_what_is_not_mounted_is_mounted_read_only_for_a_moment(
@@ -85,7 +103,7 @@ def test_what_is_not_mounted_is_mounted_read_only_for_a_moment(
     monkeypatch.setattr(settings, "CRASH_DIRECTORY", tmp_path / "none")
     target = str(loop_disk)
     try:
-        with places.mounted_for_now(loop_disk, "rw") as root:
+        with mounting.mounted_for_now(loop_disk, "rw") as root:
             (root / "var/crash").mkdir(parents=True)
     except ToolError:
         pytest.skip("nothing may be mounted here")
@@ -96,11 +114,15 @@ def test_what_is_not_mounted_is_mounted_read_only_for_a_moment(
         with pytest.raises(OSError, match="Read-only"):
             (place.path / "x").touch()
     assert not place.path.exists()
+    with mounting.mounted_for_now(loop_disk, "rw") as root:
+        (root / "var/link").symlink_to("/var/crash")
+    with places.places(Config(targets=(target,), path="/var/link")) as (_, lines):
+        assert lines == [f"{target}: /var/link on it is a symbolic link to /var/crash: {lines[0].rpartition(': ')[2]}"]
     known = reach.reach(target, "/var/crash")
     assert known.reached
     assert known.what == f"{target}, not mounted"
     assert 8 << 20 < (known.free or 0) < (known.total or 0) <= 16 << 20
-    with places.mounted_for_now(loop_disk, "rw") as root:
+    with mounting.mounted_for_now(loop_disk, "rw") as root:
         volume = os.statvfs(root)
         known = reach.reach(target, "/var/crash")
         assert known.what == target

@@ -10,7 +10,7 @@ from typing import NoReturn
 import pytest
 
 from capture.errors import CaptureError
-from initramfs import measure, places, qemu
+from initramfs import measure, places, qemu, targets
 from initramfs.errors import ImageError, MeasureError, NotSavedError, ToolError
 from initramfs.image import ImageRequest
 from initramfs.kexec import CrashKernel, Loaded
@@ -18,6 +18,8 @@ from initramfs.measure import Run
 from initramfs.reach import Target
 from initramfs.rehearsal import Request, options_of, rehearse
 from initramfs.status import BAD, DOUBT, GOOD, Check, Status, Wanted
+from initramfs.wishes import Wishes
+from tests.faults import tmpfs
 
 LINE = (
     "console=ttyS0 nr_cpus=4 vmcapture.target=/dev/vdz vmcapture.path=/crash vmcapture.final=reboot "
@@ -62,7 +64,7 @@ def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
     )
     image = ImageRequest(tmp_path / "image", "6.1", tmp_path, ())
     kernel = CrashKernel(tmp_path / "vmlinuz", tmp_path / "image", LINE)
-    return Request(state, Wanted(lambda _: image, lambda: kernel))
+    return Request(state, Wanted(lambda _: image, lambda: kernel), wishes=Wishes(ssh_key=tmp_path / "key"))
 
 
 def checks(request: Request) -> dict[str, Check]:
@@ -100,6 +102,20 @@ def test_a_directory_that_was_there_stays(request_: Request, tmp_path: Path) -> 
     (tmp_path / "target/crash").mkdir()
     assert checks(request_)["target"].state == GOOD
     assert list((tmp_path / "target/crash").iterdir()) == []
+
+
+def test_a_machine_without_a_target_does_not_pass(request_: Request) -> None:
+    none = Check("target", BAD, "no target is named: the capture kernel would not know where to save", "vmcapture arm")
+    request = replace(request_, state=replace(request_.state, targets=(), checks=(none,)))
+    assert checks(request)["target"] == none
+    assert rehearse(request, lambda _: None).exit_status == 1
+
+
+def test_directories_that_were_made_for_a_file_that_cannot_be_are_gone(request_: Request, tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "target", "size=64k,nr_inodes=2") as full:  # its root, and one directory
+        check = checks(request_)["target"]
+        assert (check.state, check.what) == (BAD, "/dev/vdz: No space left on device")
+        assert list(full.iterdir()) == []
 
 
 def test_a_target_that_cannot_be_written_is_bad(request_: Request, tmp_path: Path) -> None:
@@ -153,10 +169,40 @@ def test_a_machine_that_is_not_armed_has_nothing_to_rehearse(request_: Request) 
     assert [check.name for check in rehearse(replace(request_, state=bare), lambda _: None).checks] == ["reservation"]
 
 
-def test_a_server_is_not_written_to(request_: Request) -> None:
-    state = replace(request_.state, targets=(Target("nfs:server:/export", True, ""),))
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("nfs:server:/export", "a file was written to /crash and removed"),
+        ("virtiofs:dumps", "a file was written to it and removed"),
+        ("raw:/dev/vdz1", "it is there, and nothing is on it that would be lost; nothing was written"),
+    ],
+)
+def test_what_is_on_no_local_file_system_is_tried_as_when_an_image_is_built(
+    target: str, said: str, request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    monkeypatch.setattr(targets, "needed_by", lambda *asked: tried.append(asked))
+    request = replace(request_, state=replace(request_.state, targets=(Target(target, True, ""),)))
+    assert checks(request)["target"].what == f"{target}: {said}"
+    assert tried == [(target, Wishes("/crash", tmp_path / "key", check=True))]
+
+
+def test_a_target_that_fails_its_trial_is_bad(request_: Request) -> None:
+    state = replace(request_.state, targets=(Target("ssh:kdump@127.0.0.1:1", True, ""),))
     check = checks(replace(request_, state=state))["target"]
-    assert check.what == "nfs:server:/export: as far as the image's needs tell; nothing was written"
+    assert (check.state, check.what.count("ssh:kdump@127.0.0.1:1")) == (BAD, 1)
+
+
+def test_a_link_that_the_capture_kernel_would_not_follow_is_bad(request_: Request, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "target/crash").symlink_to(tmp_path / "elsewhere")
+    check = checks(request_)["target"]
+    assert check.state == BAD
+    assert f"crash is a symbolic link to {tmp_path}/elsewhere, which is not followed" in check.what
+    (tmp_path / "target/crash").unlink()
+    (tmp_path / "target/crash").symlink_to("there")
+    (tmp_path / "target/there").mkdir()
+    assert checks(request_)["target"].state == GOOD
 
 
 def test_a_guest_is_told_what_is_not_the_machines_own() -> None:

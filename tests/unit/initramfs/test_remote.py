@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,9 @@ from initramfs.image import static_busybox
 from tests.faults import tmpfs
 
 
-def test_a_probe_leaves_nothing_and_tells_the_room_that_is_left(tmp_path: Path) -> None:
+def test_a_probe_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "srv").mkdir()
-    room = remote.probe(tmp_path, "/srv/new/er", "nfs:server:/x")
-    there = os.statvfs(tmp_path)
-    assert abs(room - there.f_bavail * there.f_frsize) < 1 << 30
+    remote.probe(tmp_path, "/srv/new/er", "nfs:server:/x")
     assert list((tmp_path / "srv").iterdir()) == []
 
 

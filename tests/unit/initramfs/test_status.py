@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -303,11 +304,23 @@ def test_the_command_prints_one_screen_and_ends_with_the_verdict(
     assert json.loads(capsys.readouterr().out)["verdict"] == "bad"
 
 
+def test_a_configuration_that_is_wrong_hides_nothing_else(
+    healthy: Healthy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "conf").write_text("no such directive\n")
+    options = ("--config", str(tmp_path / "conf"))
+    kexec.load(healthy.request)
+    assert main(["status", *options, "--prometheus", "-"]) == 0
+    assert "\nvmcapture_armed 1\n" in capsys.readouterr().out
+    assert main(["test", *options, "--no-guest"]) == 1
+    assert re.search(r"^image +bad .*conf:1: no: no such directive", capsys.readouterr().out, re.MULTILINE)
+
+
 @pytest.mark.parametrize("words", [["--crash"], ["--crash", "--yes-crash-this-machine"], ["--yes-crash-this-machine"]])
 def test_a_machine_that_would_not_save_it_is_not_crashed(
     words: list[str], healthy: Healthy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(crash_test, "crash", lambda: pytest.fail("crashed"))
+    monkeypatch.setattr(crash_test, "crash", lambda _: pytest.fail("crashed"))
     broken_load(healthy)
     assert main(["test", *words]) == 2
     assert "not crashed" in capsys.readouterr().err or words == ["--yes-crash-this-machine"]
@@ -316,7 +329,7 @@ def test_a_machine_that_would_not_save_it_is_not_crashed(
 def test_nobody_at_the_terminal_is_nobody_who_agrees(
     healthy: Healthy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(crash_test, "crash", lambda: pytest.fail("crashed"))
+    monkeypatch.setattr(crash_test, "crash", lambda _: pytest.fail("crashed"))
     monkeypatch.setattr("initramfs.cli.image_request", lambda *_: healthy.image)
     monkeypatch.setattr("initramfs.cli.crash_kernel", lambda *_: healthy.request)
     monkeypatch.setattr("sys.stdin", Path(os.devnull).open())  # noqa: SIM115
@@ -329,7 +342,7 @@ def test_a_crash_on_purpose_is_remembered_before_it_happens(healthy: Healthy, mo
     monkeypatch.setattr("initramfs.cli.crash_kernel", lambda *_: healthy.request)
     monkeypatch.setattr(crash_test, "KMSG", healthy.folder / "kmsg")
     seen: list[crash_test.CrashTest | None] = []
-    monkeypatch.setattr(crash_test, "crash", lambda: seen.append(crash_test.last()))
+    monkeypatch.setattr(crash_test, "crash", lambda _: seen.append(crash_test.last()))
     assert main(["test", "--crash", "--yes-crash-this-machine"]) == 1, "it came back"
     (made,) = seen
     assert made is not None

@@ -50,7 +50,7 @@ def test_it_is_tried_and_needs_the_modules_of_its_device(
 def test_one_that_is_not_offered_is_refused_by_initramfs_and_said_by_load(mount: Path) -> None:
     (mount / "gone").touch()
     with pytest.raises(
-        ImageError, match=r"virtiofs:dumps cannot be mounted here: mount .*: wrong tag; does its host off"
+        ImageError, match=r"virtiofs:dumps cannot be mounted here: /.*/mount .*: wrong tag; does its host off"
     ):
         virtiofs.needed("virtiofs:dumps")
     said: list[str] = []

@@ -12,6 +12,7 @@ import pytest
 
 from capture.boot import mounting
 from capture.console import Console
+from tests.faults import loop_device
 
 
 @pytest.fixture
@@ -40,18 +41,10 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 @pytest.fixture
 def loop_disk(tmp_path: Path) -> Iterator[tuple[str, str]]:
     """A small ext4 disk on a loop device: (device, label)."""
-    image, label = tmp_path / "disk.img", f"vmc{os.getpid()}"
-    with image.open("wb") as file:
-        file.truncate(16 << 20)
-    try:
-        subprocess.run(["mkfs.ext4", "-q", "-F", "-L", label, image], check=True, capture_output=True)
-        device = subprocess.run(
-            ["losetup", "-f", "--show", image], check=True, capture_output=True, text=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no loop devices or no mkfs.ext4 here: {error}")
-    yield device, label
-    subprocess.run(["losetup", "-d", device], check=True)
+    label = f"vmc{os.getpid()}"
+    with loop_device(tmp_path / "disk.img", 16 << 20) as device:
+        subprocess.run(["mkfs.ext4", "-q", "-F", "-L", label, device], check=True, capture_output=True)
+        yield str(device), label
 
 
 @pytest.fixture

@@ -62,3 +62,11 @@ def test_a_mount_that_a_killed_save_left_behind_is_taken_away(
     with mounted(MOUNT, NAME, NAME, console):
         assert not os.path.ismount(mounted_already)
         assert [line.split()[0] for line in calls.read_text().splitlines()] == ["umount", "mount"]
+
+
+def test_a_link_to_itself_on_a_target_is_left_to_those_who_make_directories(tmp_path: Path) -> None:
+    """Nothing leads out of it; the next target has its turn where none can be made."""
+    (tmp_path / "loop").symlink_to("loop")
+    assert mounting.inside(tmp_path, "/loop/crash", "a target") == tmp_path / "loop/crash"
+    with pytest.raises(OSError, match="symbolic links"):
+        (tmp_path / "loop/crash").mkdir()

@@ -20,6 +20,7 @@ import pytest
 
 from capture.boot import routes
 from capture.boot.routes import CARD, Link, Route
+from tests.guest.conftest import unavailable
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 PORT = 2049
@@ -103,7 +104,7 @@ class Cable:
 def cable(tmp_path: Path) -> Iterator[Cable]:
     busybox = shutil.which("busybox")
     if os.geteuid() != 0 or shutil.which("ip") is None or busybox is None:
-        pytest.skip("network namespaces need root, the packages iproute2 and busybox-static")
+        unavailable("network namespaces need root, the packages iproute2 and busybox-static")
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("ip", "arping", "udhcpc", "udhcpd", "netstat"):
@@ -116,7 +117,7 @@ def cable(tmp_path: Path) -> Iterator[Cable]:
         cable.here("ip", "link", "add", "eth0", "address", MAC, "type", "veth", "peer", "name", "eth9")
         cable.here("ip", "link", "set", "eth9", "netns", cable.server)
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespaces here: {error.stderr}")
+        unavailable(f"no network namespaces here: {error.stderr}")
     try:
         cable.there("ip", "link", "set", "lo", "up")
         cable.there("ip", "link", "set", "eth9", "up")

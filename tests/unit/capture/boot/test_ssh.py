@@ -41,7 +41,7 @@ def test_a_target_names_user_host_and_port_and_is_named_by_them(target: str, log
 @pytest.mark.parametrize(
     "target",
     ["ssh:", "ssh:server", "ssh:@server", "ssh:u@server:0", "ssh:u@server:65536", "ssh:u@2001:db8::1", "ssh:u@a:/path",
-     "ssh:u@v@w", "ssh:u@server:22 x", "nfs:u@server"],
+     "ssh:u@v@w", "ssh:u@server:22 x", "nfs:u@server", "ssh:u%h@server", "ssh:u@server%eth0", 'ssh:u"@server'],
 )  # fmt: skip
 def test_anything_else_is_refused_with_the_right_form(target: str, console: Console) -> None:
     with pytest.raises(UsageError, match=r"not of the form ssh:USER@HOST\[:PORT\]"):
@@ -138,7 +138,7 @@ def test_another_host_key_is_refused(openssh: OpenSSH, point: Path) -> None:
 
 def test_a_key_that_the_server_does_not_know_is_refused(openssh: OpenSSH, point: Path) -> None:
     with pytest.raises(KeyRefusedError, match=r"Permission denied.*authorized_keys"):
-        mount(openssh, point, key=openssh.host_key)
+        mount(openssh, point, key=openssh.keys.server)
 
 
 def test_a_server_that_is_gone_is_named(openssh: OpenSSH, point: Path) -> None:

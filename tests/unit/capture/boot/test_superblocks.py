@@ -79,6 +79,7 @@ def ext4(tmp_path: Path) -> str:
     return f"/bin/cat {head}"
 
 
+CRASH = ("LABEL", "crash")
 HANGS = "exec /bin/sleep 60"
 
 
@@ -87,7 +88,7 @@ def test_a_disk_that_hangs_hides_no_other(wanted: tuple[str, str], disks: Callab
     disks(sda=HANGS, sdb="exit 1", sdc=ext4, sdd=HANGS)
     started = time.monotonic()
 
-    assert superblocks.device_with(*wanted) == "/dev/sdc"
+    assert superblocks.devices_with([wanted]) == {wanted: "/dev/sdc"}
 
     assert time.monotonic() - started < superblocks.PATIENCE
 
@@ -95,19 +96,35 @@ def test_a_disk_that_hangs_hides_no_other(wanted: tuple[str, str], disks: Callab
 def test_what_is_not_there_is_not_waited_for_for_ever(disks: Callable[..., None]) -> None:
     disks(sda=HANGS, sdb="exit 1")
 
-    assert superblocks.device_with("LABEL", "crash") is None
+    assert superblocks.devices_with([CRASH]) == {}
 
 
 def test_without_dd_nothing_is_found(disks: Callable[..., None], tmp_path: Path) -> None:
     disks(sda="exit 1")
     (tmp_path / "bin/dd").unlink()
 
-    assert superblocks.device_with("LABEL", "crash") is None
+    assert superblocks.devices_with([CRASH]) == {}
     assert not superblocks.some_hang()
 
 
 def test_more_disks_than_are_asked_at_once(disks: Callable[..., None], ext4: str) -> None:
     disks(**{f"sd{number:02}": "exit 1" for number in range(40)}, sdz=ext4)
 
-    assert superblocks.device_with("LABEL", "crash") == "/dev/sdz"
+    assert superblocks.devices_with([CRASH]) == {CRASH: "/dev/sdz"}
     assert not superblocks.some_hang()
+
+
+def test_for_several_file_systems_every_disk_is_read_once(
+    disks: Callable[..., None], ext4: str, tmp_path: Path
+) -> None:
+    asked = f'echo "$1" >> {tmp_path}/asked; '
+    disks(sda=f"{asked} exit 1", sdb=f"{asked} {ext4}", sdc=f"{asked} {ext4.replace('head', 'other')}")
+    other = made(tmp_path, "mkfs.ext4", "-q", "-L", "other")
+    (tmp_path / "other").write_bytes(other)
+    wanted = [("LABEL", "gone"), CRASH, ("UUID", UUID.upper()), ("LABEL", "other"), ("PARTUUID", "1-2")]
+
+    assert superblocks.devices_with(wanted) == {
+        CRASH: "/dev/sdb", ("UUID", UUID.upper()): "/dev/sdb", ("LABEL", "other"): "/dev/sdc",
+    }  # fmt: skip
+
+    assert sorted((tmp_path / "asked").read_text().split()) == [f"if=/dev/sd{letter}" for letter in "abc"]

@@ -229,6 +229,25 @@ def test_more_segments_than_the_header_counts_are_in_section_0(
     assert (count, struct.unpack_from("<I", core, section + SH_INFO)) == (4, (11,))
 
 
+def test_there_are_never_more_segments_than_a_reader_takes(
+    vmcore_file: WriteFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    """A damaged header may map all of memory again and again: runs times mappings."""
+    pfns = range(1, 20, 2)
+    direct = [(DIRECT_MAP + pfn * PAGE, pfn * PAGE, numbered(pfn, 1)) for pfn in pfns]
+    loads = [(virtual + (copy << 40), physical, data) for copy in range(4) for virtual, physical, data in direct]
+    source = vmcore_file(elf_core([NOTES], loads))
+    monkeypatch.setattr(elf, "MAX_SEGMENTS", 40)
+    ran = run("dump", "--format", "elf", source, tmp_path / "core")
+    assert (ran.status, "of 2 no page has its virtual address" in ran.err) == (0, True)
+    core = (tmp_path / "core").read_bytes()
+    assert len(program_headers(core)) <= 40
+    assert dict(virtual_pages(core)) == {
+        virtual: data for virtual, _, data in loads if virtual < DIRECT_MAP + (2 << 40)
+    }, "the first ones, which are the kernel's own"
+    assert ElfPages(core).pages() == {pfn: numbered(pfn, 1) for pfn in pfns}
+
+
 def test_memory_does_not_grow_with_fragmentation(vmcore_file: WriteFile, tmp_path: Path) -> None:
     """300,000 runs: a table of all of them would be 20 MB."""
     writer_pages = 600_000
