@@ -182,7 +182,7 @@ def test_on_its_logical_volume_with_memory_that_was_plugged_in(workdir: Path) ->
 def test_when_it_is_back_it_knows_what_was_saved_on_the_volume(workdir: Path, vmlinux: Path, tmp_path: Path) -> None:
     with debian.running(workdir, append=CRASHKERNEL, disks=(Disk(workdir / "volume.img"),)) as machine:
         demand(machine, debian.REPORTED, debian.ARM_TIMEOUT)
-        print(said := demand(machine, "vmcapture list; vmcapture show"))
+        print(said := demand(machine, "vmcapture list; vmcapture show", SAVE_TIMEOUT))
         assert "sysrq triggered crash" in said
         demand(machine, "mount /dev/logs/crash /mnt && cp -a /mnt/var/crash /root/saved && umount /mnt", SAVE_TIMEOUT)
         debian.power_off(machine)
