@@ -5,7 +5,7 @@ They lie in one directory of that image, PLACE; the distribution's PID 1 starts 
     /vmcapture/
         busybox         a static one
         functions       what stage one of our own image has as well (initramfs/functions)
-        hand-over       what the distribution's hooks start
+        hand-over       the script that the distribution's hooks run
         modules         kernel modules to load, first to last, with their options; the distribution puts them in
         root.squashfs   the system that the job runs in; or, in tree/, the same as a plain tree
         newroot/        where it is mounted
@@ -38,7 +38,7 @@ def write_parts(request: ImageRequest, directory: Path) -> ImageReport:
         tree.add(f"{PLACE}/newroot", Directory())
         tree.add(f"{PLACE}/busybox", host_program(parts.busybox))
         tree.add(f"{PLACE}/functions", File(SCRIPTS / "functions"))
-        tree.add(f"{PLACE}/hand-over", File(SCRIPTS / "hand-over", 0o755))
+        tree.add(f"{PLACE}/hand-over", File(SCRIPTS / "hand-over"))
         tree.add(f"{PLACE}/modules", File(parts.module_lines()))
         tree.write(directory)
         return parts.report(tree, directory / PLACE[1:], tree.size())

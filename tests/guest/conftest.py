@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import NoReturn
 
 import pytest
 
-from tests.guest import cache, host
+from tests.guest import cache, debian, host
 from tests.guest.cache import Kernel
 from tests.guest.cases import CASES, Case
 from tests.guest.crash import Crashed, ImageStore, crash_with_evidence
@@ -116,6 +117,34 @@ def crash_once(
         return crash_with_evidence(case, image_store, guest_folder / case.name)
 
     return crash
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the Debian package, built as `make deb` does, lintian included."""
+    if (line := host.missing(["dpkg-buildpackage", "lintian"])) is not None:
+        unavailable(line)
+    folder = tmp_path_factory.mktemp("deb")
+    made = subprocess.run(
+        ["bash", REPOSITORY / "packaging/deb.sh", folder], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert made.returncode == 0, made.stderr + made.stdout
+    (deb,) = folder.glob("*.deb")
+    (folder / "files").mkdir()
+    return deb.rename(folder / "files" / deb.name).parent
+
+
+@pytest.fixture(scope="module")
+def debian_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the disk of a Debian machine is: the tests of a module are what happens to one machine, in their order."""
+    try:
+        debian.base()
+    except HostError as error:
+        unavailable(str(error))
+    return tmp_path_factory.mktemp("debian")
 
 
 @pytest.fixture(scope="session", params=CASES, ids=str)

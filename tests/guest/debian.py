@@ -68,8 +68,17 @@ MASKED = (
     "systemd-timesyncd.service",
 )  # fmt: skip
 
+APT = "DEBIAN_FRONTEND=noninteractive apt-get -q -y"
+ARMED = (
+    "until systemctl is-active -q vmcapture.service;"
+    " do systemctl is-failed -q vmcapture.service && exit 1; sleep 1; done"
+)
+"""Waits until our service has armed the machine."""
+
 BOOT_TIMEOUT = 300.0
 INSTALL_TIMEOUT = 600.0
+ARM_TIMEOUT = 600.0
+"""An emulated CPU takes a minute or two to build an image."""
 
 
 @dataclass(frozen=True, slots=True)

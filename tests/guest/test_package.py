@@ -6,65 +6,31 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.guest import debian, disk, host
-from tests.guest.conftest import unavailable
+from tests.guest import debian, disk
 from tests.guest.crash import SAVE_TIMEOUT, demand
-from tests.guest.host import HostError
 from tests.readers import bitmaps, drgn_reader
 
 pytestmark = pytest.mark.long
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 CRASHKERNEL = "crashkernel=256M"
-APT = "DEBIAN_FRONTEND=noninteractive apt-get -q -y"
 SETTINGS = 'USE_KDUMP=1\\nKDUMP_COREDIR="/var/dumps"\\nMAKEDUMP_ARGS="-c -d 17"\\nKDUMP_NUM_DUMPS=3\\n'
 KDUMP_TOOLS = (
     f"mkdir /var/dumps && DEBIAN_FRONTEND=noninteractive dpkg -i /root/{debian.PEER}_*.deb"
     f" && printf '{SETTINGS}' > /etc/default/{debian.PEER}"
 )
-# An emulated CPU takes a minute or two to build an image.
-ARM_TIMEOUT = 600.0
-ARMED = (
-    "until systemctl is-active -q vmcapture.service;"
-    " do systemctl is-failed -q vmcapture.service && exit 1; sleep 1; done"
-)
 REPORTED = "until journalctl -q -o cat -u vmcapture-report.service | grep -q 'saved\\|crash'; do sleep 1; done"
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package, built as `make deb` does, lintian included."""
-    if (line := host.missing(["dpkg-buildpackage", "lintian"])) is not None:
-        unavailable(line)
-    folder = tmp_path_factory.mktemp("deb")
-    made = subprocess.run(
-        ["bash", REPOSITORY / "packaging/deb.sh", folder], capture_output=True, text=True, check=False, timeout=600
-    )
-    assert made.returncode == 0, made.stderr + made.stdout
-    (deb,) = folder.glob("*.deb")
-    (folder / "files").mkdir()
-    return deb.rename(folder / "files" / deb.name).parent
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the machine's disk is: the tests here are what happens to one machine, in this order."""
-    try:
-        debian.base()
-    except HostError as error:
-        unavailable(str(error))
-    return tmp_path_factory.mktemp("debian")
-
-
-def test_it_takes_the_place_of_kdump_tools_and_says_that_no_memory_is_reserved(workdir: Path, package: Path) -> None:
-    with debian.running(workdir, files=package) as machine:
+def test_it_takes_the_place_of_kdump_tools_and_says_that_no_memory_is_reserved(
+    debian_folder: Path, package: Path
+) -> None:
+    with debian.running(debian_folder, files=package) as machine:
         demand(machine, KDUMP_TOOLS, debian.INSTALL_TIMEOUT)
-        said = demand(machine, f"{APT} install /mnt/*.deb", debian.INSTALL_TIMEOUT)
+        said = demand(machine, f"{debian.APT} install /mnt/*.deb", debian.INSTALL_TIMEOUT)
         assert "Removing kdump-tools" in said
         assert "this machine is not armed: no memory is reserved for a capture kernel. Add crashkernel=" in said
         assert demand(machine, "command -v vmcapture").strip() == "/usr/sbin/vmcapture"
@@ -76,9 +42,9 @@ def test_it_takes_the_place_of_kdump_tools_and_says_that_no_memory_is_reserved(w
         debian.power_off(machine)
 
 
-def test_after_a_reboot_it_is_armed_with_the_same_meaning_and_saves_a_crash(workdir: Path) -> None:
-    with debian.running(workdir, append=CRASHKERNEL) as machine:
-        demand(machine, f"( {ARMED} )", ARM_TIMEOUT)
+def test_after_a_reboot_it_is_armed_with_the_same_meaning_and_saves_a_crash(debian_folder: Path) -> None:
+    with debian.running(debian_folder, append=CRASHKERNEL) as machine:
+        demand(machine, f"( {debian.ARMED} )", debian.ARM_TIMEOUT)
         assert demand(machine, "cat /sys/kernel/kexec_crash_loaded").strip() == "1"
         demand(machine, "vmcapture status")
         words = json.loads(demand(machine, "cat /run/vmcapture/loaded.json"))["command_line"].split()
@@ -90,23 +56,23 @@ def test_after_a_reboot_it_is_armed_with_the_same_meaning_and_saves_a_crash(work
         machine.wait_exit(120.0)  # -no-reboot: a restart is the end
 
 
-def test_when_it_is_back_it_reports_the_crash_and_removed_it_leaves_that_alone(workdir: Path) -> None:
-    with debian.running(workdir, append=CRASHKERNEL) as machine:
-        demand(machine, f"( {REPORTED} )", ARM_TIMEOUT)
+def test_when_it_is_back_it_reports_the_crash_and_removed_it_leaves_that_alone(debian_folder: Path) -> None:
+    with debian.running(debian_folder, append=CRASHKERNEL) as machine:
+        demand(machine, f"( {REPORTED} )", debian.ARM_TIMEOUT)
         said = demand(machine, "vmcapture list; journalctl -q -o cat -u vmcapture-report.service")
         assert "sysrq triggered crash" in said
         verified = demand(machine, "vmcapture verify --no-progress /var/dumps/*/vmcore", SAVE_TIMEOUT)
         assert re.search(r": \d+ pages read back well; SHA-256 as in the manifest", verified)
-        demand(machine, f"( {ARMED} )", ARM_TIMEOUT)
-        demand(machine, f"{APT} purge vmcapture", debian.INSTALL_TIMEOUT)
+        demand(machine, f"( {debian.ARMED} )", debian.ARM_TIMEOUT)
+        demand(machine, f"{debian.APT} purge vmcapture", debian.INSTALL_TIMEOUT)
         assert demand(machine, "cat /sys/kernel/kexec_crash_loaded").strip() == "0"
         left = demand(machine, "find / -xdev -iname '*vmcapture*' -not -path '/var/lib/systemd/*'").split()
         assert [path for path in left if not path.startswith(("/etc/vmcapture.conf", "/var/log/"))] == []
         debian.power_off(machine)
 
 
-def test_the_dump_is_read_by_drgn(workdir: Path, tmp_path: Path) -> None:
-    image = workdir / "debian.ext4"
+def test_the_dump_is_read_by_drgn(debian_folder: Path, tmp_path: Path) -> None:
+    image = debian_folder / "debian.ext4"
     disk.replay(image)
     (name,) = disk.names(image, "/var/dumps")
     saved = disk.extract(image, f"/var/dumps/{name}", tmp_path / "saved")
