@@ -71,15 +71,9 @@ def build(request: ImageRequest) -> ImageReport:
     """
     if request.builder == OWN:
         return build_image(request)
-    builder = DISTRIBUTIONS[request.builder]
+    builder, program = distribution(request.builder)
     if request.modules_dir.resolve() != (MODULES / request.kernel_release).resolve():
         raise ImageError(f"{request.modules_dir}: {builder.program} takes modules from {MODULES}/RELEASE alone")
-    program = tools.require(builder.program, builder.package)
-    if not builder.hooks.is_dir():
-        raise ImageError(
-            f"{builder.hooks}: no such directory, without which {builder.program} does not know of us: copy it from "
-            f"packaging/{request.builder} of the sources"
-        )
     try:
         with tempfile.TemporaryDirectory(prefix="vmcapture-") as scratch:
             report = write_parts(request, Path(scratch))
@@ -88,6 +82,22 @@ def build(request: ImageRequest) -> ImageReport:
         raise ImageError(f"{error.filename or request.output}: {error.strerror}") from error
     more = (program, *_files(builder.hooks), *(file for place in builder.settings for file in _files(place)))
     return replace(report, path=request.output, size=size, sources=tuple(sorted({*report.sources, *more})))
+
+
+def distribution(name: str) -> tuple[Builder, Path]:
+    """Return one of DISTRIBUTIONS, and where its program is.
+
+    Raises:
+        CaptureError: it cannot be used on this machine.
+    """
+    builder = DISTRIBUTIONS[name]
+    program = tools.require(builder.program, builder.package)
+    if not builder.hooks.is_dir():
+        raise ImageError(
+            f"{builder.hooks}: no such directory, without which {builder.program} does not know of us: copy it from "
+            f"packaging/{name} of the sources"
+        )
+    return builder, program
 
 
 def _run(builder: Builder, program: Path, request: ImageRequest, parts: str) -> int:

@@ -72,7 +72,7 @@ def test_a_failure_of_ours_is_one_of_the_builders(debian_folder: Path) -> None:
         demand(machine, "echo 'extra_bins /none' >> /etc/vmcapture.conf")
         for command in (
             "mkinitramfs -d /usr/share/vmcapture/initramfs-tools -o /root/image",
-            "dracut --quiet --force --add vmcapture --hostonly --no-hostonly-cmdline /root/image",
+            "dracut --quiet --force --modules vmcapture /root/image",
         ):
             status, said = machine.run(command, BUILD_TIMEOUT)
             assert status != 0, said
