@@ -18,12 +18,14 @@ from capture.console import Console, printable
 from capture.errors import CaptureError, UsageError
 from capture.options import RECIPIENTS
 from initramfs import (
+    builders,
     collect,
     commands_arming,
     commands_config,
     commands_crashes,
     config_check,
     devices,
+    directives,
     estimate,
     kexec,
     measure,
@@ -40,9 +42,10 @@ from initramfs.devices import Needed
 from initramfs.encryption import encryption
 from initramfs.errors import ImageError, MeasureError
 from initramfs.estimate import Estimate
-from initramfs.image import ImageRequest, build_image
+from initramfs.image import OWN, ImageReport, ImageRequest
 from initramfs.kexec import CrashKernel
 from initramfs.measure import Measurement
+from initramfs.parts import write_parts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,9 +67,14 @@ def add_commands(subparsers: Subparsers) -> None:
 
 def _add_initramfs(subparsers: Subparsers) -> None:
     parser = command(subparsers, "initramfs", run_initramfs, "build the capture image")
-    parser.add_argument(
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument(
         "-o", "--output", type=Path, metavar="IMAGE", help="default: /var/lib/vmcapture/initramfs-RELEASE.img"
     )
+    way.add_argument(
+        "--into", type=Path, metavar="DIR",
+        help="build no image: write our parts below DIR, the root of one that dracut or initramfs-tools is making",
+    )  # fmt: skip
     parser.add_argument(
         "--if-needed",
         action="store_true",
@@ -90,6 +98,10 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
     _add_target(parser)
     wishes.add_options(parser)
     settings.add_config(parser)
+    add(
+        "--builder", choices=directives.BUILDERS,
+        help=f"who makes the image (default: {settings.BUILDER}); dracut and initramfs-tools put our parts into theirs",
+    )  # fmt: skip
     add("--no-squashfs", action="store_true", help="a plain tree, for kernels without squashfs: needs more memory")
     add(
         "--bin",
@@ -244,6 +256,7 @@ def image_request(args: argparse.Namespace, config: Config, output: Path | None)
         after=config.post,
         files=(*needed.files, *encrypted.files),
         squashfs=False if args.no_squashfs else None,
+        builder=args.builder or settings.BUILDER,
     )
 
 
@@ -261,6 +274,10 @@ def run_initramfs(args: argparse.Namespace) -> int:
     console = Console(quiet=args.quiet)
     config = settings.configure(args)
     request = image_request(args, config, args.output)
+    if args.into is not None:
+        report = write_parts(request, args.into)
+        _say_what_was_built(request, report, console)
+        return 0
     if args.if_needed:
         why = stamp.stale(request)
         if why is None:
@@ -269,9 +286,16 @@ def run_initramfs(args: argparse.Namespace) -> int:
         console.say(f"{request.output}: is built: {why}")
     for note in config.notes:
         console.say(note)
-    report = build_image(request)
+    report = builders.build(request)
     stamp.write(request, report)
+    _say_what_was_built(request, report, console)
+    return 0
+
+
+def _say_what_was_built(request: ImageRequest, report: ImageReport, console: Console) -> None:
     kind = "squashfs" if report.squashfs else "plain"
+    if request.builder != OWN:
+        kind = f"made by {request.builder}, {kind} in it"
     console.say(
         f"{report.path}: {report.size / (1 << 20):.1f} MiB ({kind}), for {report.kernel_release}; "
         f"modules: {' '.join(report.modules) or 'none'}"
@@ -286,7 +310,6 @@ def run_initramfs(args: argparse.Namespace) -> int:
             f"{report.kernel_release} has no {' and no '.join(report.missing_modules)}, which the running kernel has "
             "for this target or its watchdog: test a crash before you rely on it"
         )
-    return 0
 
 
 def run_load(args: argparse.Namespace) -> int:
@@ -356,7 +379,7 @@ def run_estimate(args: argparse.Namespace) -> int:
         raise MeasureError(f"{args.kernel_image}: no such kernel; name another one with --kernel-image")
     config = settings.configure(args)
     with tempfile.TemporaryDirectory(prefix="vmcapture-") as scratch:
-        image = args.image or build_image(_to_measure(image_request(args, config, Path(scratch) / "image"))).path
+        image = args.image or builders.build(_to_measure(image_request(args, config, Path(scratch) / "image"))).path
         try:
             size = estimate.memory_of(image)
         except OSError as error:

@@ -89,6 +89,7 @@ def _summary(config: Config) -> Iterator[tuple[str, object]]:
         ("watchdog", _seconds(config.watchdog)),
         ("CPUs", config.cpus),
         ("system call", config.syscall),
+        ("image made by", config.image_builder),
         ("more programs", " ".join(map(str, config.extra_bins))),
         ("more modules", " ".join(config.extra_modules)),
         ("command line of", config.base_line),

@@ -69,6 +69,8 @@ class Config:
     pre: tuple[Path, ...] = ()
     """Programs to run before the save (``kdump_pre``), in order; ``post``: after it."""
     post: tuple[Path, ...] = ()
+    image_builder: str | None = None
+    """Who makes the image: this program, or the distribution's builder with our parts (initramfs.builders)."""
     extra_bins: tuple[Path, ...] = ()
     extra_modules: tuple[str, ...] = ()
     append: str = ""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from capture.dumpfile.encrypted import check_recipients
 from capture.errors import CaptureError
-from initramfs import devices, scripts, settings, targets
+from initramfs import builders, devices, scripts, settings, targets
 from initramfs.config import Config, ConfigError
 from initramfs.modules import ModuleTree, read_tree
 
@@ -25,7 +25,7 @@ def check(config: Config, modules_dir: Path) -> None:
     Raises:
         ConfigError: with all that is wrong.
     """
-    _refuse([*_target_problems(config), *_image_problems(config, modules_dir)])
+    _refuse([*_target_problems(config), *_image_problems(config, modules_dir), *_builder_problems(config)])
 
 
 def check_image(config: Config, modules_dir: Path) -> None:
@@ -101,6 +101,14 @@ def _image_problems(config: Config, modules_dir: Path) -> Iterator[str]:
         refusal = scripts.refusal(Path(whom)) if kind == "command" else None
         if refusal is not None:
             yield f"{config.where('notify', whom)}: notify command {whom}: {refusal}"
+
+
+def _builder_problems(config: Config) -> Iterator[str]:
+    if config.image_builder in builders.DISTRIBUTIONS:
+        try:
+            builders.distribution(config.image_builder)
+        except CaptureError as error:
+            yield f"{config.where('image_builder')}: image_builder {config.image_builder}: {error}"
 
 
 def _module_problems(config: Config, modules_dir: Path) -> Iterator[str]:

@@ -8,6 +8,7 @@ The format: Documentation/driver-api/early-userspace/buffer-format.rst in the ke
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterator
 from typing import BinaryIO, Protocol
 
 from initramfs.errors import ImageError
@@ -75,6 +76,28 @@ def content(archive: BinaryIO, path: str) -> bytes | None:
     Raises:
         ImageError: it is no newc archive, or ends too early.
     """
+    for name, mode, begin, size in _entries(archive):
+        if name == path.lstrip("/") and stat.S_ISREG(mode):
+            archive.seek(begin)
+            data = archive.read(size)
+            if len(data) < size:
+                raise ImageError(f"the archive ends within /{name}")
+            return data
+    return None
+
+
+def skip(archive: BinaryIO) -> None:
+    """Go to the end of the archive that begins here.
+
+    Raises:
+        ImageError: it is no newc archive, or ends too early.
+    """
+    for _ in _entries(archive):
+        pass
+
+
+def _entries(archive: BinaryIO) -> Iterator[tuple[str, int, int, int]]:
+    """Yield name, mode, place and size of each file; at the end the position is behind the archive."""
     position = archive.tell()
     while True:
         header = archive.read(HEADER)
@@ -86,16 +109,12 @@ def content(archive: BinaryIO, path: str) -> bytes | None:
             raise ImageError(f"no cpio archive of the kind newc (byte {position})")
         mode, size, name_size = fields[1], fields[6], fields[11]
         name = archive.read(name_size).rstrip(b"\0").decode(errors="replace")
-        if name == TRAILER:
-            return None
         begin = position + HEADER + name_size
         begin += -begin % ALIGNMENT
-        archive.seek(begin)
-        if name == path.lstrip("/") and stat.S_ISREG(mode):
-            data = archive.read(size)
-            if len(data) < size:
-                raise ImageError(f"the archive ends within /{name}")
-            return data
+        if name == TRAILER:
+            archive.seek(begin)
+            return
+        yield name, mode, begin, size
         position = begin + size
         position += -position % ALIGNMENT
         archive.seek(position)

@@ -24,6 +24,8 @@ from initramfs import collector
 from initramfs.kexec import SYSCALLS
 
 DUMP_TO_ROOT = "dump_to_rootfs"
+BUILDERS = ("vmcapture", "initramfs-tools", "dracut")
+"""Who may make the image: our own, and those of initramfs.builders."""
 FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "minix")
 NOTIFY = ("mail", "webhook", "command")
 MAX_CPUS = 8192
@@ -401,8 +403,8 @@ def _dracut(draft: Draft, name: str, value: str) -> None:
             draft.note(f"{name}: {option} {given} is not needed: the image has only what the target needs")
         else:
             raise UsageError(
-                f"{name}: {option}: the image is not dracut's; for modules and programs there are extra_modules and "
-                "extra_bins"
+                f"{name}: {option}: dracut's options are not taken over; for modules and programs there are "
+                "extra_modules and extra_bins"
             )
 
 
@@ -439,6 +441,7 @@ DIRECTIVES: dict[str, tuple[str, Directive]] = {
     "watchdog": ("SECONDS", _number("watchdog", MIN_WATCHDOG, MAX_WATCHDOG, also=(0,))),
     "cpus": ("N", _number("cpus", 1, MAX_CPUS)),
     "syscall": ("|".join(SYSCALLS), _choice("syscall", SYSCALLS)),
+    "image_builder": ("|".join(BUILDERS), _choice("image_builder", BUILDERS)),
     "recipients": ("FILE", _file("recipients")),
     "append": ("WORDS", _append),
     "command_line_base": ("WORDS", _base_line),

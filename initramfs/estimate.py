@@ -7,11 +7,21 @@ of it grows with the memory of the dead machine but the kernel's own page struct
 
 from __future__ import annotations
 
+import functools
+import lzma
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO, BinaryIO
 
-_GZIP = b"\x1f\x8b"
+import zstandard
+
+from initramfs import cpio
+from initramfs.errors import ImageError
+
+_CPIO, _GZIP, _XZ, _ZSTD = cpio.MAGIC.encode(), b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"
+USUAL_RATIO = 3
+"""By what an image is larger when it is unpacked, where it is packed as nobody here can read (LZ4, LZO)."""
 MIB = 1 << 20
 KERNEL = 40 * MIB
 """What is no MemTotal any more when the job begins: text, data, per-CPU areas, what the firmware keeps."""
@@ -100,9 +110,50 @@ def memory_of(image: Path) -> int:
 
 
 def unpacked_size(image: Path) -> int | None:
-    """Return the bytes that a plain tree is unpacked into; None for an image with a squashfs, which is not."""
+    """Return the bytes that an image is unpacked into; None for one that is not packed, as ours with a squashfs.
+
+    An image of a distribution may begin with archives that are not packed (microcode), and pads between them.
+    """
+    status = image.stat()
+    return _unpacked_size(image, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _unpacked_size(image: Path, size: int, _changed: int) -> int | None:
     with image.open("rb") as file:
-        if file.read(2) != _GZIP:
-            return None
-        file.seek(-4, os.SEEK_END)
-        return int.from_bytes(file.read(4), "little")  # ISIZE, RFC 1952
+        while start := file.read(len(_CPIO)):
+            plain = file.tell() - len(start)
+            file.seek(plain)
+            if start == _CPIO:
+                try:
+                    cpio.skip(file)
+                except ImageError:
+                    return None
+            elif start[:1] == b"\0":
+                while (byte := file.read(1)) == b"\0":
+                    pass
+                file.seek(-len(byte), os.SEEK_CUR)
+            elif start.startswith(_GZIP):
+                file.seek(-4, os.SEEK_END)
+                return plain + int.from_bytes(file.read(4), "little")  # ISIZE, RFC 1952
+            else:
+                return plain + _unpacked_stream(file, start, size - plain)
+    return None
+
+
+def _unpacked_stream(file: BinaryIO, start: bytes, packed: int) -> int:
+    """Return the bytes that the rest of a file is unpacked into; where nobody here can read it, what is usual."""
+    try:
+        if start.startswith(_XZ):
+            with lzma.open(file) as plain:
+                return _length(plain)
+        if start.startswith(_ZSTD):
+            with zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as plain:
+                return _length(plain)
+    except (EOFError, lzma.LZMAError, OSError, ValueError, zstandard.ZstdError):
+        pass
+    return packed * USUAL_RATIO
+
+
+def _length(stream: IO[bytes]) -> int:
+    return sum(len(piece) for piece in iter(lambda: stream.read(MIB), b""))

@@ -7,6 +7,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -18,6 +19,8 @@ from initramfs.estimate import unpacked_size
 from initramfs.modules import LoadPlan, ModuleTree, firmware, modinfo, module_name, read_module, read_tree
 from initramfs.tree import Device, Directory, File, Symlink, Tree, host_file, host_program
 
+SCRIPTS = Path(__file__).parent
+"""Where init and the other shell scripts of the image are."""
 SQUASHFS_MODULES = ("loop", "squashfs")
 BUSYBOX_PACKAGE = "busybox-static (Fedora calls it busybox)"
 MODULES = "/modules"
@@ -33,6 +36,8 @@ FIRMWARE_SUFFIXES = ("", ".zst", ".xz")
 # Documentation/admin-guide/devices.txt
 CONSOLE = Device(5, 1)
 NULL = Device(1, 3, mode=0o666)
+OWN = "vmcapture"
+"""The builder of images that is this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,7 @@ class ImageRequest:
     before: tuple[Path, ...] = ()  # the administrator's programs, which the capture kernel runs before the save
     after: tuple[Path, ...] = ()  # and after it
     squashfs: bool | None = None  # None: where mksquashfs and the kernel's squashfs and loop exist
+    builder: str = OWN  # who makes the image: one of initramfs.builders.BUILDERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +77,53 @@ class ImageReport:
     sources: tuple[Path, ...] = ()  # files of the host that it was made from: when one changes, it is out of date
 
 
-def build_image(request: ImageRequest) -> ImageReport:
-    """Build the image; the output appears whole or not at all."""
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What every image of ours is made of, whoever packs it. It is gone with its scratch directory."""
+
+    request: ImageRequest
+    plan: LoadPlan
+    squashfs: bool
+    busybox: Path
+    root: Tree  # the system that the job runs in
+    scratch: Path
+    _modules: tuple[Path, ...]  # of Python
+
+    def packed_root(self) -> Path:
+        """Return that system as a squashfs."""
+        return _make_squashfs(self.root, self.scratch)
+
+    def module_lines(self, suffix: str = "") -> bytes:
+        """Return the list of what to load, first to last: a line each, its name and its options."""
+        return _text(
+            [" ".join((f"{module.name}{suffix}", *self._options_of(module.name))) for module in self.plan.modules]
+        )
+
+    def _options_of(self, module: str) -> Iterator[str]:
+        return (options for of, options in self.request.module_options if of == module)
+
+    def report(self, image: Tree, path: Path, size: int) -> ImageReport:
+        """Return what was built, and out of what: ``image`` is the tree that was written."""
+        used = {*self.root.host_files(), *image.host_files(), *self._modules, *_module_files(self.plan, self.request)}
+        return ImageReport(
+            path=path,
+            size=size,
+            squashfs=self.squashfs,
+            kernel_release=self.request.kernel_release,
+            modules=tuple(module.name for module in self.plan.modules),
+            missing_modules=self.plan.missing,
+            runtime_size=self.root.size(),
+            sources=tuple(sorted(source for source in used if not source.is_relative_to(self.scratch))),
+        )
+
+
+@contextmanager
+def prepared(request: ImageRequest) -> Iterator[Parts]:
+    """Yield what an image is made of; an OSError while it is packed becomes a line as well.
+
+    Raises:
+        CaptureError: something is missing.
+    """
     kernel = read_tree(request.modules_dir)
     squashfs = _wants_squashfs(request.squashfs, kernel)
     wanted = (*(SQUASHFS_MODULES if squashfs else ()), *request.modules)
@@ -82,30 +133,26 @@ def build_image(request: ImageRequest) -> ImageReport:
         with tempfile.TemporaryDirectory(prefix="vmcapture-") as name:
             scratch = Path(name)
             traced = runtime.trace(request.python_roots)
-            # Stage one has a busybox of its own, and lends it to the squashfs (a bind mount).
+            # What runs before the job has a busybox of its own, and lends it to the squashfs (a bind mount).
             program = File(b"", 0o755) if squashfs else host_program(busybox)
             root = _runtime_tree(request, traced, busybox, program, scratch)
-            if squashfs:
-                stage_one = Tree()
-                stage_one.add(ROOT_IMAGE, File(_make_squashfs(root, scratch)))
-            else:
-                stage_one = root
-            _add_stage_one(stage_one, busybox)
-            _add_modules(stage_one, plan, request)
-            sources = {*root.host_files(), *stage_one.host_files(), *traced.modules, *_module_files(plan, request)}
-            size = _write(stage_one, request.output, compress=not squashfs)
-            return ImageReport(
-                path=request.output,
-                size=size,
-                squashfs=squashfs,
-                kernel_release=request.kernel_release,
-                modules=tuple(module.name for module in plan.modules),
-                missing_modules=plan.missing,
-                runtime_size=root.size(),
-                sources=tuple(sorted(path for path in sources if not path.is_relative_to(scratch))),
-            )
+            yield Parts(request, plan, squashfs, busybox, root, scratch, traced.modules)
     except OSError as error:
         raise ImageError(f"{error.filename or request.output}: {error.strerror}") from error
+
+
+def build_image(request: ImageRequest) -> ImageReport:
+    """Build the image; the output appears whole or not at all."""
+    with prepared(request) as parts:
+        if parts.squashfs:
+            stage_one = Tree()
+            stage_one.add(ROOT_IMAGE, File(parts.packed_root()))
+        else:
+            stage_one = parts.root
+        _add_stage_one(stage_one, parts.busybox)
+        _add_modules(stage_one, parts)
+        size = _write(stage_one, request.output, compress=not parts.squashfs)
+        return parts.report(stage_one, request.output, size)
 
 
 def load_order(image: Path) -> str:
@@ -214,7 +261,8 @@ def _make_squashfs(tree: Tree, scratch: Path) -> Path:
 
 
 def _add_stage_one(tree: Tree, busybox: Path) -> None:
-    tree.add("/init", File(Path(__file__).with_name("init"), 0o755))
+    tree.add("/init", File(SCRIPTS / "init", 0o755))
+    tree.add("/functions", File(SCRIPTS / "functions"))
     tree.add("/bin/busybox", host_program(busybox))
     for directory in ("/proc", "/sys", "/dev", NEW_ROOT):
         tree.add(directory, Directory())
@@ -222,16 +270,13 @@ def _add_stage_one(tree: Tree, busybox: Path) -> None:
     tree.add("/dev/null", NULL)
 
 
-def _add_modules(tree: Tree, plan: LoadPlan, request: ImageRequest) -> None:
+def _add_modules(tree: Tree, parts: Parts) -> None:
     """Add the modules, the order to load them in with their options, and the firmware that they may ask for then."""
-    lines = []
-    for module in plan.modules:
-        name = f"{module.name}.ko"
-        tree.add(f"{MODULES}/{name}", File(read_module(module.path)))
-        lines.append(" ".join((name, *(options for of, options in request.module_options if of == module.name))))
-        for path in _firmware_files(module.path, request):
-            tree.add(str(FIRMWARE / path.relative_to(request.firmware_dir)), host_file(path))
-    tree.add(LOAD_ORDER, File(_text(lines)))
+    for module in parts.plan.modules:
+        tree.add(f"{MODULES}/{module.name}.ko", File(read_module(module.path)))
+        for path in _firmware_files(module.path, parts.request):
+            tree.add(str(FIRMWARE / path.relative_to(parts.request.firmware_dir)), host_file(path))
+    tree.add(LOAD_ORDER, File(parts.module_lines(".ko")))
 
 
 def _firmware_files(module: Path, request: ImageRequest) -> Iterator[Path]:

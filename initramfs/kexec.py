@@ -387,7 +387,7 @@ def ready(kernel: Path, image: Path) -> Path:
 
 
 def _check_room_to_unpack(image: Path, reserved: int) -> None:
-    """Refuse a plain tree that the capture kernel could not unpack: it would boot, and half of the tree be missing.
+    """Refuse what the capture kernel could not unpack, a plain tree or a distribution's image: half would be missing.
 
     The kernel unpacks into a tmpfs that may take half of the memory (Documentation/filesystems/tmpfs.rst), while the
     packed image is still there.
@@ -396,8 +396,8 @@ def _check_room_to_unpack(image: Path, reserved: int) -> None:
     taken = image.stat().st_size + KERNEL_MEMORY
     if unpacked is not None and unpacked > (reserved - taken) // 2:
         raise KexecError(
-            f"{image}: a plain tree of {unpacked >> 20} MiB, which does not unpack in crashkernel={reserved >> 20}M"
-            f": reserve {(2 * unpacked + taken >> 20) + 1}M, or build the image for a kernel with squashfs"
+            f"{image}: {unpacked >> 20} MiB when it is unpacked, for which crashkernel={reserved >> 20}M has no room"
+            f": reserve {(2 * unpacked + taken >> 20) + 1}M, or have vmcapture initramfs build one with a squashfs"
         )
 
 

@@ -15,7 +15,7 @@ from initramfs.errors import ImageError
 BUSYBOX = frozenset({"sh", "ash", "busybox"})
 """Interpreters that every image has."""
 HIDDEN = ("/proc", "/sys", "/dev", "/run", "/tmp")
-"""Directories of the image that stage one mounts something over (initramfs/init)."""
+"""Directories of the image that stage one mounts something over (initramfs/functions)."""
 _FIRST_LINE = 256  # BINPRM_BUF_SIZE, include/uapi/linux/binfmts.h
 
 

@@ -15,15 +15,18 @@ from initramfs import devices, directives, targets
 from initramfs.config import Config, read_config
 from initramfs.directives import Draft
 from initramfs.errors import ImageError
+from initramfs.image import OWN
 
 CRASH_DIRECTORY = Path("/var/crash")
-FINAL, FAILURE, SYSCALL = "reboot", "shell", "auto"
+FINAL, FAILURE, SYSCALL, BUILDER = "reboot", "shell", "auto", OWN
 """What holds where neither an option nor a file says anything."""
-_FIELDS = {"level": "levels"}
+_FIELDS = {"level": "levels", "builder": "image_builder"}
 """Options whose field is called otherwise."""
 _SAVE_WORDS = ("level", "compress", "wait", "timeout", "deadline")
 """Options that go to the capture kernel as ``vmcapture.…=`` as they are."""
-_ONE_VALUE = ("final", "failure", *_SAVE_WORDS, "keep", "free", "watchdog", "cpus", "syscall", "recipients", "sshkey")
+_ONE_VALUE = (
+    "final", "failure", *_SAVE_WORDS, "keep", "free", "watchdog", "cpus", "syscall", "recipients", "sshkey", "builder",
+)  # fmt: skip
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -145,6 +145,7 @@ class Tree:
             match entry:
                 case Directory():
                     place.mkdir()
+                    place.chmod(entry.mode)
                 case Symlink():
                     place.symlink_to(entry.target)
                 case File():

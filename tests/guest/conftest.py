@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import pytest
 
-from tests.guest import cache, host
+from tests.guest import cache, debian, host
 from tests.guest.cache import Kernel
 from tests.guest.cases import CASES, Case
 from tests.guest.crash import Crashed, ImageStore, crash_with_evidence
@@ -108,8 +108,22 @@ def image_store(shared_folder: Path) -> ImageStore:
 
 
 @pytest.fixture(scope="session")
+def crash_once(
+    image_store: ImageStore, kernels: Callable[[str], Kernel], guest_folder: Path
+) -> Callable[[Case], Crashed]:
+    """What a case left behind; every case crashes once a session, in whatever order tests ask for it."""
+
+    @functools.cache
+    def crash(case: Case) -> Crashed:
+        kernels(case.kernel)  # skips here, where it can say why
+        return crash_with_evidence(case, image_store, guest_folder / case.name)
+
+    return crash
+
+
+@pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package, built as `make deb` does, lintian included."""
+    """A folder with the Debian package, built as `make deb` does, lintian included."""
     if (line := host.missing(["dpkg-buildpackage", "lintian"])) is not None:
         unavailable(line)
     folder = tmp_path_factory.mktemp("deb")
@@ -122,18 +136,14 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return deb.rename(folder / "files" / deb.name).parent
 
 
-@pytest.fixture(scope="session")
-def crash_once(
-    image_store: ImageStore, kernels: Callable[[str], Kernel], guest_folder: Path
-) -> Callable[[Case], Crashed]:
-    """What a case left behind; every case crashes once a session, in whatever order tests ask for it."""
-
-    @functools.cache
-    def crash(case: Case) -> Crashed:
-        kernels(case.kernel)  # skips here, where it can say why
-        return crash_with_evidence(case, image_store, guest_folder / case.name)
-
-    return crash
+@pytest.fixture(scope="module")
+def debian_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the disk of a Debian machine is: the tests of a module are what happens to one machine, in their order."""
+    try:
+        debian.base()
+    except HostError as error:
+        unavailable(str(error))
+    return tmp_path_factory.mktemp("debian")
 
 
 @pytest.fixture(scope="session", params=CASES, ids=str)

@@ -38,6 +38,8 @@ NEEDED = (
 """What our package depends on: a guest has no network to install it from."""
 TARGETS = ("lvm2", "mdadm", "nfs-common", "openssh-client", "sshfs", "age", "xfsprogs")
 """What it suggests: for targets of every kind."""
+IMAGE_BUILDERS = ("dracut-core",)
+"""Besides initramfs-tools, which the machine's own initrd is made by."""
 PEER = "kdump-tools"
 """Lies in /root, with what it depends on installed: a server has it before ours."""
 PEER_NEEDS = ("bsdextrautils", "debconf", "file", "linux-base", "lsb-base", "makedumpfile", "ucf")
@@ -96,7 +98,7 @@ def base() -> Debian:
     Raises:
         HostError: it is not in the cache, and cannot be made: root, debootstrap or a mirror is missing.
     """
-    recipe = repr((SUITE, SIZE, SYSTEM, NEEDED, TARGETS, PEER, PEER_NEEDS, FILES, MASKED))
+    recipe = repr((SUITE, SIZE, SYSTEM, NEEDED, TARGETS, IMAGE_BUILDERS, PEER, PEER_NEEDS, FILES, MASKED))
     folder = cache.root() / "debian" / hashlib.sha256(recipe.encode()).hexdigest()[:16]
     if not folder.is_dir():
         if os.geteuid() != 0:
@@ -117,7 +119,7 @@ def base() -> Debian:
 
 def _make(tree: Path, made: Path) -> None:
     """Put the machine's files into ``tree``, and what it boots into ``made``."""
-    packages = ",".join((*SYSTEM, *NEEDED, *TARGETS, *PEER_NEEDS))
+    packages = ",".join((*SYSTEM, *NEEDED, *TARGETS, *IMAGE_BUILDERS, *PEER_NEEDS))
     # What it mounts in there goes with it, whatever happens: the folder is removed then.
     host.run("unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={packages}", SUITE, tree, _mirror())
     for name, text in FILES.items():

@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest import debian, disk
-from tests.guest.conftest import unavailable
 from tests.guest.crash import SAVE_TIMEOUT, demand
-from tests.guest.host import HostError
 from tests.readers import bitmaps, drgn_reader
 
 pytestmark = pytest.mark.long
@@ -26,18 +24,10 @@ KDUMP_TOOLS = (
 )
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the machine's disk is: the tests here are what happens to one machine, in this order."""
-    try:
-        debian.base()
-    except HostError as error:
-        unavailable(str(error))
-    return tmp_path_factory.mktemp("debian")
-
-
-def test_it_takes_the_place_of_kdump_tools_and_says_that_no_memory_is_reserved(workdir: Path, package: Path) -> None:
-    with debian.running(workdir, files=package) as machine:
+def test_it_takes_the_place_of_kdump_tools_and_says_that_no_memory_is_reserved(
+    debian_folder: Path, package: Path
+) -> None:
+    with debian.running(debian_folder, files=package) as machine:
         demand(machine, KDUMP_TOOLS, debian.INSTALL_TIMEOUT)
         said = demand(machine, f"{debian.APT} install /mnt/*.deb", debian.INSTALL_TIMEOUT)
         assert "Removing kdump-tools" in said
@@ -51,8 +41,8 @@ def test_it_takes_the_place_of_kdump_tools_and_says_that_no_memory_is_reserved(w
         debian.power_off(machine)
 
 
-def test_after_a_reboot_it_is_armed_with_the_same_meaning_and_saves_a_crash(workdir: Path) -> None:
-    with debian.running(workdir, append=CRASHKERNEL) as machine:
+def test_after_a_reboot_it_is_armed_with_the_same_meaning_and_saves_a_crash(debian_folder: Path) -> None:
+    with debian.running(debian_folder, append=CRASHKERNEL) as machine:
         demand(machine, debian.ARMED, debian.ARM_TIMEOUT)
         assert demand(machine, "cat /sys/kernel/kexec_crash_loaded").strip() == "1"
         print(said := demand(machine, "vmcapture status"))
@@ -71,8 +61,8 @@ def test_after_a_reboot_it_is_armed_with_the_same_meaning_and_saves_a_crash(work
         machine.wait_exit(120.0)  # -no-reboot: a restart is the end
 
 
-def test_when_it_is_back_it_reports_the_crash_and_removed_it_leaves_that_alone(workdir: Path) -> None:
-    with debian.running(workdir, append=CRASHKERNEL) as machine:
+def test_when_it_is_back_it_reports_the_crash_and_removed_it_leaves_that_alone(debian_folder: Path) -> None:
+    with debian.running(debian_folder, append=CRASHKERNEL) as machine:
         demand(machine, debian.REPORTED, debian.ARM_TIMEOUT)
         said = demand(machine, "vmcapture list; journalctl -q -o cat -u vmcapture-report.service")
         assert "sysrq triggered crash" in said
@@ -86,8 +76,8 @@ def test_when_it_is_back_it_reports_the_crash_and_removed_it_leaves_that_alone(w
         debian.power_off(machine)
 
 
-def test_the_dump_is_read_by_drgn(workdir: Path, tmp_path: Path) -> None:
-    image = workdir / "debian.ext4"
+def test_the_dump_is_read_by_drgn(debian_folder: Path, tmp_path: Path) -> None:
+    image = debian_folder / "debian.ext4"
     disk.replay(image)
     (name,) = disk.names(image, "/var/dumps")
     saved = disk.extract(image, f"/var/dumps/{name}", tmp_path / "saved")

@@ -11,7 +11,7 @@ import pytest
 
 from capture.console import Console
 from capture.errors import CaptureError, UsageError
-from initramfs import arm, cli, kexec
+from initramfs import arm, kexec
 from initramfs.arm import Wanted
 from initramfs.cli import main
 from initramfs.errors import ImageError, KexecError
@@ -175,7 +175,7 @@ def test_an_image_that_is_current_is_not_built_again(
         built.append(lambda: request)
         raise ImageError("enough")
 
-    monkeypatch.setattr(cli, "build_image", build)
+    monkeypatch.setattr("initramfs.builders.build", build)
     words = ["initramfs", "--if-needed", "-o", str(tmp_path / "x.img"), "--module", "ext4", "--kernel", "6.1"]
     assert main(words) == 0
     assert capsys.readouterr().err == f"vmcapture: {tmp_path}/x.img: current\n"
@@ -188,7 +188,7 @@ def test_an_image_that_is_current_is_not_built_again(
 def test_arm_itself_is_the_two_commands(machine: Path, monkeypatch: pytest.MonkeyPatch, wanted: Wanted) -> None:
     (machine / "crash_size").write_text("0\n")
     monkeypatch.setattr("initramfs.cli.default_image", lambda _: wanted.image)
-    monkeypatch.setattr("initramfs.cli.build_image", Commands(initramfs=0))
+    monkeypatch.setattr("initramfs.builders.build", Commands(initramfs=0))
     monkeypatch.setattr("initramfs.stamp.stale", lambda _: None)
     request = type("Request", (), {"output": wanted.image})()
     monkeypatch.setattr("initramfs.cli.image_request", lambda *_: request)

@@ -126,7 +126,7 @@ class Requests:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.last: ImageRequest | None = None
-        monkeypatch.setattr(cli, "build_image", self.build)
+        monkeypatch.setattr("initramfs.builders.build", self.build)
         monkeypatch.setattr("initramfs.stamp.write", lambda *_: None)
         monkeypatch.setattr(devices, "mount_of", lambda _: Mount("/dev/vda", Path("/"), "/", "ext4"))
         monkeypatch.setattr(local, "needed_by_mount", lambda *_: Needed(("virtio_blk",), ("ext4",)))
@@ -393,7 +393,7 @@ def test_the_image_has_the_modules_of_every_target(machine: Path, monkeypatch: p
         asked.append(request)
         raise ImageError("enough")
 
-    monkeypatch.setattr(cli, "build_image", build)
+    monkeypatch.setattr("initramfs.builders.build", build)
     assert main(["initramfs", "-o", str(machine / "img"), "--target", "LABEL=a", "--target", "LABEL=b"]) == 1
     (request,) = asked
     assert set(request.modules) == {"nvme", "sd_mod"}

@@ -112,6 +112,7 @@ def test_our_own_directives() -> None:
         "watchdog 0", "cpus 4", "syscall load", "recipients /etc/keys", "append a b=1", "append c", "final_action halt",
         "command_line_base console=ttyS0 ro", "command_line_remove hugepages quiet", "notify mail root",
         "notify webhook https://example.org/hook?a=1", "notify command /usr/local/bin/tell",
+        "image_builder dracut",
     )  # fmt: skip
     assert (found.levels, found.compress, found.keep, found.free) == ("1,17,31", "zlib:9", 5, "10%")
     assert (found.wait, found.timeout, found.deadline, found.watchdog, found.cpus) == (60, 0, 3600, 0, 4)
@@ -121,6 +122,7 @@ def test_our_own_directives() -> None:
         "a b=1 c",
         "halt",
     )
+    assert found.image_builder == "dracut"
     assert (found.base_line, found.remove) == ("console=ttyS0 ro", ("hugepages", "quiet"))
     assert found.notify == (
         ("mail", "root"), ("webhook", "https://example.org/hook?a=1"), ("command", "/usr/local/bin/tell"),
@@ -182,6 +184,7 @@ MISTAKES = {
     "watchdog": ("watchdog 5", "0, or a number from 10 to 3600 is needed"),
     "cpus": ("cpus 0", "a number from 1 to 8192 is needed"),
     "syscall": ("syscall kexec_load", "not one of file, load, auto"),
+    "image_builder": ("image_builder mkinitrd", "not one of vmcapture, initramfs-tools, dracut"),
     "recipients": ("recipients age1abc", "named from / on"),
     "append": ("append", "its value is missing"),
     "command_line_base": ("command_line_base", "its value is missing"),
@@ -190,7 +193,7 @@ MISTAKES = {
     "auto_reset_crashkernel": ("auto_reset_crashkernel 1", "not one of yes, no"),
     "force_rebuild": ("force_rebuild yes", "not one of 0, 1"),
     "force_no_rebuild": ("force_no_rebuild yes", "not one of 0, 1"),
-    "dracut_args": ("dracut_args --xz", "the image is not dracut's"),
+    "dracut_args": ("dracut_args --xz", "dracut's options are not taken over"),
     "fence_kdump_args": ("fence_kdump_args", "its value is missing"),
     "fence_kdump_nodes": ("fence_kdump_nodes a b", "call fence_kdump_send from a script"),
     "kdump_emergency": ("kdump_emergency /x", "use kdump_post"),

@@ -92,6 +92,14 @@ def test_the_root_file_system_as_the_last_target(module_tree: Path, monkeypatch:
     assert said.startswith("/etc/vmcapture.conf:1: failure_action dump_to_rootfs: /var/crash is on another file system")
 
 
+def test_a_builder_that_this_machine_does_not_have(module_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("initramfs.tools.find", lambda _: None)
+    assert problems(module_tree, "ext4 LABEL=good", "image_builder initramfs-tools") == [
+        "/etc/vmcapture.conf:2: image_builder initramfs-tools: mkinitramfs was not found: install initramfs-tools"
+    ]
+    assert problems(module_tree, "ext4 LABEL=good", "image_builder vmcapture") == []
+
+
 def test_programs_modules_and_keys_that_are_not_there(module_tree: Path, tmp_path: Path) -> None:
     script = program_of(tmp_path / "script", "true")
     script.chmod(0o644)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import io
+import lzma
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from initramfs import estimate
+from initramfs import cpio, estimate
 from initramfs.estimate import MIB
+from initramfs.tree import File, Tree
 
 sizes = st.integers(0, 1 << 30)
 
@@ -64,3 +70,45 @@ def test_a_plain_tree_takes_the_memory_that_it_is_unpacked_into(tmp_path: Path) 
     assert estimate.memory_of(packed) == 10 * MIB
     assert estimate.unpacked_size(squashfs) is None
     assert estimate.memory_of(squashfs) == squashfs.stat().st_size
+
+
+def archive(content: bytes) -> bytes:
+    tree, output = Tree(), io.BytesIO()
+    tree.add("/file", File(content))
+    cpio.write(tree, output)
+    return output.getvalue()
+
+
+def zstd(content: bytes) -> bytes:
+    """As a pipe is compressed: the frame does not say how long it is."""
+    compressor = zstandard.ZstdCompressor().compressobj()
+    return compressor.compress(content) + compressor.flush()
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, zstd])
+@pytest.mark.parametrize("before", [b"", archive(b"microcode"), archive(b"one") + bytes(1024) + archive(b"two")])
+def test_a_distributions_image_takes_what_it_is_unpacked_into(
+    pack: Callable[[bytes], bytes], before: bytes, tmp_path: Path
+) -> None:
+    image, main = tmp_path / "image", archive(bytes(3 * MIB))
+    image.write_bytes(before + pack(main))
+    assert estimate.unpacked_size(image) == len(before) + len(main)
+
+
+def test_an_image_that_cannot_be_read_is_guessed(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(lzma.compress(os.urandom(3 * MIB))[:-MIB])
+    assert estimate.unpacked_size(image) == estimate.USUAL_RATIO * image.stat().st_size
+
+
+def test_an_image_that_nobody_here_can_unpack_is_guessed(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(b"\x02\x21\x4c\x18" + bytes(MIB))
+    assert estimate.unpacked_size(image) == estimate.USUAL_RATIO * image.stat().st_size
+
+
+def test_an_image_that_is_not_packed_takes_its_own_size(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(archive(bytes(MIB)))
+    assert estimate.unpacked_size(image) is None
+    assert estimate.memory_of(image) == image.stat().st_size

@@ -81,7 +81,7 @@ def test_firmware_that_a_module_names_is_where_the_kernel_looks_for_it(stage_one
 
 
 def test_the_console_exists_before_anything_is_mounted(stage_one: Path) -> None:
-    assert {"dev/console", "dev/null", "init", "bin/busybox", "newroot"} <= set(
+    assert {"dev/console", "dev/null", "init", "functions", "bin/busybox", "newroot"} <= set(
         (stage_one / "listed").read_text().split()
     )
 
@@ -199,16 +199,24 @@ def test_without_a_static_busybox_the_line_says_what_to_install(
 
 def test_stage_one_is_a_script_that_its_shell_understands() -> None:
     need_image_tools()
-    script = Path(image.__file__).with_name("init")
-
-    subprocess.run([tools.require("busybox", "busybox-static"), "sh", "-n", script], check=True)
+    called: set[str] = set()
+    for name in ("init", "functions", "hand-over"):
+        script = image.SCRIPTS / name
+        subprocess.run([tools.require("busybox", "busybox-static"), "sh", "-n", script], check=True)
+        called |= set(re.findall(r"\$busybox (\w+)", script.read_text()))
 
     # Every program that it calls is an applet of the busybox that is packed.
-    called = set(re.findall(r"\$busybox (\w+)", script.read_text()))
     applets = subprocess.run(
         [tools.require("busybox", "busybox-static"), "--list"], capture_output=True, text=True, check=True
     ).stdout.split()
     assert called <= set(applets)
+
+
+def stage_one_functions() -> str:
+    """Stage one without what it does."""
+    script = (image.SCRIPTS / "init").read_text()
+    defined = script[: script.index("$busybox mount -t proc")]
+    return defined.replace(". /functions", (image.SCRIPTS / "functions").read_text())
 
 
 @pytest.fixture
@@ -233,11 +241,10 @@ def insmod_calls(tmp_path: Path) -> Callable[[str, str], list[list[str]]]:
         for line in order.splitlines():
             (modules / line.split()[0]).touch()
         (tmp_path / "cmdline").write_text(command_line)
-        script = Path(image.__file__).with_name("init").read_text()
-        functions = script[: script.index("$busybox mount -t proc")]
+        functions = stage_one_functions()
         for word, here in (
             ("/bin/busybox", stub), ("/modules", modules), ("/proc/cmdline", tmp_path / "cmdline"),
-            ("module_timeout=60", "module_timeout=1"),
+            ("module_timeout=60", "module_timeout=1"), ("loaded=$place", f"loaded={tmp_path}"),
         ):  # fmt: skip
             functions = functions.replace(word, str(here))
         done = subprocess.run(
@@ -282,8 +289,7 @@ def calm_watchdogs(tmp_path: Path) -> Callable[[str], str]:
         (tmp_path / "sys/watchdog0").mkdir(parents=True)
         (tmp_path / "sys/watchdog0/state").write_text(f"{state}\n")
         (tmp_path / "dev/watchdog0").touch()
-        script = Path(image.__file__).with_name("init").read_text()
-        functions = script[: script.index("$busybox mount -t proc")]
+        functions = stage_one_functions()
         for word, here in (
             ("/bin/busybox", stub), ("/sys/class/watchdog", tmp_path / "sys"), ("/dev/", f"{tmp_path}/dev/"),
             (f"{tmp_path}/dev/null", "/dev/null"),

@@ -67,8 +67,8 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 def test_what_the_capture_kernel_mounts_over_hides_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage one says what that is."""
-    init = Path(scripts.__file__).with_name("init").read_text()
-    mounted = {f"/{name}" for names in re.findall(r"^    for name in (.*); do \$busybox mount", init, re.MULTILINE)
+    functions = Path(scripts.__file__).with_name("functions").read_text()
+    mounted = {f"/{name}" for names in re.findall(r"^    for name in (.*); do \$busybox mount", functions, re.MULTILINE)
                for name in names.split()}  # fmt: skip
     assert set(HIDDEN) == mounted
     monkeypatch.setattr(scripts, "HIDDEN", (str(tmp_path / "run"),))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from capture.boot.config import BootConfig, parse
-from initramfs import cli, devices, kexec, settings, targets
+from initramfs import devices, kexec, settings, targets
 from initramfs.cli import main
 from initramfs.devices import Mount, Needed
 from initramfs.image import ImageReport, ImageRequest
@@ -161,7 +161,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ImageRequest]:
         requests.append(request)
         return ImageReport(request.output, 1, True, request.kernel_release, (), (), 1)
 
-    monkeypatch.setattr(cli, "build_image", build)
+    monkeypatch.setattr("initramfs.builders.build", build)
     monkeypatch.setattr("initramfs.stamp.write", lambda *_: None)
     monkeypatch.setattr(targets, "needed_by", lambda target, _: Needed((f"for_{target}",), ()))
     monkeypatch.setattr(targets, "needed_by_mount", lambda mount, _: Needed((f"for_{mount.device}",), ()))
@@ -187,6 +187,33 @@ def test_the_image_has_what_the_file_asks_for(
     assert (request.before, request.after) == ((programs["pre"],), (programs["post"],))
     assert programs["extra"] in request.binaries
     assert f"{no_configuration}:7: force_rebuild 1: " in capsys.readouterr().err
+
+
+def test_the_file_says_who_makes_the_image_and_the_option_wins(
+    asked: list[ImageRequest], no_configuration: Path, module_tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["initramfs", "--modules-dir", str(module_tree)]) == 0
+    no_configuration.write_text("image_builder dracut\n")
+    assert main(["initramfs", "--modules-dir", str(module_tree)]) == 0
+    assert "(made by dracut, squashfs in it), for" in capsys.readouterr().err
+    assert main(["initramfs", "--modules-dir", str(module_tree), "--builder", "initramfs-tools"]) == 0
+    assert [request.builder for request in asked] == ["vmcapture", "dracut", "initramfs-tools"]
+
+
+def test_parts_are_written_where_they_are_asked_for_and_no_image_is_made(
+    asked: list[ImageRequest], module_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[ImageRequest, Path]] = []
+
+    def write(request: ImageRequest, directory: Path) -> ImageReport:
+        written.append((request, directory))
+        return ImageReport(directory, 1, True, request.kernel_release, (), (), 1)
+
+    monkeypatch.setattr("initramfs.cli.write_parts", write)
+    assert main(["initramfs", "--modules-dir", str(module_tree), "--into", str(tmp_path / "image")]) == 0
+    assert [directory for _, directory in written] == [tmp_path / "image"]
+    assert written[0][0].modules == ("for_/var/crash",)
+    assert asked == []
 
 
 def test_the_directory_of_the_file_decides_what_the_image_can_mount(

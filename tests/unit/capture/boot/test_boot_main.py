@@ -41,5 +41,5 @@ def test_nothing_is_made_anywhere_on_such_a_kernel(tmp_path: Path, monkeypatch: 
 
 
 def test_stage_one_knows_the_status_that_asks_for_a_shell() -> None:
-    (wanted,) = re.findall(r"^shell_wanted=(\d+)", (REPOSITORY / "initramfs/init").read_text(), re.MULTILINE)
+    (wanted,) = re.findall(r"^shell_wanted=(\d+)", (REPOSITORY / "initramfs/functions").read_text(), re.MULTILINE)
     assert int(wanted) == boot_main.SHELL

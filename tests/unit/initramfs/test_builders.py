@@ -1,0 +1,111 @@
+"""A distribution's builder gets our parts, and its failure is ours."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from initramfs import builders, directives, stamp
+from initramfs.builders import DISTRIBUTIONS, DRACUT, INITRAMFS_TOOLS
+from initramfs.errors import ImageError, ToolError
+from initramfs.image import OWN, ImageRequest
+
+from .conftest import RELEASE, make_module_tree, need_image_tools, program_of
+
+PACKAGING = Path(__file__).parents[3] / "packaging"
+
+
+@pytest.fixture
+def wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageRequest:
+    """An image for a kernel whose modules are where the builder looks for them."""
+    need_image_tools()
+    tree = make_module_tree(tmp_path / "modules" / RELEASE)
+    monkeypatch.setattr(builders, "MODULES", tree.parent)
+    return ImageRequest(
+        output=tmp_path / "out/image", kernel_release=RELEASE, modules_dir=tree, modules=("virtio_blk",),
+        builder=INITRAMFS_TOOLS,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Put a script in the place of mkinitramfs; its words are what a builder is called with."""
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    (hooks / "hook").touch()
+
+    def make(script: str) -> Path:
+        path = program_of(tmp_path / "mkinitramfs", script)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        builder = DISTRIBUTIONS[INITRAMFS_TOOLS]._replace(hooks=hooks, settings=(tmp_path / "settings",))
+        monkeypatch.setitem(DISTRIBUTIONS, INITRAMFS_TOOLS, builder)
+        return path
+
+    return make
+
+
+def test_the_configuration_file_knows_each_builder() -> None:
+    assert (OWN, *DISTRIBUTIONS) == directives.BUILDERS
+
+
+def test_what_the_builders_are_given_is_in_the_sources() -> None:
+    for name, builder in DISTRIBUTIONS.items():
+        assert (PACKAGING / name / (builder.hooks.name if name == DRACUT else "hooks")).is_dir()
+
+
+def test_the_builder_finds_the_parts_and_its_image_is_put_in_place(
+    wanted: ImageRequest, program: Callable[[str], Path], tmp_path: Path
+) -> None:
+    settings = tmp_path / "settings"
+    settings.mkdir()
+    (settings / "initramfs.conf").write_text("MODULES=dep\n")
+    made_by = program('[ "$1 $2 $3" = "-d /usr/share/vmcapture/initramfs-tools -o" ] || exit 7\n'
+                      'cat "$VMCAPTURE_PARTS/vmcapture/modules" > "$4"; echo "$5" >> "$4"; chmod 644 "$4"')  # fmt: skip
+    report = builders.build(wanted)
+    assert wanted.output.read_text() == f"loop\nsquashfs\nvirtio_ring\nvirtio\nvirtio_blk\n{RELEASE}\n"
+    assert stat.S_IMODE(wanted.output.stat().st_mode) == 0o600
+    assert [path.name for path in wanted.output.parent.iterdir()] == ["image"]
+    assert (report.path, report.size) == (wanted.output, wanted.output.stat().st_size)
+    assert {made_by, settings / "initramfs.conf", tmp_path / "hooks/hook"} <= set(report.sources)
+
+    stamp.write(wanted, report)
+    assert stamp.stale(wanted) is None
+    assert stamp.stale(replace(wanted, builder=DRACUT)) == "configuration, target or devices have changed"
+    (settings / "initramfs.conf").write_text("MODULES=most\n")
+    assert stamp.stale(wanted) == f"{settings}/initramfs.conf changed since it was built"
+
+
+def test_a_builder_that_fails_leaves_the_image_that_was_there(
+    wanted: ImageRequest, program: Callable[[str], Path]
+) -> None:
+    made_by = program('echo half > "$4"; echo "W: something" >&2; echo "E: no space left" >&2; exit 1')
+    wanted.output.parent.mkdir()
+    wanted.output.write_text("before")
+    with pytest.raises(ToolError, match=f"{made_by} failed with status 1: E: no space left"):
+        builders.build(wanted)
+    assert wanted.output.read_text() == "before"
+    assert [path.name for path in wanted.output.parent.iterdir()] == ["image"]
+
+
+def test_what_is_missing_is_said_before_anything_is_made(
+    wanted: ImageRequest, program: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program("exit 9")
+    elsewhere = tmp_path / "elsewhere"
+    with pytest.raises(ImageError, match=rf"{elsewhere}: mkinitramfs takes modules from .*/RELEASE alone"):
+        builders.build(replace(wanted, modules_dir=elsewhere))
+    (tmp_path / "hooks/hook").unlink()
+    (tmp_path / "hooks").rmdir()
+    with pytest.raises(
+        ImageError, match=r"no such directory, .*: copy it from packaging/initramfs-tools of the sources"
+    ):
+        builders.build(wanted)
+    (tmp_path / "mkinitramfs").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("initramfs.tools.SYSTEM_DIRECTORIES", str(tmp_path))
+    with pytest.raises(ToolError, match="mkinitramfs was not found: install initramfs-tools"):
+        builders.build(wanted)
