@@ -28,7 +28,7 @@ def needed(target: str, wishes: Wishes) -> Needed:
         remote.have_module("nfs")
 
         def mount(point: Path, _scratch: Path) -> None:
-            nfs.mount(export, route.address, point)
+            nfs.mount(export, route.address, point, nfs.SOFT)  # nobody watches here
 
         with remote.tried(target, route, nfs.PORT, mount) as point:
             remote.probe(point, wishes.path, target)

@@ -24,6 +24,8 @@ from capture.errors import TargetError, UsageError
 PORT, RPCBIND = 2049, 111
 VERSIONS = ("4.2", "4.1", "4.0", "3")
 """In the order in which they are tried."""
+HARD, SOFT = "hard", "soft,timeo=100,retrans=2"
+"""nfs(5): wait for a server that does not answer, or give it up after half a minute."""
 _PATIENCE = 3.0
 _MS_NOSUID, _MS_NODEV, _MS_NOATIME = 2, 4, 1024
 """include/uapi/linux/mount.h."""
@@ -74,8 +76,10 @@ def parse(target: str) -> Export:
     return Export(found[1] or found[2], found[3])
 
 
-def mount(export: Export, address: str, point: Path) -> str:
+def mount(export: Export, address: str, point: Path, waits: str = HARD) -> str:
     """Mount the export of the server at ``address`` on ``point``; return the version of NFS that does it.
+
+    ``waits``: HARD or SOFT.
 
     Raises:
         TargetError: the server does not let us, or this kernel cannot.
@@ -88,7 +92,7 @@ def mount(export: Export, address: str, point: Path) -> str:
     for version in VERSIONS:
         if version == "3" and not _answers(address, RPCBIND):
             break  # who would say where the rest of it is
-        options = f"vers={version},addr={address},proto={family},hard"
+        options = f"vers={version},addr={address},proto={family},{waits}"
         if version == "3":
             options += f",nolock,mountproto={family}"
         with pulse.at_target():
