@@ -33,17 +33,19 @@ def active(unit: str) -> bool:
 def competitors() -> list[str]:
     """Return the units of others that load a capture kernel.
 
-    A package that is removed and not purged leaves its script in /etc/init.d, of which systemd makes a unit that is
-    enabled and does nothing: not one of them.
+    A package that is removed and not purged leaves its script in /etc/init.d, and links to that for which systemctl
+    calls it enabled; there may be no unit of that name, or one that is made of the script and does nothing.
     """
-    return [unit for unit in COMPETITORS if (enabled(unit) or active(unit)) and not _generated(unit)]
+    return [unit for unit in COMPETITORS if (enabled(unit) or active(unit)) and _has_file(unit)]
 
 
-def _generated(unit: str) -> bool:
+def _has_file(unit: str) -> bool:
+    """Return whether a unit is what somebody has installed."""
     systemctl = tools.require("systemctl", "systemd")
     words = [str(systemctl), "show", "--property=FragmentPath", unit]
     said = subprocess.run(words, capture_output=True, text=True, check=False).stdout
-    return said.startswith(f"FragmentPath={_GENERATED}")
+    path = said.strip().removeprefix("FragmentPath=")
+    return bool(path) and not path.startswith(_GENERATED)
 
 
 def _systemctl(question: str, unit: str) -> bool:

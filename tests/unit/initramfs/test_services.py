@@ -34,8 +34,9 @@ def test_who_loads_a_capture_kernel_too_is_named(monkeypatch: pytest.MonkeyPatch
     assert services.competitors() == ["kdump-tools.service"]
 
 
-def test_what_a_removed_package_left_in_init_d_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FRAGMENT", "/run/systemd/generator.late/kdump-tools.service")
+@pytest.mark.parametrize("fragment", ["", "/run/systemd/generator.late/kdump-tools.service"])
+def test_what_a_removed_package_left_in_init_d_loads_nothing(fragment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRAGMENT", fragment)
     assert services.competitors() == []
 
 
