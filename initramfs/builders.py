@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from initramfs import tools
 from initramfs.errors import ImageError
-from initramfs.image import OWN, ImageReport, ImageRequest, build_image
+from initramfs.image import OWN, ImageReport, ImageRequest, build_image, written_whole
 from initramfs.parts import write_parts
 
 INITRAMFS_TOOLS, DRACUT = "initramfs-tools", "dracut"
@@ -102,20 +102,10 @@ def distribution(name: str) -> tuple[Builder, Path]:
 
 def _run(builder: Builder, program: Path, request: ImageRequest, parts: str) -> int:
     """Have the image made, with the parts in it; return its size."""
-    output = request.output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")  # readable by root alone
-    os.close(handle)
-    try:
-        command = builder.command(program, Path(name), request.kernel_release)
-        tools.run(command, environment={**os.environ, PARTS: parts})
-        size = Path(name).stat().st_size
-        Path(name).chmod(0o600)
-        Path(name).replace(output)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return size
+    with written_whole(request.output) as draft:
+        tools.run(builder.command(program, draft, request.kernel_release), environment={**os.environ, PARTS: parts})
+        draft.chmod(0o600)
+        return draft.stat().st_size
 
 
 def _files(place: Path) -> Iterator[Path]:

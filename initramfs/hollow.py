@@ -114,7 +114,7 @@ def _undefined(path: Path) -> set[bytes]:
 def _symbols(table: SymbolTableSection) -> Iterator[tuple[bytes, int, bool]]:
     """Yield name and type of each symbol, and whether it is defined there.
 
-    Eighty objects have 40,000 symbols, of which pyelftools makes an object each: a third of the time for an image.
+    Eighty objects have 40,000 symbols, of which pyelftools would make an object each.
     """
     strings: bytes = table.stringtable.data()
     for name, info, _, section, _, _ in _SYMBOL.iter_unpack(table.data()):

@@ -295,20 +295,33 @@ def _text(lines: Sequence[str]) -> bytes:
 
 
 def _write(tree: Tree, output: Path, *, compress: bool) -> int:
+    with written_whole(output) as draft, draft.open("wb") as file:
+        if compress:
+            with gzip.GzipFile(filename="", mode="wb", compresslevel=GZIP_LEVEL, fileobj=file, mtime=0) as packed:
+                cpio.write(tree, packed)
+        else:
+            cpio.write(tree, file)
+        return file.tell()
+
+
+@contextmanager
+def written_whole(output: Path) -> Iterator[Path]:
+    """Yield a new file beside ``output``, readable by its owner alone, which takes its place once it is on the disk.
+
+    Nothing is left of it where it is not finished.
+
+    Raises:
+        OSError: it cannot be made, brought to the disk or put into its place.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
+    os.close(handle)
+    draft = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            if compress:
-                with gzip.GzipFile(filename="", mode="wb", compresslevel=GZIP_LEVEL, fileobj=file, mtime=0) as packed:
-                    cpio.write(tree, packed)
-            else:
-                cpio.write(tree, file)
-            file.flush()
+        yield draft
+        with draft.open("rb") as file:
             os.fsync(file.fileno())
-            size = file.tell()
-        Path(name).replace(output)
+        draft.replace(output)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
-    return size

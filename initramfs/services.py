@@ -22,12 +22,12 @@ def running() -> bool:
 
 def enabled(unit: str) -> bool:
     """Return whether a unit is started at boot."""
-    return _systemctl("is-enabled", unit)
+    return _systemctl("--quiet", "is-enabled", unit).returncode == 0
 
 
 def active(unit: str) -> bool:
     """Return whether a unit is active now."""
-    return _systemctl("is-active", unit)
+    return _systemctl("--quiet", "is-active", unit).returncode == 0
 
 
 def competitors() -> list[str]:
@@ -41,16 +41,13 @@ def competitors() -> list[str]:
 
 def _has_file(unit: str) -> bool:
     """Return whether a unit is what somebody has installed."""
-    systemctl = tools.require("systemctl", "systemd")
-    words = [str(systemctl), "show", "--property=FragmentPath", unit]
-    said = subprocess.run(words, capture_output=True, text=True, check=False).stdout
-    path = said.strip().removeprefix("FragmentPath=")
+    path = _systemctl("show", "--property=FragmentPath", unit).stdout.strip().removeprefix("FragmentPath=")
     return bool(path) and not path.startswith(_GENERATED)
 
 
-def _systemctl(question: str, unit: str) -> bool:
+def _systemctl(*words: str) -> subprocess.CompletedProcess[str]:
+    """Have systemctl answer; where it cannot be asked, it has failed and said nothing."""
     systemctl = tools.find("systemctl") if running() else None
     if systemctl is None:
-        return False
-    words = [str(systemctl), "--quiet", question, unit]
-    return subprocess.run(words, capture_output=True, check=False).returncode == 0
+        return subprocess.CompletedProcess(words, 1, "", "")
+    return subprocess.run([str(systemctl), *words], capture_output=True, text=True, check=False)
