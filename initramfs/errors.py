@@ -26,7 +26,7 @@ class MeasureError(CaptureError):
 
 
 class NotSavedError(MeasureError):
-    """A guest crashed, and its capture kernel did not save everything: more memory may help."""
+    """A guest's crash was not saved whole, or its capture kernel could not be loaded: more memory may help."""
 
 
 class NotifyError(CaptureError):

@@ -45,6 +45,9 @@ NO_RESERVATION = (
 """What is wrong, and what to do."""
 
 SYSCALLS = ("file", "load", "auto")
+NO_HOLE = ("Cannot assign requested address", "locate_hole failed")
+"""How kexec says that kernel and image find no place in the reserved memory: EADDRNOTAVAIL of kexec_file_load
+(kexec_locate_mem_hole() in kernel/kexec_file.c), and its own words before kexec_load."""
 
 DROPPED = frozenset(
     {
@@ -298,9 +301,19 @@ def load(request: CrashKernel) -> Loaded:
         )
         state.write(RECORD, asdict(loaded), 0o644)
         return loaded
+    if finds_no_hole(errors[-1]):
+        errors.append(
+            f"kernel and image do not fit into the {reservation() >> 20} MiB that crashkernel= reserves: "
+            "reserve more and reboot"
+        )
     if _read_number(CRASH_LOADED) != 1:  # a load that fails has freed what was loaded before
         errors.append("the machine is not armed now")
     raise KexecError("; ".join(errors))
+
+
+def finds_no_hole(said: str) -> bool:
+    """Tell from what kexec said whether the reserved memory is too small for kernel and image."""
+    return any(words in said for words in NO_HOLE)
 
 
 def out_of_date(loaded: Loaded) -> str | None:

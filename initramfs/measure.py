@@ -259,7 +259,7 @@ class Laboratory:
         """Crash one guest that reserves so many bytes, and return what its capture kernel found.
 
         Raises:
-            NotSavedError: the capture kernel did not save everything.
+            NotSavedError: the capture kernel did not save everything, or did not fit into the reservation.
             MeasureError: the guest did not come as far as to crash, or time is up.
             ToolError: QEMU or a program around it failed.
         """
@@ -288,7 +288,8 @@ class Laboratory:
         """Run it to its end, and return the console; the guest has crashed.
 
         Raises:
-            MeasureError: it has not; or time is up.
+            NotSavedError: nothing could be loaded into so little memory, or nothing was saved in time.
+            MeasureError: it has not crashed for another reason; or time is up.
         """
         while True:
             accelerator, *slower = self.accelerators
@@ -312,7 +313,10 @@ class Laboratory:
         if not self._deadline.left:
             raise MeasureError(f"not done within {self._deadline.seconds:.0f} s; last seen: {last_words(console)}")
         if CRASHED not in console:
-            raise MeasureError(f"the guest did not come to its crash: {last_words(console)}")
+            why = last_words(console)
+            if kexec.finds_no_hole(why):
+                raise NotSavedError(f"kernel and image do not fit into the reserved memory: {why}")
+            raise MeasureError(f"the guest did not come to its crash: {why}")
         if not limit.left:
             raise NotSavedError(f"nothing saved within {limit.seconds:.0f} s; last seen: {last_words(console)}")
         return console

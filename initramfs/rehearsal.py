@@ -165,7 +165,7 @@ def _guest(request: Request, say: Callable[[str], object]) -> Check:
             lab = measure.Laboratory(asked, Path(scratch) / "guest", say)
             run = lab.crash(reservation)
     except NotSavedError as error:
-        return Check("guest", BAD, f"a guest crashed, and not all was saved: {error}")
+        return Check("guest", BAD, f"not all of a guest's crash was saved: {error}")
     except CaptureError as error:
         return Check("guest", DOUBT, f"no guest was crashed: {error}")
     except OSError as error:

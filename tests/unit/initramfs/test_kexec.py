@@ -206,6 +206,14 @@ def test_what_kexec_said_is_in_the_one_line(machine: Path) -> None:
         kexec.load(crash_kernel(machine, "file"))
 
 
+@pytest.mark.parametrize("said", ["kexec_file_load failed: Cannot assign requested address", "locate_hole failed"])
+def test_what_does_not_fit_into_the_reservation_says_what_to_do(machine: Path, said: str) -> None:
+    (machine / "kexec").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    remedy = r"do not fit into the \d+ MiB that crashkernel= reserves: reserve more and reboot"
+    with pytest.raises(KexecError, match=f"{said}; kernel and image {remedy}"):
+        kexec.load(crash_kernel(machine))
+
+
 @pytest.mark.parametrize(("loaded", "armed"), [("0", False), ("1", True)])
 def test_a_load_that_failed_says_when_the_machine_is_not_armed_any_more(
     machine: Path, loaded: str, armed: bool

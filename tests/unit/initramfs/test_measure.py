@@ -181,6 +181,17 @@ def test_more_is_reserved_where_the_computed_size_saves_nothing(host: Host) -> N
     assert "  not at 144M: no complete save: not saved: no memory" in measured.lines()
 
 
+def test_a_reservation_that_kernel_and_image_do_not_fit_into_is_too_small(host: Host) -> None:
+    said = f"{measure.FAILED}kexec -p: locate_hole failed"
+    host.guest(f"echo {UP}; [ $MIB -ge 144 ] || {{ echo '{said}'; exit; }}; echo '{CRASHED}'; save 10")
+
+    measured = host.measure()
+
+    assert measured.run.reservation == 144 * MIB
+    why = "kernel and image do not fit into the reserved memory: kexec -p: locate_hole failed"
+    assert measured.failed == ((128 * MIB, why),)
+
+
 @pytest.mark.parametrize(
     ("script", "line"),
     [
