@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,47 @@ def test_the_builder_finds_the_parts_and_its_image_is_put_in_place(
     assert stamp.stale(replace(wanted, builder=DRACUT)) == "configuration, target or devices have changed"
     (settings / "initramfs.conf").write_text("MODULES=most\n")
     assert stamp.stale(wanted) == f"{settings}/initramfs.conf changed since it was built"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_setting_that_is_new_makes_the_image_out_of_date(
+    wanted: ImageRequest, program: Callable[[str], Path], tmp_path: Path, there: bool
+) -> None:
+    settings = tmp_path / "settings"
+    if there:
+        (settings / "conf.d").mkdir(parents=True)
+    program('echo image > "$4"')
+    stamp.write(wanted, builders.build(wanted))
+    assert stamp.stale(wanted) is None
+    (settings / "conf.d").mkdir(parents=True, exist_ok=True)
+    (settings / "conf.d/compress").write_text("COMPRESS=xz\n")
+    assert stamp.stale(wanted) == f"{settings}{'/conf.d' if there else ''} changed since it was built"
+
+
+def test_dracut_makes_no_unified_kernel_image_whatever_the_machine_wants(tmp_path: Path) -> None:
+    words = DISTRIBUTIONS[DRACUT].command(Path("/usr/bin/dracut"), tmp_path / "image", RELEASE)
+    assert "--no-uefi" in words
+    assert words[-2:] == (tmp_path / "image", RELEASE)
+
+
+def test_dracut_puts_each_module_in_whatever_the_machines_own_initrd_is_without(tmp_path: Path) -> None:
+    (tmp_path / "vmcapture").mkdir()
+    (tmp_path / "vmcapture/modules").write_text("loop\nvirtio_blk queue_depth=64\n")
+    setup = PACKAGING / "dracut/98vmcapture/module-setup.sh"
+    script = (
+        f'initdir={tmp_path} hostonly=1 omit_drivers="virtio_blk"; . {setup}\n'
+        'instmods() { echo "[$hostonly][$omit_drivers] $*"; [ "$FAILING" != "$2" ]; }\n'
+        'installkernel || echo failed'
+    )  # fmt: skip
+
+    def said(failing: str) -> list[str]:
+        done = subprocess.run(
+            ["bash", "-c", script], env={"FAILING": failing}, capture_output=True, text=True, check=True
+        )
+        return done.stdout.splitlines()
+
+    assert said("") == ["[][] -c loop", "[][] -c virtio_blk"]
+    assert said("loop") == ["[][] -c loop", "failed"]
 
 
 def test_a_builder_that_fails_leaves_the_image_that_was_there(
