@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 import subprocess
 from collections.abc import Callable
@@ -151,3 +152,72 @@ def test_what_is_missing_is_said_before_anything_is_made(
     monkeypatch.setattr("initramfs.tools.SYSTEM_DIRECTORIES", str(tmp_path))
     with pytest.raises(ToolError, match="mkinitramfs was not found: install initramfs-tools"):
         builders.build(wanted)
+
+
+SHELLS = [words for words in (["dash"], ["busybox", "sh"], ["sh"]) if shutil.which(words[0])]
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_mkinitramfs_is_told_what_the_machine_says_and_not_what_an_editor_left(
+    shell: list[str], tmp_path: Path
+) -> None:
+    text = (PACKAGING / "initramfs-tools/initramfs.conf").read_text()
+    assert "/etc/initramfs-tools" in text
+
+    def settings() -> str:
+        script = text.replace("/etc/initramfs-tools", str(tmp_path)) + 'echo "$COMPRESS $MODULES $UMASK $RESUME"'
+        return subprocess.run([*shell, "-euc", script], capture_output=True, text=True, check=True).stdout.strip()
+
+    (tmp_path / "initramfs.conf").write_text("COMPRESS=gzip\nMODULES=most\n")
+    assert settings() == "gzip dep 0077 none"
+    (tmp_path / "conf.d").mkdir()
+    for name in ("compress", "compress~", "compress.dpkg-old", "compress.bak~", "#compress#", "not this", ".swp"):
+        (tmp_path / "conf.d" / name).write_text(f"COMPRESS='{'zstd' if name == 'compress' else name}'\n")
+    assert settings() == "zstd dep 0077 none"
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+@pytest.mark.parametrize("parts", ["made already", "by the hook"])
+def test_the_hook_of_mkinitramfs_puts_parts_and_modules_in(shell: list[str], parts: str, tmp_path: Path) -> None:
+    root = tmp_path / "a root"
+    rules = root / "lib/udev/rules.d"
+    rules.mkdir(parents=True)
+    for name in ("60-block.rules", "64-md-raid-assembly.rules", "69-lvm.rules", "69-lvm-metad.rules"):
+        (rules / name).touch()
+    made = tmp_path / "some parts/vmcapture"
+    made.mkdir(parents=True)
+    (made / "modules").write_text("virtio_blk queue_depth=64\nsd_mod\n")
+    (tmp_path / "functions").write_text(
+        'manual_add_modules() { [ "$1" = refused ] || : > "$DESTDIR/lib/$(echo "$1" | tr _ -).ko.xz"; }\n'
+    )
+    program_of(tmp_path / "vmcapture", f'echo "$@" > "{tmp_path}/calls"; cp -a "{made}" "$6"')
+    text = (PACKAGING / "initramfs-tools/hooks/vmcapture").read_text()
+    (tmp_path / "hook").write_text(text.replace("/usr/share/initramfs-tools/hook-functions", f"{tmp_path}/functions"))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "DESTDIR": str(root), "version": RELEASE}
+    if parts == "made already":
+        environment[builders.PARTS] = str(made.parent)
+
+    def hook() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*shell, tmp_path / "hook"], env=environment, capture_output=True, text=True, check=False
+        )  # fmt: skip
+
+    done = hook()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(path.name for path in (root / "lib").glob("*.ko*")) == ["sd-mod.ko.xz", "virtio-blk.ko.xz"]
+    assert [path.name for path in rules.iterdir()] == ["60-block.rules"], "arrays and volumes are for the job"
+    if parts == "by the hook":
+        assert (tmp_path / "calls").read_text() == f"initramfs --quiet --kernel {RELEASE} --into {root}\n"
+    shutil.rmtree(root / "vmcapture")
+    (made / "modules").write_text("refused\n")
+    done = hook()
+    assert done.returncode == 1
+    assert done.stderr == "vmcapture: mkinitramfs has not put the kernel module refused into the image\n"
+
+
+def test_our_drivers_are_loaded_before_udev_by_the_order_of_names() -> None:
+    """mkinitramfs sorts boot scripts without prerequisites by their names; Debian's own of this time are these."""
+    (ours,) = (PACKAGING / "initramfs-tools/scripts/init-top").iterdir()
+    assert min("all_generic_ide", "blacklist", "keymap", "udev", ours.name) == ours.name
+    said = subprocess.run([ours, "prereqs"], capture_output=True, text=True, check=True).stdout
+    assert said == ""
