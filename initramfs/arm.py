@@ -14,7 +14,7 @@ from capture.console import Console
 from capture.errors import CaptureError, IncompleteError
 from initramfs import kexec, state
 from initramfs.errors import ImageError, KexecError, StateError, ToolError
-from initramfs.kexec import CrashKernel
+from initramfs.kexec import CrashKernel, Loaded
 
 DOUBTFUL = IncompleteError.exit_status
 """Armed, but not with what should be."""
@@ -54,10 +54,7 @@ def arm(wanted: Wanted, run: Run, console: Console) -> int:
                 raise
             console.say(f"{error}; meanwhile the machine is armed as it was the last time")
             return DOUBTFUL
-        loaded = kexec.loaded() if wanted.load else None
-        if loaded is not None:
-            with contextlib.suppress(StateError):
-                state.write(before_of(wanted.image), asdict(loaded))
+        _remember(kexec.loaded() if wanted.load else None, before_of(wanted.image))
         return status
 
 
@@ -82,6 +79,13 @@ def _arm(wanted: Wanted, run: Run, console: Console) -> int:
 def before_of(image: Path) -> Path:
     """Return where it stands how a machine with this image was armed the last time."""
     return image.with_name(f"{image.name}.loaded")
+
+
+def _remember(loaded: Loaded | None, record: Path) -> None:
+    """Write down how the machine is armed, where that is something else than the last time."""
+    if loaded is not None and state.read(record) != asdict(loaded):
+        with contextlib.suppress(StateError):
+            state.write(record, asdict(loaded))
 
 
 def _is_armed() -> bool:

@@ -46,8 +46,9 @@ def _mkinitramfs(program: Path, image: Path, release: str) -> Sequence[str | Pat
 
 
 def _dracut(program: Path, image: Path, release: str) -> Sequence[str | Path]:
-    # As small as it can be, and without the root file system: that may be what has failed.
-    own = ("--add", "vmcapture", "--omit", "plymouth resume", "--hostonly", "--no-hostonly-cmdline")
+    # As small as it can be, and without the root file system: that may be what has failed. kexec takes no unified
+    # kernel image, which the machine's own settings may ask for (uefi=yes).
+    own = ("--add", "vmcapture", "--omit", "plymouth resume", "--hostonly", "--no-hostonly-cmdline", "--no-uefi")
     return (program, "--force", "--quiet", *own, image, release)
 
 
@@ -109,9 +110,6 @@ def _run(builder: Builder, program: Path, request: ImageRequest, parts: str) -> 
 
 
 def _files(place: Path) -> Iterator[Path]:
-    """Yield the files below a directory, or the file itself."""
-    if place.is_file():
-        yield place
-    for path in sorted(place.rglob("*")) if place.is_dir() else ():
-        if path.is_file():
-            yield path
+    """Yield what there is below a directory, and the place itself: directories, too, because files come and go."""
+    yield place
+    yield from sorted(place.rglob("*")) if place.is_dir() else ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,28 @@ DIRECTORY = Path("/var/lib/vmcapture")
 def write_text(path: Path, text: str, mode: int = 0o600) -> None:
     """Write a file in one piece: whoever reads it meanwhile sees the old one or the new one.
 
+    The directory may be somebody else's (the exporter's), who must not lead us to another file by a link.
+
     Raises:
         StateError: it cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.new")
+    draft = None
     try:
-        with draft.open("w", encoding="utf-8", errors="surrogateescape") as file:
-            os.fchmod(file.fileno(), mode)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent)
+        draft = Path(name)
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
+            os.fchmod(descriptor, mode)
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(descriptor)
         draft.replace(path)
         fsync_directory(path.parent)
     except OSError as error:
         raise StateError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
         with contextlib.suppress(OSError):
-            draft.unlink()
+            if draft is not None:
+                draft.unlink()
 
 
 def make_directory(path: Path) -> None:

@@ -110,6 +110,26 @@ def test_hooks_without_a_release_do_nothing(called: Path) -> None:
         assert hook(called, str(path.relative_to(PACKAGING / "kernel"))) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("said", "stays"),
+    [(None, False), ("remove", False), ("'remove'", False), ("upgrade 6.1.170-1", True), ("purge", True)],
+)
+def test_the_image_of_a_kernel_goes_when_that_is_removed_and_not_when_it_is_upgraded(
+    said: str | None, stays: bool, tmp_path: Path
+) -> None:
+    """dpkg has the old package's postrm run on an upgrade, and that runs the hooks (Debian's linux-image)."""
+    text = (PACKAGING / "kernel/postrm.d/vmcapture").read_text()
+    assert "/var/lib/vmcapture/" in text
+    (tmp_path / "hook").write_text(text.replace("/var/lib/vmcapture/", f"{tmp_path}/"))
+    files = [tmp_path / f"initramfs-6.1.img{kind}" for kind in ("", ".stamp", ".loaded")]
+    for file in (*files, tmp_path / "initramfs-6.1-rt.img"):
+        file.touch()
+    environment = {"PATH": "/usr/bin:/bin"} | ({} if said is None else {"DEB_MAINT_PARAMS": said})
+    subprocess.run(["sh", tmp_path / "hook", "6.1", "/boot/vmlinuz-6.1"], env=environment, check=True)
+    assert [file.exists() for file in files] == [stays] * 3
+    assert (tmp_path / "initramfs-6.1-rt.img").exists()
+
+
 def test_each_rule_leads_to_a_label_that_there_is() -> None:
     text = (PACKAGING / "udev/98-vmcapture.rules").read_text()
     labels = set(re.findall(r'LABEL="(\w+)"', text))

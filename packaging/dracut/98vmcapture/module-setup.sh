@@ -29,10 +29,11 @@ install() {
     dracut_need_initqueue
 }
 
-# Whatever --hostonly makes of the driver of a disk that is not attached now, or of a watchdog.
+# Whatever --hostonly makes of the driver of a disk that is not attached now, or of a watchdog; and whatever the machine's own
+# initrd is to be without (omit_drivers): dracut says nothing of what it leaves out.
 installkernel() {
     local module options
     while read -r module options; do
-        hostonly='' instmods -c "$module" || return 1
+        hostonly='' omit_drivers='' instmods -c "$module" || return 1
     done < "$initdir/vmcapture/modules"
 }

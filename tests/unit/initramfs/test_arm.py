@@ -115,6 +115,26 @@ def test_a_machine_that_is_not_armed_is_armed_as_before_whatever_is_wrong_now(
         arm.arm(wanted, wrong, console)
 
 
+def test_how_the_machine_was_armed_is_written_down_when_it_is_something_new(
+    machine: Path, console: Console, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(arm, "LOCK", tmp_path / "run/arm.lock")
+    wanted = Wanted("6.1", machine / "kernel", machine / "image")
+    record = arm.before_of(wanted.image)
+    (machine / "crash_loaded").write_text("1\n")
+
+    def armed_with(line: str) -> int:
+        kexec.load(CrashKernel(wanted.kernel, wanted.image, line, "auto"))
+        assert arm.arm(wanted, Commands(), console) == 0
+        assert line in record.read_text()
+        return record.stat().st_ino  # (a file that is written is a new one)
+
+    first = armed_with("console=ttyS0")
+    with record.open():  # its number is not given to another one meanwhile
+        assert armed_with("console=ttyS0") == first
+        assert armed_with("console=tty0") != first
+
+
 def test_a_load_that_fails_is_a_failure(wanted: Wanted, console: Console) -> None:
     with pytest.raises(KexecError):
         arm.arm(wanted, Commands(load=KexecError("no memory is reserved")), console)

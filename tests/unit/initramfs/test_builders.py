@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +81,47 @@ def test_the_builder_finds_the_parts_and_its_image_is_put_in_place(
     assert stamp.stale(wanted) == f"{settings}/initramfs.conf changed since it was built"
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_setting_that_is_new_makes_the_image_out_of_date(
+    wanted: ImageRequest, program: Callable[[str], Path], tmp_path: Path, there: bool
+) -> None:
+    settings = tmp_path / "settings"
+    if there:
+        (settings / "conf.d").mkdir(parents=True)
+    program('echo image > "$4"')
+    stamp.write(wanted, builders.build(wanted))
+    assert stamp.stale(wanted) is None
+    (settings / "conf.d").mkdir(parents=True, exist_ok=True)
+    (settings / "conf.d/compress").write_text("COMPRESS=xz\n")
+    assert stamp.stale(wanted) == f"{settings}{'/conf.d' if there else ''} changed since it was built"
+
+
+def test_dracut_makes_no_unified_kernel_image_whatever_the_machine_wants(tmp_path: Path) -> None:
+    words = DISTRIBUTIONS[DRACUT].command(Path("/usr/bin/dracut"), tmp_path / "image", RELEASE)
+    assert "--no-uefi" in words
+    assert words[-2:] == (tmp_path / "image", RELEASE)
+
+
+def test_dracut_puts_each_module_in_whatever_the_machines_own_initrd_is_without(tmp_path: Path) -> None:
+    (tmp_path / "vmcapture").mkdir()
+    (tmp_path / "vmcapture/modules").write_text("loop\nvirtio_blk queue_depth=64\n")
+    setup = PACKAGING / "dracut/98vmcapture/module-setup.sh"
+    script = (
+        f'initdir={tmp_path} hostonly=1 omit_drivers="virtio_blk"; . {setup}\n'
+        'instmods() { echo "[$hostonly][$omit_drivers] $*"; [ "$FAILING" != "$2" ]; }\n'
+        'installkernel || echo failed'
+    )  # fmt: skip
+
+    def said(failing: str) -> list[str]:
+        done = subprocess.run(
+            ["bash", "-c", script], env={"FAILING": failing}, capture_output=True, text=True, check=True
+        )
+        return done.stdout.splitlines()
+
+    assert said("") == ["[][] -c loop", "[][] -c virtio_blk"]
+    assert said("loop") == ["[][] -c loop", "failed"]
+
+
 def test_a_builder_that_fails_leaves_the_image_that_was_there(
     wanted: ImageRequest, program: Callable[[str], Path]
 ) -> None:
@@ -109,3 +152,72 @@ def test_what_is_missing_is_said_before_anything_is_made(
     monkeypatch.setattr("initramfs.tools.SYSTEM_DIRECTORIES", str(tmp_path))
     with pytest.raises(ToolError, match="mkinitramfs was not found: install initramfs-tools"):
         builders.build(wanted)
+
+
+SHELLS = [words for words in (["dash"], ["busybox", "sh"], ["sh"]) if shutil.which(words[0])]
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_mkinitramfs_is_told_what_the_machine_says_and_not_what_an_editor_left(
+    shell: list[str], tmp_path: Path
+) -> None:
+    text = (PACKAGING / "initramfs-tools/initramfs.conf").read_text()
+    assert "/etc/initramfs-tools" in text
+
+    def settings() -> str:
+        script = text.replace("/etc/initramfs-tools", str(tmp_path)) + 'echo "$COMPRESS $MODULES $UMASK $RESUME"'
+        return subprocess.run([*shell, "-euc", script], capture_output=True, text=True, check=True).stdout.strip()
+
+    (tmp_path / "initramfs.conf").write_text("COMPRESS=gzip\nMODULES=most\n")
+    assert settings() == "gzip dep 0077 none"
+    (tmp_path / "conf.d").mkdir()
+    for name in ("compress", "compress~", "compress.dpkg-old", "compress.bak~", "#compress#", "not this", ".swp"):
+        (tmp_path / "conf.d" / name).write_text(f"COMPRESS='{'zstd' if name == 'compress' else name}'\n")
+    assert settings() == "zstd dep 0077 none"
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+@pytest.mark.parametrize("parts", ["made already", "by the hook"])
+def test_the_hook_of_mkinitramfs_puts_parts_and_modules_in(shell: list[str], parts: str, tmp_path: Path) -> None:
+    root = tmp_path / "a root"
+    rules = root / "lib/udev/rules.d"
+    rules.mkdir(parents=True)
+    for name in ("60-block.rules", "64-md-raid-assembly.rules", "69-lvm.rules", "69-lvm-metad.rules"):
+        (rules / name).touch()
+    made = tmp_path / "some parts/vmcapture"
+    made.mkdir(parents=True)
+    (made / "modules").write_text("virtio_blk queue_depth=64\nsd_mod\n")
+    (tmp_path / "functions").write_text(
+        'manual_add_modules() { [ "$1" = refused ] || : > "$DESTDIR/lib/$(echo "$1" | tr _ -).ko.xz"; }\n'
+    )
+    program_of(tmp_path / "vmcapture", f'echo "$@" > "{tmp_path}/calls"; cp -a "{made}" "$6"')
+    text = (PACKAGING / "initramfs-tools/hooks/vmcapture").read_text()
+    (tmp_path / "hook").write_text(text.replace("/usr/share/initramfs-tools/hook-functions", f"{tmp_path}/functions"))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "DESTDIR": str(root), "version": RELEASE}
+    if parts == "made already":
+        environment[builders.PARTS] = str(made.parent)
+
+    def hook() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*shell, tmp_path / "hook"], env=environment, capture_output=True, text=True, check=False
+        )  # fmt: skip
+
+    done = hook()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(path.name for path in (root / "lib").glob("*.ko*")) == ["sd-mod.ko.xz", "virtio-blk.ko.xz"]
+    assert [path.name for path in rules.iterdir()] == ["60-block.rules"], "arrays and volumes are for the job"
+    if parts == "by the hook":
+        assert (tmp_path / "calls").read_text() == f"initramfs --quiet --kernel {RELEASE} --into {root}\n"
+    shutil.rmtree(root / "vmcapture")
+    (made / "modules").write_text("refused\n")
+    done = hook()
+    assert done.returncode == 1
+    assert done.stderr == "vmcapture: mkinitramfs has not put the kernel module refused into the image\n"
+
+
+def test_our_drivers_are_loaded_before_udev_by_the_order_of_names() -> None:
+    """mkinitramfs sorts boot scripts without prerequisites by their names; Debian's own of this time are these."""
+    (ours,) = (PACKAGING / "initramfs-tools/scripts/init-top").iterdir()
+    assert min("all_generic_ide", "blacklist", "keymap", "udev", ours.name) == ours.name
+    said = subprocess.run([ours, "prereqs"], capture_output=True, text=True, check=True).stdout
+    assert said == ""

@@ -143,3 +143,24 @@ def test_modules_are_loaded_in_their_order_with_their_options(hand_over: tuple[P
     )
     assert done.stdout == "vmcapture: kernel module refused: Invalid argument; going on without it\n"
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("console", ["there", "missing"])
+def test_the_job_runs_whether_or_not_there_is_a_console(
+    hand_over: tuple[Path, Path], tmp_path: Path, console: str
+) -> None:
+    script, _ = hand_over
+    text = script.read_text()
+    for word, here in (("/dev/console", f"{tmp_path}/console"), ("/run/systemd/system", f"{tmp_path}/systemd"),
+                       ("udevadm", "true")):  # fmt: skip
+        assert word in text
+        text = text.replace(word, here)
+    script.write_text(text)
+    script.with_name("functions").write_text('mount_root() { true; }\nrun_job() { echo "the job"; }\n')
+    (tmp_path / "vmcore").touch()
+    if console == "there":
+        (tmp_path / "console").touch()
+    done = called(script, "save")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == ("" if console == "there" else "the job\n")
+    assert console == "missing" or (tmp_path / "console").read_text() == "the job\n"

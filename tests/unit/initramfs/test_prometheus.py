@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,13 @@ def test_the_exporter_may_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [path.name for path in file.parent.iterdir()] == ["vmcapture.prom"]
     prometheus.write(Path("-"), "x 1\n")
     assert capsys.readouterr().out == "x 1\n"
+
+
+def test_a_link_that_the_exporters_user_has_laid_leads_nowhere(tmp_path: Path) -> None:
+    file, precious = tmp_path / "vmcapture.prom", tmp_path / "shadow"
+    precious.write_text("root:x\n")
+    for link in (file, tmp_path / f".vmcapture.prom.{os.getpid()}.new"):
+        link.symlink_to(precious)
+    prometheus.write(file, "vmcapture_armed 1\n")
+    assert precious.read_text() == "root:x\n"
+    assert (file.read_text(), file.is_symlink(), file.stat().st_mode & 0o777) == ("vmcapture_armed 1\n", False, 0o644)

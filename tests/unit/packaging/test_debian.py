@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from capture import __version__
+from tests.unit.initramfs.conftest import program_of
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 DEBIAN = REPOSITORY / "debian"
@@ -40,6 +44,72 @@ def test_the_licence_is_that_of_the_sources() -> None:
 
 
 def test_maintainer_scripts_are_good_shell() -> None:
-    for script in (*DEBIAN.glob("vmcapture.post*"), *(REPOSITORY / "packaging/kernel").rglob("post*/*")):
+    for script in (*DEBIAN.glob("vmcapture.p*"), *(REPOSITORY / "packaging/kernel").rglob("post*/*")):
         subprocess.run(["sh", "-n", script], check=True)
         assert script.read_text().startswith("#!/bin/sh\n")
+
+
+def maintainer_script(folder: Path, name: str, *arguments: str, active: bool = True) -> list[str]:
+    """Run a maintainer script of ours on a machine that lies in a folder; what it called."""
+    programs = folder / "bin"
+    programs.mkdir(exist_ok=True)
+    for program in ("systemctl", "deb-systemd-invoke", "vmcapture"):
+        program_of(programs / program, f'echo "{program} $*" >> {folder}/calls; {"true" if active else "false"}')
+    text = (DEBIAN / f"vmcapture.{name}").read_text()
+    text = re.sub(r"(?<![\w.])/(run|var|sys|etc)/", rf"{folder}/\1/", text)
+    (folder / "calls").write_text("")
+    done = subprocess.run(
+        ["sh", "-s", *arguments], input=text, env={"PATH": f"{programs}:/usr/bin:/bin"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    return (folder / "calls").read_text().splitlines()
+
+
+def test_an_upgrade_stops_nothing_and_has_the_new_image_loaded(tmp_path: Path) -> None:
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    asked, reload = "systemctl --quiet is-active vmcapture.service", "deb-systemd-invoke reload vmcapture.service"
+    assert maintainer_script(tmp_path, "postinst", "configure", "0.0.9") == [asked, reload]
+    assert maintainer_script(tmp_path, "postinst", "configure", "0.0.9", active=False) == [asked]
+    assert maintainer_script(tmp_path, "postinst", "configure", "") == []
+    (tmp_path / "run/systemd/system").rmdir()
+    assert maintainer_script(tmp_path, "postinst", "configure", "0.0.9") == []
+
+
+def test_debhelper_has_nobody_restart_what_arms(tmp_path: Path) -> None:
+    """It would be stopped, which disarms, and started, which may have to build an image."""
+    debhelper = shutil.which("dh_installsystemd")
+    if debhelper is None:
+        pytest.skip("debhelper is not installed: apt-get install debhelper")
+    units = tmp_path / "debian/vmcapture/lib/systemd/system"
+    units.mkdir(parents=True)
+    for name in ("control", "changelog"):
+        shutil.copy(DEBIAN / name, tmp_path / "debian")
+    shutil.copy(REPOSITORY / "packaging/systemd/vmcapture.service", units)
+    (command,) = re.findall(r"(dh_installsystemd .*vmcapture\.service)\)", (DEBIAN / "rules").read_text())
+    subprocess.run(command.split(), cwd=tmp_path, check=True)
+    made = tmp_path / "debian/.debhelper/generated/vmcapture"
+    at_configure = (made / "postinst.service").read_text()
+    assert "deb-systemd-invoke start 'vmcapture.service'" in at_configure
+    assert "restart" not in at_configure
+    before_removal = (made / "prerm.service").read_text()
+    assert re.search(r'"\$1" = remove \].*\n\s*deb-systemd-invoke stop \'vmcapture.service\'', before_removal)
+
+
+def test_what_is_removed_leaves_nothing_loaded_and_says_nothing_of_the_machine_any_more(tmp_path: Path) -> None:
+    loaded, said = tmp_path / "run/vmcapture/loaded.json", tmp_path / "var/lib/prometheus/node-exporter/vmcapture.prom"
+    dump, state = tmp_path / "var/crash/x/vmcore", tmp_path / "var/lib/vmcapture/reported.json"
+    for file in (loaded, said, dump, state):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    assert maintainer_script(tmp_path, "prerm", "upgrade", "0.2") == []
+    assert maintainer_script(tmp_path, "prerm", "remove") == ["vmcapture unload"]
+    assert maintainer_script(tmp_path, "prerm", "remove", active=False) == ["vmcapture unload"]
+    loaded.unlink()
+    assert maintainer_script(tmp_path, "prerm", "remove") == []
+    maintainer_script(tmp_path, "postrm", "upgrade", "0.2")
+    assert said.exists()
+    maintainer_script(tmp_path, "postrm", "remove")
+    assert (said.exists(), state.exists()) == (False, True)
+    maintainer_script(tmp_path, "postrm", "purge")
+    assert (dump.exists(), state.parent.exists()) == (True, False)
