@@ -39,18 +39,22 @@ class Wanted:
 def arm(wanted: Wanted, run: Run, console: Console) -> int:
     """Build the image if something that it is made from has changed, and load it if it is not loaded as it is.
 
-    Where an image cannot be built now (its disk is not attached) and one is there, that is loaded: an older one saves
-    most crashes, none saves no crash. Whatever else is wrong (the configuration, since somebody edited it), a machine
-    that is not armed is armed as it was the last time. DOUBTFUL is returned then.
+    A machine that is not armed is armed first as it was the last time: it may crash while the image is built. It stays so
+    where the new cannot be had, whatever is wrong (the configuration, since somebody edited it). Where only the image
+    cannot be built now (its disk is not attached) and one is there, that is loaded: an older one saves most crashes,
+    none saves no crash. DOUBTFUL is returned then.
 
     Raises:
         CaptureError: the machine cannot be armed; or it is already, and not as it is wanted.
     """
     with _alone():
+        as_before = wanted.load and not _is_armed() and _as_before(wanted.image)
         try:
             status = _arm(wanted, run, console)
         except CaptureError as error:
-            if not wanted.load or _is_armed() or not _as_before(wanted.image):
+            if wanted.load and not _is_armed():  # a load that fails may have freed what was loaded before
+                as_before = _as_before(wanted.image)
+            if not as_before:
                 raise
             console.say(f"{error}; meanwhile the machine is armed as it was the last time")
             return DOUBTFUL

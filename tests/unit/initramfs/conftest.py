@@ -180,7 +180,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program = tmp_path / "kexec"
     program.write_text(
         f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n'
-        '[ "$2" = -s ] && { echo first; echo "kexec_file_load failed: EPERM"; exit 1; } >&2\nexit 0\n'
+        '[ "$2" = -s ] && { echo first; echo "kexec_file_load failed: EPERM"; exit 1; } >&2\n'
+        f"echo 1 > {tmp_path}/crash_loaded\n"
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

@@ -91,7 +91,6 @@ def test_a_machine_that_is_not_armed_is_armed_as_before_whatever_is_wrong_now(
     def load(words: Sequence[str]) -> int:
         if words[0] == "load":
             kexec.load(CrashKernel(wanted.kernel, wanted.image, line, "auto"))
-            (machine / "crash_loaded").write_text("1\n")
         return 0
 
     said = "vmcapture.conf:3: no such directive"
@@ -113,6 +112,43 @@ def test_a_machine_that_is_not_armed_is_armed_as_before_whatever_is_wrong_now(
     wanted.image.unlink()
     with pytest.raises(UsageError):
         arm.arm(wanted, wrong, console)
+
+
+def test_a_machine_that_is_not_armed_is_armed_as_before_while_the_image_is_built(
+    machine: Path, console: Console, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(arm, "LOCK", tmp_path / "run/arm.lock")
+    wanted = Wanted("6.1", machine / "kernel", machine / "image")
+    calls, loaded = machine / "calls", machine / "crash_loaded"
+    refused = False
+
+    def run(words: Sequence[str]) -> int:
+        said.append(f"{words[0]} {'armed' if kexec.armed() else 'not armed'}")
+        if words[0] == "load":
+            if refused:
+                loaded.write_text("0\n")  # as kexec_file_load does
+                raise KexecError("kexec -p -s: refused")
+            if not kexec.is_loaded(request := CrashKernel(wanted.kernel, wanted.image, "x")):
+                kexec.load(request)
+        return 0
+
+    said: list[str] = []
+    assert arm.arm(wanted, run, console) == 0
+    assert said == ["initramfs not armed", "load not armed"]  # never armed before
+    loaded.write_text("0\n")  # a restart
+    kexec.RECORD.unlink()
+    calls.write_text("")
+    said.clear()
+    assert arm.arm(wanted, run, console) == 0
+    assert said == ["initramfs armed", "load armed"]
+    assert len(calls.read_text().splitlines()) == 1, "nothing has changed: it is not loaded a second time"
+
+    loaded.write_text("0\n")
+    calls.write_text("")
+    refused = True
+    assert arm.arm(wanted, run, console) == arm.DOUBTFUL
+    assert len(calls.read_text().splitlines()) == 2
+    assert kexec.armed()
 
 
 def test_how_the_machine_was_armed_is_written_down_when_it_is_something_new(

@@ -243,6 +243,7 @@ def test_a_small_reservation_is_doubted(machine: Path, mebibytes: int, said: str
 
 def test_what_load_recorded_counts_while_it_is_armed(machine: Path) -> None:
     kexec.load(crash_kernel(machine))
+    (machine / "crash_loaded").write_text("0\n")
     assert (kexec.armed(), kexec.loaded()) == (False, None)
 
     (machine / "crash_loaded").write_text("1\n")
