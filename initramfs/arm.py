@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -46,7 +44,7 @@ def arm(wanted: Wanted, run: Run, console: Console) -> int:
     Raises:
         CaptureError: the machine cannot be armed; or it is already, and not as it is wanted.
     """
-    with _alone():
+    with _alone(console):
         try:
             status = _arm(wanted, run, console)
         except CaptureError as error:
@@ -108,15 +106,11 @@ def _as_before(image: Path) -> bool:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _alone(console: Console) -> Iterator[None]:
     """Wait until nobody else arms the machine: a kernel's installation, plugged memory and the boot may coincide."""
-    try:
-        LOCK.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except PermissionError:
-        raise KexecError("only root may arm a machine: use sudo") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(state.alone(LOCK, lambda: console.say("somebody else is arming this machine: waiting")))
+        except PermissionError:
+            raise KexecError("only root may arm a machine: use sudo") from None
         yield
-    finally:
-        os.close(descriptor)
