@@ -5,8 +5,10 @@ Which ones were is remembered in a file. Who could not be told is told by the ne
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +22,7 @@ from capture.verify import verify
 from initramfs import crash_test, crashes, journal, notify, state
 from initramfs.crash_view import state as state_text
 from initramfs.crashes import WHOLE, SavedCrash
+from initramfs.errors import StateError
 from initramfs.notify import News, Receiver
 from initramfs.places import Place
 from initramfs.units import size_text
@@ -94,13 +97,26 @@ def report(
     Raises:
         StateError: it cannot be remembered.
     """
-    found = crashes.find(places)[::-1]  # the oldest first
-    run = _Run(receivers, console, quiet=quiet)
-    for crash in found:
-        run.tell(crash)
-    run.forget_what_is_gone({crash.shown for crash in found}, {place.shown for place in places})
-    run.tell_test(found)
-    return run.done
+    with _alone(console):
+        found = crashes.find(places)[::-1]  # the oldest first
+        run = _Run(receivers, console, quiet=quiet)
+        for crash in found:
+            run.tell(crash)
+        run.forget_what_is_gone({crash.shown for crash in found}, {place.shown for place in places})
+        run.tell_test(found)
+        return run.done
+
+
+@contextmanager
+def _alone(console: Console) -> Iterator[None]:
+    """Wait for another report: the boot's may read a dump back while somebody asks for one."""
+    lock = record().with_name("report.lock")
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(state.alone(lock, lambda: console.say("another report is being made: waiting for it")))
+        except OSError as error:
+            raise StateError(f"{lock}: {error.strerror}") from None
+        yield
 
 
 class _Run:

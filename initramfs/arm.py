@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -39,15 +37,15 @@ class Wanted:
 def arm(wanted: Wanted, run: Run, console: Console) -> int:
     """Build the image if something that it is made from has changed, and load it if it is not loaded as it is.
 
-    A machine that is not armed is armed first as it was the last time: it may crash while the image is built. It stays so
-    where the new cannot be had, whatever is wrong (the configuration, since somebody edited it). Where only the image
-    cannot be built now (its disk is not attached) and one is there, that is loaded: an older one saves most crashes,
-    none saves no crash. DOUBTFUL is returned then.
+    A machine that is not armed is armed first as it was the last time: it may crash while the image is built. It stays
+    so where the new cannot be had, whatever is wrong (the configuration, since somebody edited it). Where only the
+    image cannot be built now (its disk is not attached) and one is there, that is loaded: an older one saves most
+    crashes, none saves no crash. DOUBTFUL is returned then.
 
     Raises:
         CaptureError: the machine cannot be armed; or it is already, and not as it is wanted.
     """
-    with _alone():
+    with _alone(console):
         as_before = wanted.load and not _is_armed() and _as_before(wanted.image)
         try:
             status = _arm(wanted, run, console)
@@ -112,15 +110,11 @@ def _as_before(image: Path) -> bool:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _alone(console: Console) -> Iterator[None]:
     """Wait until nobody else arms the machine: a kernel's installation, plugged memory and the boot may coincide."""
-    try:
-        LOCK.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except PermissionError:
-        raise KexecError("only root may arm a machine: use sudo") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(state.alone(LOCK, lambda: console.say("somebody else is arming this machine: waiting")))
+        except PermissionError:
+            raise KexecError("only root may arm a machine: use sudo") from None
         yield
-    finally:
-        os.close(descriptor)

@@ -58,8 +58,17 @@ class Estimate:
 
         What it is unpacked into may take half of the memory that the kernel and the packed image leave.
         """
-        parts = self.kernel + max(self.drivers + self.image + self.job + self.target + self.spare, 3 * self.image)
+        parts = self.kernel + self._running + self.unpacking
         return parts + parts // PAGE_STRUCTURES
+
+    @property
+    def unpacking(self) -> int:
+        """What of that is needed to unpack the image only."""
+        return max(0, 3 * self.image - self._running)
+
+    @property
+    def _running(self) -> int:
+        return self.drivers + self.image + self.job + self.target + self.spare
 
     @property
     def reservation(self) -> int:
@@ -80,6 +89,7 @@ class Estimate:
             ("job", self.job, f"interpreter and {self.cpus} compressing thread{'s' * (self.cpus > 1)}"),
             *([("target", self.target, "its programs and its file system")] if self.target else []),
             ("spare", self.spare, "data on its way to the disk"),
+            *([("unpack", self.unpacking, "it may take half of the memory then")] if self.unpacking else []),
         )
         return [self.parameter, *(f"  {name:8}{size / MIB:6.1f} MiB  {why}" for name, size, why in parts)]
 

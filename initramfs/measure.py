@@ -23,7 +23,7 @@ from capture.boot.config import BootConfig
 from capture.dumpfile.output import MANIFEST
 from capture.errors import CaptureError
 from initramfs import cpio, kexec, modules, qemu, runtime, tools
-from initramfs.errors import MeasureError, NotSavedError
+from initramfs.errors import ImageError, MeasureError, NotSavedError
 from initramfs.estimate import MIB, STEP
 from initramfs.image import CONSOLE, LOAD_ORDER, MODULES, NULL, load_order, ordered_names, static_busybox
 from initramfs.modules import KernelModule, ModuleTree
@@ -55,6 +55,11 @@ PATIENCE = 3
 SHORTEST = 5.0
 """Seconds: with KVM a run takes little more, and a moment in which the host is busy says nothing then."""
 
+OTHER_BUILDER = (
+    "guests are crashed with images of vmcapture's own builder alone, and this one is not (but of dracut or "
+    "initramfs-tools?): crash this machine with it, vmcapture test --crash, or measure ours, vmcapture estimate "
+    "--builder vmcapture"
+)
 UP = "vmcapture-measure: up"
 FAILED = "vmcapture-measure: failed: "
 CRASHED = "Kernel panic - not syncing: sysrq triggered crash"
@@ -232,6 +237,7 @@ class Laboratory:
     """What the guests of one measurement share."""
 
     def __init__(self, request: Request, scratch: Path, say: Callable[[str], object]) -> None:
+        _refuse_other_builders(request.image)  # no program that is missing would help
         self._qemu = qemu.find()
         self._mke2fs = tools.require("mke2fs", "e2fsprogs")
         self._debugfs = tools.require("debugfs", "e2fsprogs")
@@ -419,6 +425,20 @@ def last_words(console: str) -> str:
             if line.startswith(sign):
                 return line.removeprefix(sign)
     return tools.last_line(console)
+
+
+def _refuse_other_builders(image: Path) -> None:
+    """Refuse an image that has its drivers elsewhere: it would not find the guest's disk.
+
+    Raises:
+        MeasureError: it is such an image.
+    """
+    if not image.is_file():
+        return
+    try:
+        load_order(image)
+    except ImageError:
+        raise MeasureError(OTHER_BUILDER) from None
 
 
 def _add_modules(tree: Tree, added: Sequence[KernelModule], order: str) -> None:

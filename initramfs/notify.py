@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import urllib.error
@@ -25,6 +26,8 @@ from initramfs.errors import NotifyError, ToolError
 
 DIRECTORY = Path("/etc/vmcapture/notify.d")
 SENDMAIL = Path("/usr/sbin/sendmail")
+_LEFT = re.compile(r"^[.#]|~$|\.(bak|orig|rej|swp|dpkg-\w+|rpmsave|rpmnew|rpmorig)$")
+"""What editors and packages leave beside a program, with its mode."""
 TIMEOUT = 30
 """Seconds that one of them may take."""
 COMMAND, MAIL, WEBHOOK = "command", "mail", "webhook"
@@ -54,7 +57,7 @@ class News:
 def receivers(configured: Sequence[tuple[str, str]], directory: Path = DIRECTORY) -> list[Receiver]:
     """Return all who are to be told: the programs in the directory in their names' order, then the configured ones."""
     found = sorted(directory.iterdir()) if directory.is_dir() else []
-    programs = [path for path in found if path.is_file() and os.access(path, os.X_OK) and not path.name.startswith(".")]
+    programs = [path for path in found if path.is_file() and os.access(path, os.X_OK) and not _LEFT.search(path.name)]
     return [*(Receiver(COMMAND, str(path)) for path in programs), *(Receiver(kind, to) for kind, to in configured)]
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,26 @@ from capture.dumpfile.output import fsync_directory
 from initramfs.errors import StateError
 
 DIRECTORY = Path("/var/lib/vmcapture")
+
+
+@contextmanager
+def alone(lock: Path, waiting: Callable[[], object]) -> Iterator[None]:
+    """Wait until no other process is in here with this file; ``waiting`` is called where there is one.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str, mode: int = 0o600) -> None:

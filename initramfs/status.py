@@ -39,6 +39,8 @@ SECURE_BOOT = Path("/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d
 SYSCTL = Path("/proc/sys/kernel")
 DOUBTFUL = IncompleteError.exit_status
 ARM = "vmcapture arm"
+MAKE_IT = f"let {ARM} make it (by dracut or initramfs-tools: image_builder in /etc/vmcapture.conf)"
+LOAD_IT = f"{ARM}; or vmcapture load --image IMG, for an image made by hand"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,7 @@ def _unarmed(reservation: int, *, armed: bool) -> Iterator[Check]:
         return
     if armed:
         yield Check("reservation", GOOD, _reserved(reservation))
-        yield Check("kernel", DOUBT, "what is loaded was not loaded by vmcapture", ARM)
+        yield Check("kernel", DOUBT, "what is loaded was not loaded by vmcapture, which cannot look into it", LOAD_IT)
         return
     yield Check("kernel", BAD, f"no capture kernel is loaded ({_reserved(reservation)})", f"run {ARM}")
     if _number(SYSCTL / "kexec_load_disabled"):
@@ -203,7 +205,8 @@ def _image(image: Path, made_from: Stamp | None, wanted: Wanted) -> Check:
     if not image.exists():
         return Check("image", DOUBT, f"{image} is loaded, and gone from the disk", ARM)
     if made_from is None:
-        return Check("image", DOUBT, f"{image}: nobody knows what it was made from", f"build it anew: {ARM}")
+        what = f"{image}: nobody knows what it was made from, nor when it is out of date (an image made by hand?)"
+        return Check("image", DOUBT, what, MAKE_IT)
     what = f"{image}, built {datetime.fromtimestamp(made_from.built, UTC):%Y-%m-%d %H:%M} UTC for {made_from.release}"
     try:
         why = stamp.stale(wanted.image(image))

@@ -176,6 +176,33 @@ def test_programs_get_directory_status_and_json(folder: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "stdin").read_text())["panic"] == PANIC.decode()
 
 
+@pytest.mark.parametrize(
+    "left", ["10-page~", "#10-page#", ".10-page.swp", "10-page.bak", "10-page.dpkg-old", "10-page.rpmsave"]
+)
+def test_what_an_editor_or_a_package_left_there_is_not_run(left: str, tmp_path: Path) -> None:
+    for name in (left, "10-page.sh"):
+        program_of(tmp_path / name, "exit 0")
+    assert notify.receivers([], tmp_path) == [Receiver(COMMAND, str(tmp_path / "10-page.sh"))]
+
+
+def test_two_reports_at_once_tell_once(folder: Path, tmp_path: Path) -> None:
+    save_crash(folder, NOW)
+    hook = program_of(tmp_path / "hook", f"echo told >> {tmp_path}/told; sleep 0.5")
+    consoles = [Console(quiet=True) for _ in range(2)]
+
+    def run(console: Console) -> None:
+        after_crash.report([Place(folder, str(folder))], [Receiver(COMMAND, str(hook))], console, quiet=True)
+
+    threads = [threading.Thread(target=run, args=(console,)) for console in consoles]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "told").read_text() == "told\n"
+    said = [line for console in consoles for line in console.lines]
+    assert said == ["another report is being made: waiting for it"]
+
+
 def test_a_mail_goes_through_the_local_mta(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notify, "SENDMAIL", program_of(tmp_path / "sendmail", f"echo $@; cat > {tmp_path}/mail"))
     directory = save_crash(folder, NOW)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from initramfs import builders, directives, stamp
+from initramfs import builders, directives, estimate, measure, stamp
 from initramfs.builders import DISTRIBUTIONS, DRACUT, INITRAMFS_TOOLS
+from initramfs.cli import main
 from initramfs.errors import ImageError, ToolError
 from initramfs.image import OWN, ImageRequest
 
@@ -94,6 +95,23 @@ def test_a_setting_that_is_new_makes_the_image_out_of_date(
     (settings / "conf.d").mkdir(parents=True, exist_ok=True)
     (settings / "conf.d/compress").write_text("COMPRESS=xz\n")
     assert stamp.stale(wanted) == f"{settings}{'/conf.d' if there else ''} changed since it was built"
+
+
+def test_estimate_computes_for_a_builders_image_and_says_why_in_one_line(
+    wanted: ImageRequest, program: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program('head -c 30000000 /dev/zero | gzip > "$4"')
+    (tmp_path / "conf").write_text("image_builder initramfs-tools\n")
+    (tmp_path / "vmlinuz").touch()
+    words = ["--config", str(tmp_path / "conf"), "--kernel-image", str(tmp_path / "vmlinuz")]
+    words += ["--modules-dir", str(wanted.modules_dir), "--module", "virtio_blk"]
+    assert main(["estimate", *words]) == 0
+    shown = capsys.readouterr()
+    first, *parts, last = shown.out.splitlines()
+    assert first == estimate.estimate(30000000).parameter
+    assert [part.split()[:2] for part in parts if "image" in part] == [["image", "28.6"]]
+    assert last == f"  computed, not measured: {measure.OTHER_BUILDER}"
+    assert shown.err == ""
 
 
 def test_dracut_makes_no_unified_kernel_image_whatever_the_machine_wants(tmp_path: Path) -> None:

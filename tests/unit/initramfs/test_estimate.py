@@ -57,8 +57,11 @@ def test_the_lines_name_every_part_and_sum_up() -> None:
     assert [part.split()[0] for part in parts] == ["kernel", "drivers", "image", "job", "spare"]
     assert "target" in estimate.estimate(21 * MIB, 2, MIB).lines()[5]
     assert estimate.estimate(100 * MIB).needed > 40 * MIB + 300 * MIB  # half of the memory, and the packed image
-    parts_sum = sum(float(part.split()[1]) for part in parts)
-    assert parts_sum * MIB <= found.needed <= parts_sum * MIB * 1.02
+    large = estimate.estimate(46 * MIB)
+    assert [part.split()[0] for part in large.lines()[1:]] == ["kernel", "drivers", "image", "job", "spare", "unpack"]
+    for whole in (found, large):
+        parts_sum = sum(float(part.split()[1]) for part in whole.lines()[1:])
+        assert (parts_sum - 0.3) * MIB <= whole.needed <= (parts_sum + 0.3) * MIB * 1.02
     assert found.values()["reservation"] == found.reservation
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import lzma
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -392,6 +394,25 @@ def test_a_capture_kernel_of_a_guest_asks_nobody() -> None:
     assert {"nr_cpus=2", "vmcapture.target=LABEL=vmcapture", "vmcapture.final=poweroff"} <= set(words)
     assert {"vmcapture.failure=poweroff", "disable_cpu_apicid=0"} <= set(words)
     assert [word for word in words if word.startswith("panic=")][-1] == "panic=-1"
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, zstandard.compress])
+@pytest.mark.parametrize("before", [b"", b"microcode"])
+def test_an_image_of_another_builder_is_a_line_that_says_what_to_do_instead(
+    pack: Callable[[bytes], bytes], before: bytes, host: Host
+) -> None:
+    """dracut's and mkinitramfs's: packed, microcode before it, our parts in a directory of their own."""
+    archives = []
+    for name, content in (("/kernel/x86/microcode/x.bin", before), ("/vmcapture/hand-over", b"#")):
+        tree, archive = Tree(), io.BytesIO()
+        tree.add(name, File(content))
+        cpio.write(tree, archive)
+        archives.append(archive.getvalue())
+    host.image.write_bytes((archives[0] if before else b"") + pack(archives[1]))
+    assert host.failure() == measure.OTHER_BUILDER
+    (host.bin / "qemu-system-x86_64").unlink()
+    assert host.failure() == measure.OTHER_BUILDER, "nobody is told to install QEMU for it"
+    assert "vmcapture test --crash" in measure.OTHER_BUILDER
 
 
 def test_the_release_is_that_of_the_modules(host: Host) -> None:

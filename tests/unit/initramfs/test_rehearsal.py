@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import zstandard
 
 from capture.errors import CaptureError
 from initramfs import measure, places, qemu, targets
@@ -25,6 +26,9 @@ LINE = (
     "console=ttyS0 nr_cpus=4 vmcapture.target=/dev/vdz vmcapture.path=/crash vmcapture.final=reboot "
     "vmcapture.failure=shell vmcapture.level=17,31 vmcapture.keep=3 vmcapture.wait=90"
 )
+
+
+REAL_LABORATORY = measure.Laboratory
 
 
 class Laboratory:
@@ -148,6 +152,15 @@ def test_a_guest_that_saved_nothing_is_bad_and_none_at_all_a_doubt(
     check = checks(request_)["guest"]
     assert check.state == state
     assert check.what.endswith(str(outcome))
+
+
+def test_an_image_of_a_distribution_is_a_doubt_that_says_what_to_do(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "Laboratory", REAL_LABORATORY)
+    (tmp_path / "image").write_bytes(zstandard.compress(b"070701"))
+    check = checks(request_)["guest"]
+    assert (check.state, check.what) == (DOUBT, f"no guest was crashed: {measure.OTHER_BUILDER}")
 
 
 def test_without_a_guest_there_is_none(request_: Request) -> None:

@@ -206,6 +206,20 @@ def test_what_may_cost_it_is_a_doubt(breaks: Callable[[Healthy], None], name: st
     assert found.lines()[0].startswith("armed, but doubtful: ")
 
 
+def test_an_image_made_by_hand_is_a_doubt_that_says_how_to_have_it_made(healthy: Healthy) -> None:
+    no_stamp(healthy)
+    assert healthy.check("image").line() == (
+        f"image        doubt  {healthy.folder}/image: nobody knows what it was made from, nor when it is out of date "
+        "(an image made by hand?): let vmcapture arm make it (by dracut or initramfs-tools: image_builder in "
+        "/etc/vmcapture.conf)"
+    )
+    foreign_kernel(healthy)  # loaded by plain kexec
+    assert healthy.check("kernel").line() == (
+        "kernel       doubt  what is loaded was not loaded by vmcapture, which cannot look into it: vmcapture arm; or "
+        "vmcapture load --image IMG, for an image made by hand"
+    )
+
+
 def test_a_full_disk_is_a_doubt_where_the_next_one_has_room(healthy: Healthy, monkeypatch: pytest.MonkeyPatch) -> None:
     kexec.load(replace(healthy.request, command_line=f"{LINE} vmcapture.target=UUID=2"))
     free = {"UUID=1": 0, "UUID=2": GIB}
