@@ -10,6 +10,7 @@ flattened, and the manifest says in the clear only what a person without the key
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -447,10 +448,11 @@ def _make_directory(vmcore: Vmcore, parent: Path) -> Path:
     """
     name = _directory_name(vmcore)
     try:
-        parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+        with _true_to_exists(parent):
+            parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
         for number in range(max(_numbers(parent, name), default=-1) + 1, _MAX_NUMBER + 1):
             directory = parent / _numbered(name, number)
-            with contextlib.suppress(FileExistsError):
+            with contextlib.suppress(FileExistsError), _true_to_exists(directory):
                 directory.mkdir(mode=DIRECTORY_MODE)
                 with contextlib.suppress(OSError):  # some file systems have modes of their own
                     directory.chmod(DIRECTORY_MODE)  # an umask can only take away, even what root needs
@@ -460,6 +462,23 @@ def _make_directory(vmcore: Vmcore, parent: Path) -> Path:
     except OSError as error:
         raise target_error(parent, "making a directory for this crash", error) from None
     raise TargetError(f"{parent}: this crash was saved {_MAX_NUMBER} times already; remove the last of them")
+
+
+@contextlib.contextmanager
+def _true_to_exists(path: Path) -> Iterator[None]:
+    """Around the making of directories up to ``path``: one that is said to exist does.
+
+    sshfs says so of every directory that its server does not make, for whatever reason: no room, a quota.
+
+    Raises:
+        PermissionError: it does not; that is what sshfs says of all else.
+    """
+    try:
+        yield
+    except FileExistsError as error:
+        if not os.path.lexists(error.filename or path):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM)) from None
+        raise
 
 
 def _manifest(vmcore: Vmcore, saved: SaveReport, taken: Footprint) -> dict[str, Any]:

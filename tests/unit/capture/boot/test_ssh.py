@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
+import signal
 import stat
 import subprocess
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,12 +20,13 @@ from capture.boot import ssh
 from capture.boot.ssh import Credentials, KeyRefusedError, Login
 from capture.console import Console
 from capture.dumpfile import writer
+from capture.dumpfile.output import OutputFile, target_error
 from capture.errors import TargetError, UsageError
-from tests.builders import PAGE
+from tests.builders import PAGE, crashed_core
 from tests.faults import tmpfs
 from tests.kernels import PAGES, busy_kernel
 from tests.openssh import OpenSSH
-from tests.outcome import Run, read_back, the_directory
+from tests.outcome import Run, manifest_of, read_back, the_directory
 from tests.unit.conftest import running_openssh
 
 
@@ -170,7 +176,63 @@ def test_a_dump_that_a_full_server_cut_short_has_only_pages_that_are_there(
         finally:
             subprocess.run(["umount", point], check=True)
         assert ran.status == 3
-        assert "Input/output error" in ran.err
+        assert "no room left on the server while" in ran.err
+        assert "make room there or choose another target" in ran.err
+        assert "Input/output error" not in ran.err
         good, _ = read_back(the_directory(small) / "vmcore.incomplete")
+        assert manifest_of(the_directory(small))["dump"]["whole"] is False, "what was given back is room for it"
     assert 0 < len(good) < PAGES
     assert [pfn for pfn, page in good.items() if page != memory[pfn * PAGE : (pfn + 1) * PAGE]] == []
+
+
+@pytest.mark.parametrize("path", ["", "a/b"], ids=["there", "not there"])
+def test_a_server_that_makes_no_directory_is_not_said_to_have_it(
+    path: str, tmp_path: Path, point: Path, vmcore_file: Callable[[bytes], str], run: Run
+) -> None:
+    """sshfs says of each that it exists; nobody is to look for a name 9999 times. Why not, only the room tells."""
+    source = vmcore_file(crashed_core())
+    with tmpfs(tmp_path / "small", "size=8m,nr_inodes=1") as small, running_openssh(tmp_path) as server:
+        mount(server, point)
+        place = point / small.relative_to("/") / path
+        try:
+            ran = run("save", "--no-progress", "--source", source, str(place))
+            assert (ran.status, ran.err.count("\n")) == (5, 1)
+            assert f"{place}: no room left on the server while making a directory for this crash; make room" in ran.err
+            subprocess.run(["mount", "-o", "remount,nr_inodes=9", small], check=True)
+            error = target_error(place, "making it", OSError(errno.EPERM, os.strerror(errno.EPERM)))
+            assert "making it failed: Operation not permitted; SFTP does not say why: see the server" in str(error)
+        finally:
+            subprocess.run(["umount", point], check=True)
+    error = target_error(tmp_path / "crash", "making it", OSError(errno.EPERM, os.strerror(errno.EPERM)))
+    assert "SFTP" not in str(error), "that is for servers"
+
+
+def test_a_server_that_goes_while_a_file_is_written_is_an_error_of_the_target(openssh: OpenSSH, point: Path,
+                                                                              tmp_path: Path) -> None:  # fmt: skip
+    """Nothing can be asked of such a file any more, not even its size."""
+    mount(openssh, point)
+    try:
+        with closing(OutputFile(point / (tmp_path / "dump").relative_to("/"))) as file:
+            file.write([b"x" * 100_000], 0)
+            end_sshfs(point)
+            with pytest.raises(TargetError, match=r"writing at 100000 failed: Transport endpoint is not connected"):
+                file.write([b"x"], 100_000)
+            assert file.size == 100_000
+    finally:
+        subprocess.run(["umount", point], check=True)
+
+
+def end_sshfs(point: Path) -> None:
+    """Kill the sshfs behind a mount point, as who looks for memory does."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if words[0] == b"sshfs" and bytes(point) in words:
+                os.kill(int(process.name), signal.SIGKILL)
+    for _ in range(100):
+        try:
+            point.stat()
+        except OSError:
+            return
+        time.sleep(0.05)
+    pytest.fail("it is still there")
