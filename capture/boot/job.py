@@ -119,7 +119,7 @@ def save(
     unfinished = _unfinished_directory(vmcore, parent, options, console)
     if unfinished is not None:
         return _Job(vmcore, unfinished, options._replace(resume=True), console).run()
-    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    missing = [folder for folder in (parent, *parent.parents) if not os.path.lexists(folder)]
     work = _Job(vmcore, _make_directory(vmcore, parent), options._replace(resume=False), console)
     work.sync_names([parent, *(folder.parent for folder in missing)])
     return work.run()
@@ -204,6 +204,9 @@ class _Job:
         except CaptureError as error:
             self._report.target_failed |= isinstance(error, TargetError)
             self._fail(name, str(error))
+        except OSError as error:  # of a look at what is there: the disk or the server is gone
+            self._report.target_failed = True
+            self._fail(name, str(target_error(error.filename or self._report.directory, "looking at it", error)))
         except Exception as error:  # (a bug in one step must not cost the others)
             self._fail(name, f"internal error: {type(error).__name__}: {error}")
         self._report.seconds[name] = round(time.monotonic() - started, 3)
@@ -246,7 +249,7 @@ class _Job:
             result = self._report.dump = write_dump(self._vmcore, path, self._options, self._console.say, self._taken)
         except TargetError:
             unfinished = path.with_name(name + INCOMPLETE_SUFFIX)
-            if unfinished.exists():  # it could not be gone on with: it has what the save before this one saved
+            if os.path.lexists(unfinished):  # it could not be gone on with: it has what the save before this one saved
                 self._list(unfinished)
             raise
         self._report.files.append(SavedFile(result.path.name, result.size, result.digests))
@@ -375,7 +378,7 @@ def _unfinished_directory(vmcore: Vmcore, parent: Path, options: DumpOptions, co
         return None
     if options.recipients is not None:
         for directory in taken:
-            if (directory / f"{ENCRYPTED_DUMP}{INCOMPLETE_SUFFIX}").exists():
+            if os.path.lexists(directory / f"{ENCRYPTED_DUMP}{INCOMPLETE_SUFFIX}"):
                 console.say(
                     f"{directory}: was cut short, and is encrypted: this machine cannot go on with it; saving anew"
                 )
@@ -419,7 +422,7 @@ def _is_the_log(vmcore: Vmcore, path: Path) -> bool:
 def _log_name(directory: Path) -> str:
     """Return a name for the capture log that nothing in the directory has: each save that goes on there adds one."""
     names = ("capture-log.txt", *(f"capture-log-{number}.txt" for number in range(2, _MAX_NAME_TRIES)))
-    return next((name for name in names if not (directory / name).exists()), names[0])
+    return next((name for name in names if not os.path.lexists(directory / name)), names[0])
 
 
 def _directory_name(vmcore: Vmcore) -> str:

@@ -67,6 +67,7 @@ def target_error(path: Path | str, doing: str, error: OSError) -> TargetError:
             errno.EACCES: "; check its permissions",
             errno.ENOENT: "; create the directory first",
             errno.EEXIST: "; remove it, or use --force",
+            errno.ENOTCONN: "; the connection is lost: see to the server and the network",
         }.get(error.errno or 0, "")
     )
     return TargetError(f"{path}: {doing} failed: {error.strerror}{remedy}")
