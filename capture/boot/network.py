@@ -89,7 +89,8 @@ def _bring_up(link: Link, names: Mapping[str, str], deadline: float, console: Co
     """Make one interface as it was, and switch it on; return its name here."""
     if link.kind == CARD:
         name = _card(link, deadline, console)
-        if link.address and not (SYS / name / "master").exists():
+        # Many a driver refuses even the address that it has while the card is up, as it is for a second target.
+        if link.address and _read(SYS / name / "address") != link.address and not (SYS / name / "master").exists():
             _ip("link", "set", name, "address", link.address)
     elif link.kind == BOND:
         name = _bond(link, names, console)

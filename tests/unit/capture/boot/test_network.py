@@ -249,6 +249,21 @@ def test_a_bond_goes_on_without_a_card_that_does_not_come_up(
         network.connect(route._replace(links=(*cards, route.links[-1]._replace(address=""))), port, 0, console)
 
 
+def test_a_card_that_has_its_address_is_not_given_it_again(cable: Cable) -> None:
+    """eth_mac_addr says EBUSY of a card that is up, unless its driver can change that: for the second target it is."""
+    real, other = (cable.tools / "ip").readlink(), "52:54:00:00:00:07"
+    (cable.tools / "ip").unlink()
+    busy = '[ "$(cat /sys/class/net/eth0/operstate)" = down ] || { echo busy >&2; exit 1; }'
+    (cable.tools / "ip").write_text(f'#!/bin/sh\ncase "$*" in *address*) {busy};; esac\nexec {real} ip "$@"\n')
+    (cable.tools / "ip").chmod(0o755)
+    with cable.listening():
+        answers, _ = cable.connect(
+            STATIC._replace(links=(Link(CARD, "eth0", hardware=MAC, address=other),)), 5, times=2
+        )
+    assert answers == ["192.0.2.1", "192.0.2.1"]
+    assert other in cable.here("ip", "link", "show", "eth0")
+
+
 def test_a_kernel_without_packet_sockets_says_of_no_address_that_it_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
