@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 
 from capture.boot import job, mounting, network, routes, ssh
+from capture.boot.config import BootConfig
 from capture.boot.names import LOG
 from capture.boot.ssh import Credentials, KeyRefusedError, Login
+from capture.boot.supervisor import save_to_targets
 from capture.console import Console
 from capture.dumpfile import writer
 from capture.dumpfile.output import OutputFile, target_error
@@ -187,6 +189,25 @@ def test_a_dump_that_a_full_server_cut_short_has_only_pages_that_are_there(
     assert [pfn for pfn, page in good.items() if page != memory[pfn * PAGE : (pfn + 1) * PAGE]] == []
 
 
+def test_after_a_full_server_the_next_target_has_its_turn(
+    tmp_path: Path, loop_disk: tuple[str, str], vmcore_file: Callable[[bytes], str], console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    disk, _ = loop_disk
+    source = vmcore_file(crashed_core(pages=os.urandom(4 << 20)))
+    with tmpfs(tmp_path / "small", "size=2m") as small, running_openssh(tmp_path) as server:
+        target = named(server, tmp_path, monkeypatch)
+        boot = BootConfig(targets=(target, disk), path=str(small), wait=5)
+        found = save_to_targets(boot, console, dump_options(), source)
+        assert manifest_of(the_directory(small))["dump"]["whole"] is False
+    assert (found.target, found.what, found.status) == (disk, "saved", 0)
+    (line,) = [line for line in console.lines if "trying the next target" in line]
+    assert line.startswith(f"saved in part in {target}{small}/")
+    assert "no room left on the server while" in line
+    assert line.endswith(f"; make room there or choose another target; trying the next target, {disk}")
+    assert mounts(tmp_path) == []
+
+
 @pytest.mark.parametrize("path", ["", "a/b"], ids=["there", "not there"])
 def test_a_server_that_makes_no_directory_is_not_said_to_have_it(
     path: str, tmp_path: Path, point: Path, vmcore_file: Callable[[bytes], str], run: Run
@@ -255,11 +276,16 @@ def gone(program: bytes, point: Path) -> None:
 
 @pytest.fixture
 def target(openssh: OpenSSH, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A target that is this machine, with what an image has of it; its way is known."""
-    place, target = tmp_path / "place", f"ssh:root@pinned:{openssh.port}"
+    """A target that is this machine."""
+    return named(openssh, tmp_path, monkeypatch)
+
+
+def named(server: OpenSSH, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The target that is a server, with what an image has of it; the way to it is known."""
+    place, target = tmp_path / "place", f"ssh:root@pinned:{server.port}"
     (place / target).mkdir(parents=True)
-    (place / target / "key").write_bytes(openssh.key.read_bytes())
-    (place / target / "known_hosts").write_bytes(openssh.known_hosts("pinned"))
+    (place / target / "key").write_bytes(server.key.read_bytes())
+    (place / target / "known_hosts").write_bytes(server.known_hosts("pinned"))
     monkeypatch.setattr(ssh, "PLACE", place)
     monkeypatch.setattr(ssh, "SCRATCH", tmp_path / "run")
     monkeypatch.setattr(mounting, "MOUNT_POINT", tmp_path / "run/target")
