@@ -39,8 +39,8 @@ _FILE = re.compile(
     r"|\.order-[a-z0-9_]{8}|\.fuse_hidden[0-9a-f]{16}|\.nfs[0-9a-f]{24}",
     re.ASCII,
 )
-"""What a save makes. The last line: files without a name (capture.dumpfile.output.unnamed_file), which FUSE and NFS call
-so as long as they are open, and which stay on a server when the connection to it breaks.
+"""What a save makes. The last line: files without a name (capture.dumpfile.output.unnamed_file), which FUSE and NFS
+call so as long as they are open, and which stay on a server when the connection to it breaks.
 """
 _WRITTEN_BY = b'"written_by": "vmcapture '
 _MANIFEST_START = 512  # bytes; the second line of it says who wrote it
