@@ -98,8 +98,11 @@ def test_why_a_server_has_gone_is_said_and_not_that_there_is_nothing_to_unmount(
     def mount(point: Path) -> None:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", point], check=True)
 
-    with pytest.raises(ImageError, match="the connection is lost"), mounting.mounted_by(mount) as point:
+    def lose(point: Path) -> None:
         subprocess.run(["umount", point], check=True)
         raise ImageError("the connection is lost")
+
+    with pytest.raises(ImageError, match="the connection is lost"), mounting.mounted_by(mount) as point:
+        lose(point)
     with pytest.raises(ToolError, match="unmount it"), mounting.mounted_by(mount) as point:
         subprocess.run(["umount", point], check=True)  # what was written meanwhile is not there
