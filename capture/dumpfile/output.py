@@ -32,6 +32,8 @@ HASH_BLOCK = 64 << 20
 FILE_MODE = 0o600
 INCOMPLETE_SUFFIX = ".incomplete"
 """Behind the name of a file until everything is in it."""
+_LOST = "; the connection is lost: see to the server and the network"
+"""What sshfs answers when nobody is behind it any more: ENOTCONN, and ECONNABORTED while it ends."""
 _IOV_MAX = 1024
 _RESERVED_AT_ONCE = 16 << 20
 """Bytes: where a file system cannot reserve, libc writes to each block, and a server takes its time for that."""
@@ -67,7 +69,8 @@ def target_error(path: Path | str, doing: str, error: OSError) -> TargetError:
             errno.EACCES: "; check its permissions",
             errno.ENOENT: "; create the directory first",
             errno.EEXIST: "; remove it, or use --force",
-            errno.ENOTCONN: "; the connection is lost: see to the server and the network",
+            errno.ENOTCONN: _LOST,
+        errno.ECONNABORTED: _LOST,
         }.get(error.errno or 0, "")
     )
     return TargetError(f"{path}: {doing} failed: {error.strerror}{remedy}")
