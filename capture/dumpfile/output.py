@@ -70,7 +70,7 @@ def target_error(path: Path | str, doing: str, error: OSError) -> TargetError:
             errno.ENOENT: "; create the directory first",
             errno.EEXIST: "; remove it, or use --force",
             errno.ENOTCONN: _LOST,
-        errno.ECONNABORTED: _LOST,
+            errno.ECONNABORTED: _LOST,
         }.get(error.errno or 0, "")
     )
     return TargetError(f"{path}: {doing} failed: {error.strerror}{remedy}")
