@@ -365,7 +365,7 @@ def test_a_server_that_lets_in_and_says_nothing_is_given_up(
 ) -> None:
     """Its SFTP is a program that waits for ever, as one does that needs a home directory which hangs."""
     public = openssh.key.with_suffix(".pub").read_text()
-    (openssh.folder / "authorized_keys").write_text(f'command="sleep 600" {public}')
+    (openssh.folder / "authorized_keys").write_text(f'command="sleep 30" {public}')
     monkeypatch.setattr(ssh, "_LOGIN", -8.0)
     with pytest.raises(TargetError, match=r"from 127.0.0.1: no answer for 2 s while logging in; see to the server, "):
         mount(openssh, point)
