@@ -50,7 +50,14 @@ def mounted_by(mount: Callable[[Path], object]) -> Iterator[Path]:
             raise
         try:
             yield point
-        finally:
+        except BaseException:
+            try:
+                _unmount(point)
+            except ToolError:
+                if os.path.ismount(point):
+                    raise
+            raise  # of what has gone by itself, as sshfs does without its server: why that is tells more
+        else:
             _unmount(point)
     finally:
         with contextlib.suppress(OSError):  # of what is still mounted there

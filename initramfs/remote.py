@@ -17,6 +17,7 @@ from pathlib import Path
 from capture.boot import routes
 from capture.boot.mounting import inside
 from capture.boot.routes import Route
+from capture.dumpfile.output import TargetFullError, target_error
 from capture.errors import CaptureError
 from initramfs import mounting, network, tools
 from initramfs.devices import Needed
@@ -103,6 +104,8 @@ def probe(root: Path, path: str, target: str) -> None:
             errno.ENOSPC: "make room there",
             errno.EDQUOT: "make room there",
         }.get(error.errno or 0, "no dump could be written there")
+        if isinstance(target_error(place, "writing", error), TargetFullError):  # sshfs has other numbers for it
+            remedy = "make room there"
         raise ImageError(f"{target}: {there} on it cannot be written: {error.strerror}; {remedy}") from None
 
 

@@ -10,6 +10,7 @@ flattened, and the manifest says in the clear only what a person without the key
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -118,7 +119,7 @@ def save(
     unfinished = _unfinished_directory(vmcore, parent, options, console)
     if unfinished is not None:
         return _Job(vmcore, unfinished, options._replace(resume=True), console).run()
-    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    missing = [folder for folder in (parent, *parent.parents) if not os.path.lexists(folder)]
     work = _Job(vmcore, _make_directory(vmcore, parent), options._replace(resume=False), console)
     work.sync_names([parent, *(folder.parent for folder in missing)])
     return work.run()
@@ -203,6 +204,9 @@ class _Job:
         except CaptureError as error:
             self._report.target_failed |= isinstance(error, TargetError)
             self._fail(name, str(error))
+        except OSError as error:  # of a look at what is there: the disk or the server is gone
+            self._report.target_failed = True
+            self._fail(name, str(target_error(error.filename or self._report.directory, "looking at it", error)))
         except Exception as error:  # (a bug in one step must not cost the others)
             self._fail(name, f"internal error: {type(error).__name__}: {error}")
         self._report.seconds[name] = round(time.monotonic() - started, 3)
@@ -245,7 +249,7 @@ class _Job:
             result = self._report.dump = write_dump(self._vmcore, path, self._options, self._console.say, self._taken)
         except TargetError:
             unfinished = path.with_name(name + INCOMPLETE_SUFFIX)
-            if unfinished.exists():  # it could not be gone on with: it has what the save before this one saved
+            if os.path.lexists(unfinished):  # it could not be gone on with: it has what the save before this one saved
                 self._list(unfinished)
             raise
         self._report.files.append(SavedFile(result.path.name, result.size, result.digests))
@@ -374,7 +378,7 @@ def _unfinished_directory(vmcore: Vmcore, parent: Path, options: DumpOptions, co
         return None
     if options.recipients is not None:
         for directory in taken:
-            if (directory / f"{ENCRYPTED_DUMP}{INCOMPLETE_SUFFIX}").exists():
+            if os.path.lexists(directory / f"{ENCRYPTED_DUMP}{INCOMPLETE_SUFFIX}"):
                 console.say(
                     f"{directory}: was cut short, and is encrypted: this machine cannot go on with it; saving anew"
                 )
@@ -418,7 +422,7 @@ def _is_the_log(vmcore: Vmcore, path: Path) -> bool:
 def _log_name(directory: Path) -> str:
     """Return a name for the capture log that nothing in the directory has: each save that goes on there adds one."""
     names = ("capture-log.txt", *(f"capture-log-{number}.txt" for number in range(2, _MAX_NAME_TRIES)))
-    return next((name for name in names if not (directory / name).exists()), names[0])
+    return next((name for name in names if not os.path.lexists(directory / name)), names[0])
 
 
 def _directory_name(vmcore: Vmcore) -> str:
@@ -447,10 +451,11 @@ def _make_directory(vmcore: Vmcore, parent: Path) -> Path:
     """
     name = _directory_name(vmcore)
     try:
-        parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+        with _true_to_exists(parent):
+            parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
         for number in range(max(_numbers(parent, name), default=-1) + 1, _MAX_NUMBER + 1):
             directory = parent / _numbered(name, number)
-            with contextlib.suppress(FileExistsError):
+            with contextlib.suppress(FileExistsError), _true_to_exists(directory):
                 directory.mkdir(mode=DIRECTORY_MODE)
                 with contextlib.suppress(OSError):  # some file systems have modes of their own
                     directory.chmod(DIRECTORY_MODE)  # an umask can only take away, even what root needs
@@ -460,6 +465,23 @@ def _make_directory(vmcore: Vmcore, parent: Path) -> Path:
     except OSError as error:
         raise target_error(parent, "making a directory for this crash", error) from None
     raise TargetError(f"{parent}: this crash was saved {_MAX_NUMBER} times already; remove the last of them")
+
+
+@contextlib.contextmanager
+def _true_to_exists(path: Path) -> Iterator[None]:
+    """Around the making of directories up to ``path``: one that is said to exist does.
+
+    sshfs says so of every directory that its server does not make, for whatever reason: no room, a quota.
+
+    Raises:
+        PermissionError: it does not; that is what sshfs says of all else.
+    """
+    try:
+        yield
+    except FileExistsError as error:
+        if not os.path.lexists(error.filename or path):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM)) from None
+        raise
 
 
 def _manifest(vmcore: Vmcore, saved: SaveReport, taken: Footprint) -> dict[str, Any]:

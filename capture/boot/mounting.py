@@ -46,9 +46,23 @@ def mounted_by(mount: Callable[[Path], object], name: str, console: Console) -> 
         yield point
     finally:
         try:
-            run(["umount", str(point)], f"{name} cannot be unmounted")
+            for _ in range(max(1, _mounts_on(point))):
+                run(["umount", str(point)], f"{name} cannot be unmounted")
         except TargetError as error:  # everything is on the disk: this must not hide what was saved, or why it was not
             console.say(f"{error}; what was saved is synced")
+
+
+def hold(point: Path) -> None:
+    """Mount what is mounted on ``point`` there once more, upon itself.
+
+    A program that serves a mount (FUSE) takes it away when it ends by itself, and the place would be a directory in our
+    memory: a save that has just begun would go there. So it takes away what lies above, and what is below says that
+    nobody is behind it.
+
+    Raises:
+        TargetError: it cannot be.
+    """
+    run(["mount", "-o", "bind", str(point), str(point)], f"{point} cannot be held")
 
 
 def inside(root: Path, path: str, target: str) -> Path:
@@ -76,14 +90,26 @@ def _mount_point() -> Path:
         point = MOUNT_POINT.with_name(f"{MOUNT_POINT.name}-{number}") if number > 1 else MOUNT_POINT
         if _given_up(point).exists():
             continue
-        point.mkdir(parents=True, exist_ok=True)
         try:
-            if os.path.ismount(point):
+            for _ in range(_mounts_on(point)):
                 run(["umount", str(point)], "in use")
         except TargetError:
             continue
+        point.mkdir(parents=True, exist_ok=True)
         return point
     raise TargetError(f"{MOUNT_POINT} to {point.name} are all in use: unmount them")
+
+
+def _mounts_on(point: Path) -> int:
+    """Return how many mounts lie on ``point``, one above the other, without touching them: who serves one may be gone.
+
+    See proc_pid_mountinfo(5).
+    """
+    name = str(Path(os.path.realpath(point.parent)) / point.name)
+    for character in "\\ \t\n":
+        name = name.replace(character, f"\\{ord(character):03o}")
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    return [line.split(" ")[4] for line in lines].count(name)
 
 
 def give_up_mount_points() -> None:

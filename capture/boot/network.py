@@ -55,7 +55,7 @@ def connect(route: Route, port: int, wait: float, console: Console) -> str:
             try:
                 until = min(deadline, time.monotonic() + _MEMBER_TIME) if link.name in members else deadline
                 names[link.name] = _bring_up(link, names, until, console)
-            except TargetError as error:
+            except (TargetError, OSError) as error:  # (it is not there, or its firmware is not)
                 if link.name not in members:
                     raise
                 console.say(f"{error}; going on without it")  # what a bond is for
@@ -89,7 +89,8 @@ def _bring_up(link: Link, names: Mapping[str, str], deadline: float, console: Co
     """Make one interface as it was, and switch it on; return its name here."""
     if link.kind == CARD:
         name = _card(link, deadline, console)
-        if link.address and not (SYS / name / "master").exists():
+        # Many a driver refuses even the address that it has while the card is up, as it is for a second target.
+        if link.address and _read(SYS / name / "address") != link.address and not (SYS / name / "master").exists():
             _ip("link", "set", name, "address", link.address)
     elif link.kind == BOND:
         name = _bond(link, names, console)
@@ -164,8 +165,13 @@ def _bond(link: Link, names: Mapping[str, str], console: Console) -> str:
         raise TargetError(f"{link.name}: none of its network cards is there: {', '.join(link.members)}; see dmesg")
     for member in members:
         if member not in there:
-            _ip("link", "set", member, "down")
-            (bond / "bonding/slaves").write_text(f"+{member}")
+            try:
+                _ip("link", "set", member, "down")
+                (bond / "bonding/slaves").write_text(f"+{member}")
+            except OSError as error:
+                console.say(f"{link.name} does not take {member}: {error}; going on without it")
+    if not _read(bond / "bonding/slaves"):
+        raise TargetError(f"{link.name}: it takes none of its network cards: {', '.join(members)}; see dmesg")
     for option, value in link.options:
         if option == PRIMARY:
             _set_option(link, option, names.get(value, value), console)
@@ -214,10 +220,10 @@ def _is_taken(route: Route, interface: str) -> bool:
     if address.version != 4:
         return False
     try:
-        asked = ["arping", "-D", "-q", "-c", "2", "-w", "2", "-I", interface, str(address)]
-        return ended(asked).returncode == 1
+        answer = ended(["arping", "-D", "-q", "-c", "2", "-w", "2", "-I", interface, str(address)])
     except OSError:  # no arping: nobody says that it is taken
         return False
+    return answer.returncode == 1 and not answer.stderr  # (1 is also that of a kernel without packet sockets)
 
 
 def _use_lease(route: Route, interface: str, console: Console) -> None:

@@ -7,6 +7,7 @@ and to ask for locks, which one save does not need. The mount is hard: a server 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import os
@@ -33,6 +34,7 @@ _OTHER_VERSION = (
     errno.EPROTONOSUPPORT, errno.EPFNOSUPPORT, errno.EINVAL, errno.ENOENT, errno.EIO, errno.EPERM, errno.EACCES,
 )  # fmt: skip
 """What may have been answered because of the version: a server may export to one and not to another."""
+_UNIQUE_ID = Path("/sys/module/nfs/parameters/nfs4_unique_id")
 
 
 @contextmanager
@@ -48,7 +50,9 @@ def mounted(target: str, wait: int, console: Console, device: str | None = None)
         raise TargetError(str(error)) from None
     from capture.boot import network, routes
 
-    address = network.connect(routes.route_to(export.server), PORT, wait, console)
+    route = routes.route_to(export.server)
+    address = network.connect(route, PORT, wait, console)
+    _identify(next((link.hardware for link in route.links if link.kind == routes.CARD), route.source))
 
     def mount_it(point: Path) -> None:
         console.say(f"{target}: NFS {mount(export, address, point)} from {address}")
@@ -74,6 +78,18 @@ def parse(target: str) -> Export:
     if found is None:
         raise UsageError(f"{target}: not of the form nfs:SERVER:/EXPORT (an IPv6 address in brackets)")
     return Export(found[1] or found[2], found[3])
+
+
+def _identify(hardware: str) -> None:
+    """Have the server tell this client from others, by the address of a card; not where the command line says how.
+
+    A client of NFS 4.1 and up is known by the host's name, and every capture kernel has the same, "(none)". Of two that
+    are known by one name the server takes each for the other after a restart, and ends what that had begun: machines
+    that crash together would cut each other short. See Documentation/admin-guide/nfs/nfs-client.rst.
+    """
+    with contextlib.suppress(OSError):  # no such kernel, or no NFS: mounting tells
+        if not _UNIQUE_ID.read_text(encoding="utf-8").strip():
+            _UNIQUE_ID.write_text(f"vmcapture-{hardware}", encoding="utf-8")
 
 
 def mount(export: Export, address: str, point: Path, waits: str = HARD) -> str:

@@ -35,9 +35,13 @@ _NAME = re.compile(
 """Host, day, time and number, as ``capture.boot.job`` puts them together. A host name has no colon there."""
 _FILE = re.compile(
     r"((vmcore-dmesg\.txt|registers\.(txt|json)|capture-log(-[0-9]{1,2})?\.txt)(\.age)?"
-    r"|vmcore|vmcore\.flat\.age|manifest\.json|manifest-full\.json\.age)(\.incomplete)?",
+    r"|vmcore|vmcore\.flat\.age|manifest\.json|manifest-full\.json\.age)(\.incomplete)?"
+    r"|\.order-[a-z0-9_]{8}|\.fuse_hidden[0-9a-f]{16}|\.nfs[0-9a-f]{24}",
     re.ASCII,
 )
+"""What a save makes. The last line: files without a name (capture.dumpfile.output.unnamed_file), which FUSE and NFS
+call so as long as they are open, and which stay on a server when the connection to it breaks.
+"""
 _WRITTEN_BY = b'"written_by": "vmcapture '
 _MANIFEST_START = 512  # bytes; the second line of it says who wrote it
 _BESIDE = (REGISTERS_TEXT, REGISTERS)

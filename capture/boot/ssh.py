@@ -10,16 +10,19 @@ A connection that breaks is not made anew: what was open on it is lost anyway. T
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from capture import pulse
 from capture.boot import mounting
+from capture.boot.programs import run
 from capture.console import Console, printable
 from capture.errors import TargetError, UsageError
 
@@ -32,6 +35,11 @@ _OPTIONS = ("follow_symlinks", "dir_cache=no", "nosuid", "nodev", "noatime")
 """Links on the server are followed there: here they would lead into our own file system."""
 _ALIVE_INTERVAL, _ALIVE_COUNT = 15, 4
 """A server that says nothing for a minute is gone: well within ``vmcapture.timeout=``."""
+_CONNECT = 30
+"""Seconds at least for a server that has answered at its port to agree on keys: a busy one takes more than one."""
+_LOGIN = 90.0
+"""Seconds for all until it is mounted. ssh itself waits for ever for a server that has begun to let us in: one whose
+home directories hang, say."""
 _CONFIG = """\
 Host *
   HostName {address}
@@ -92,7 +100,12 @@ def mounted(target: str, wait: int, console: Console, device: str | None = None)
     said: list[Path] = []
 
     def mount_it(point: Path) -> None:
-        said.append(mount(login, address, point, credentials(login), connect=wait))
+        patience = max(wait, _CONNECT)
+        said.append(mount(login, address, point, credentials(login), scratch=SCRATCH, connect=patience))
+        try:
+            mounting.hold(point)
+        except TargetError as error:
+            console.say(f"{error}; going on")
         console.say(f"{target}: SFTP from {address}")
 
     with mounting.mounted_by(mount_it, target, console) as point:
@@ -161,7 +174,7 @@ def mount(
     has: Credentials,
     *,
     scratch: Path = SCRATCH,
-    connect: int = 30,
+    connect: int = _CONNECT,
 ) -> Path:
     """Mount the root directory of the server at ``address`` on ``point``; return the file that ssh complains to.
 
@@ -178,19 +191,45 @@ def mount(
     try:
         scratch.mkdir(parents=True, exist_ok=True)
         _write_secret(key, has.key.read_bytes())
-        config.write_text(configuration(login, address, key, has.known_hosts, max(1, connect)))
+        config.write_text(configuration(login, address, key, has.known_hosts, connect))
         said.unlink(missing_ok=True)
         # No pipe: sshfs lives on, and would keep it open.
         with said.open("ab") as log, pulse.at_target():
-            answer = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)
+            status = _ended(command, log, point, connect + _LOGIN)
+    except subprocess.TimeoutExpired:
+        raise TargetError(
+            f"{text_of(login)} cannot be mounted from {address}: no answer for {connect + _LOGIN:.0f} s while logging "
+            f"in; see to the server, to what {login.user} needs there, and to its SFTP"
+        ) from None
     except OSError as error:
         what = error.filename or command[0]
         raise TargetError(f"{text_of(login)}: {what}: {error.strerror}; build the image with this target") from None
-    if answer.returncode:
+    if status:
         heard = complaints(said)
         kind = KeyRefusedError if "Permission denied" in heard else TargetError
         raise kind(f"{text_of(login)} cannot be mounted from {address}: {explained(heard)}")
     return said
+
+
+def _ended(command: list[str], log: IO[bytes], point: Path, patience: float) -> int:
+    """Run sshfs until it is mounted on ``point``; return its exit status.
+
+    With its ssh it is in a session of its own: a Ctrl-C is for the job, which has something to write before it ends.
+
+    Raises:
+        OSError: it cannot be run.
+        subprocess.TimeoutExpired: it takes more than ``patience`` seconds, and was killed.
+    """
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    try:
+        return process.wait(patience)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # of its group is its ssh, too
+        process.wait()
+        with contextlib.suppress(TargetError):  # it mounts first, and then connects
+            run(["umount", str(point)], "nobody is behind it")
+        raise
 
 
 def _write_secret(path: Path, content: bytes) -> None:

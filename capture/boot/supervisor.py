@@ -149,18 +149,23 @@ def _save(
 
     at_target = partial(_at_target, boot, target, device, console, source)
     found, ended = watch.run(partial(at_target, options, can_map=True))
+    log_saved = watch.pulse.log_saved
     if found is None and ended.signal is not None and not watch.interrupted:
         console.say(f"{ended.line}; once more, with one thread and reading instead of mapping")
         found, ended = watch.run(partial(at_target, options._replace(threads=1), can_map=False))
+        log_saved |= watch.pulse.log_saved  # what the first one has saved is there, whatever becomes of this one
     if ended.hung:  # also where it could be killed: its mount may come through later
         mounting.give_up_mount_points()
     if found is None:
-        what = "saved in part" if watch.pulse.log_saved else "not saved"
-        status = IncompleteError.exit_status if watch.pulse.log_saved else TargetError.exit_status
-        return Outcome(target, status, what, reasons=(f"{target}: {ended.line}",), log_saved=watch.pulse.log_saved)
-    if ended.line:
-        console.say(f"{target}: {ended.line}, after the save")
-    return Outcome(**{**found, "reasons": tuple(found["reasons"])})
+        outcome = Outcome(target, TargetError.exit_status, "not saved", reasons=(f"{target}: {ended.line}",))
+    else:
+        if ended.line:
+            console.say(f"{target}: {ended.line}, after the save")
+        outcome = Outcome(**{**found, "reasons": tuple(found["reasons"])})
+    if log_saved and not outcome.log_saved:
+        status = IncompleteError.exit_status
+        outcome = outcome._replace(what="saved in part", status=status, log_saved=True)
+    return outcome
 
 
 # --- the job's process ----------------------------------------------------------------------------------------------

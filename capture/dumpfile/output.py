@@ -32,7 +32,14 @@ HASH_BLOCK = 64 << 20
 FILE_MODE = 0o600
 INCOMPLETE_SUFFIX = ".incomplete"
 """Behind the name of a file until everything is in it."""
+_LOST = "; the connection is lost: see to the server and the network"
+"""What sshfs answers when nobody is behind it any more: ENOTCONN, and ECONNABORTED while it ends."""
 _IOV_MAX = 1024
+_RESERVED_AT_ONCE = 16 << 20
+"""Bytes: where a file system cannot reserve, libc writes to each block, and a server takes its time for that."""
+_SSHFS = "fuse.sshfs"
+_NO_ROOM = 1 << 20
+"""Bytes: a server with less is full. What it refused was a request of up to 32 KiB, several at a time."""
 _READ_BACK = 1 << 20
 _TABLE_BLOCK = 1 << 12
 """Rows of a table that are written together where they do not follow each other."""
@@ -49,13 +56,52 @@ def target_error(path: Path | str, doing: str, error: OSError) -> TargetError:
     """Return the TargetError that says what could not be done at ``path``, and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return TargetFullError(f"{path}: no room left while {doing}; make room or choose another target")
-    remedy = {
-        errno.EROFS: "; mount it read-write",
-        errno.EACCES: "; check its permissions",
-        errno.ENOENT: "; create the directory first",
-        errno.EEXIST: "; remove it, or use --force",
-    }.get(error.errno or 0, "")
+    room = _room_on_server(Path(path)) if error.errno in (errno.EIO, errno.EPERM) else None
+    if room is not None and room < _NO_ROOM:
+        return TargetFullError(
+            f"{path}: no room left on the server while {doing}; make room there or choose another target"
+        )
+    remedy = (
+        "; SFTP does not say why: see the server's log (a quota, or its disk)"
+        if room is not None
+        else {
+            errno.EROFS: "; mount it read-write",
+            errno.EACCES: "; check its permissions",
+            errno.ENOENT: "; create the directory first",
+            errno.EEXIST: "; remove it, or use --force",
+            errno.ENOTCONN: _LOST,
+            errno.ECONNABORTED: _LOST,
+        }.get(error.errno or 0, "")
+    )
     return TargetError(f"{path}: {doing} failed: {error.strerror}{remedy}")
+
+
+def _room_on_server(path: Path) -> int | None:
+    """Return the bytes that are left where sshfs has mounted a server, None elsewhere, or when it does not say.
+
+    SFTP (version 3) has no word for a full disk, but "failure". sshfs makes EIO of that for what is written, and EPERM
+    for all else; what a server has to say besides goes into its own log.
+    """
+    try:
+        with pulse.at_target():
+            place = next(there for there in (path, *path.parents) if there.exists())
+            device = place.stat().st_dev
+            if not _is_sshfs(device):
+                return None
+            volume = os.statvfs(place)
+    except (OSError, StopIteration):
+        return None
+    no_inodes = volume.f_files and not volume.f_favail
+    return 0 if no_inodes else volume.f_bavail * volume.f_frsize
+
+
+def _is_sshfs(device: int) -> bool:
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        mount, _, source = line.partition(" - ")
+        if mount.split()[2] == number:
+            return source.split()[0] == _SSHFS
+    return False
 
 
 def unfinished_path(path: Path, *, replace: bool, resume: bool) -> Path:
@@ -201,7 +247,11 @@ class OutputFile:
             raise target_error(path, "opening" if existing else "creating", error) from None
         with contextlib.suppress(OSError):  # some file systems have modes of their own
             os.fchmod(self._fd, FILE_MODE)  # an umask can only take away, even what root needs
-        self.size = os.fstat(self._fd).st_size
+        try:
+            self.size = os.fstat(self._fd).st_size
+        except OSError as error:
+            self.close()
+            raise target_error(path, "looking at it", error) from None
         self._hashes = _BlockHashes(self.size) if hashed else None
         self._lock = threading.Lock()
         """Around ``size`` and the hashes."""
@@ -225,7 +275,8 @@ class OutputFile:
         except OSError as error:
             with self._lock:
                 self._forget_hashes(place.offset)
-                self.size = os.fstat(self._fd).st_size
+                with contextlib.suppress(OSError):  # the server is gone, or the disk
+                    self.size = os.fstat(self._fd).st_size
             raise target_error(self.path, f"writing at {place.offset}", error) from None
         with self._lock:
             self.size = max(self.size, place.offset)
@@ -277,8 +328,9 @@ class OutputFile:
         if not length:
             return
         try:
-            with pulse.at_target():
-                os.posix_fallocate(self._fd, offset, length)
+            for start in range(offset, offset + length, _RESERVED_AT_ONCE):
+                with pulse.at_target():
+                    os.posix_fallocate(self._fd, start, min(_RESERVED_AT_ONCE, offset + length - start))
         except OSError as error:
             raise target_error(self.path, f"reserving {length} bytes", error) from None
         self.size = max(self.size, offset + length)

@@ -87,3 +87,22 @@ def test_whoever_is_interrupted_leaves_no_mount(
     except KeyboardInterrupt:
         assert interrupted
     assert list(points.iterdir()) == []
+
+
+def test_why_a_server_has_gone_is_said_and_not_that_there_is_nothing_to_unmount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tmpfs(tmp_path / "tried", "size=64k"):  # skips where nothing may be mounted
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def mount(point: Path) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", point], check=True)
+
+    def lose(point: Path) -> None:
+        subprocess.run(["umount", point], check=True)
+        raise ImageError("the connection is lost")
+
+    with pytest.raises(ImageError, match="the connection is lost"), mounting.mounted_by(mount) as point:
+        lose(point)
+    with pytest.raises(ToolError, match="unmount it"), mounting.mounted_by(mount) as point:
+        subprocess.run(["umount", point], check=True)  # what was written meanwhile is not there

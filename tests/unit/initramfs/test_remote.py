@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from capture.boot import routes
 from capture.boot.routes import CARD, Link, Route
+from capture.boot.ssh import Credentials, Login, mount
 from capture.errors import TargetError
 from initramfs import network, nfs, remote, ssh
 from initramfs.devices import Mount
 from initramfs.errors import ImageError
 from initramfs.image import static_busybox
 from tests.faults import tmpfs
+from tests.unit.conftest import running_openssh
 
 
 def test_a_probe_leaves_nothing(tmp_path: Path) -> None:
@@ -39,6 +42,22 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         pytest.raises(ImageError, match=r"/ on it cannot be written: Read-only file system; .*export it rw"),
     ):
         remote.probe(frozen, "/crash", "nfs:server:/x")
+
+
+def test_a_full_ssh_server_is_told_to_make_room(tmp_path: Path) -> None:
+    """sshfs says that of it in another way."""
+    point = tmp_path / "point"
+    point.mkdir()
+    with tmpfs(tmp_path / "full", "size=4k") as full, running_openssh(tmp_path) as server:
+        (full / "taken").write_bytes(bytes(4096))
+        (tmp_path / "known").write_bytes(server.known_hosts("pinned"))
+        has = Credentials(server.key, tmp_path / "known")
+        mount(Login("root", "pinned", server.port), "127.0.0.1", point, has, scratch=tmp_path / "scratch")
+        try:
+            with pytest.raises(ImageError, match=r"full on it cannot be written: .*; make room there"):
+                remote.probe(point, str(full), "ssh:root@pinned")
+        finally:
+            subprocess.run(["umount", point], check=True)
 
 
 def test_what_the_image_needs_for_a_network_is_there() -> None:

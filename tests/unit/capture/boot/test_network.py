@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -18,8 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from capture.boot import routes
-from capture.boot.routes import CARD, Link, Route
+from capture.boot import network, routes
+from capture.boot.routes import BOND, CARD, Link, Route
+from capture.console import Console
+from capture.errors import TargetError
 from tests.guest.conftest import unavailable
 
 REPOSITORY = Path(__file__).resolve().parents[4]
@@ -212,3 +215,65 @@ def test_a_leased_address_is_used_again_and_dhcp_asked_when_it_is_taken(cable: C
     addresses = cable.here("ip", "-4", "addr", "show", "dev", "eth0")
     assert "192.0.2.5" in addresses
     assert "192.0.2.2/" not in addresses
+
+
+@pytest.mark.parametrize("refused", ["up", "down"], ids=["of no use", "not taken"])
+def test_a_bond_goes_on_without_a_card_that_does_not_come_up(
+    refused: str, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a driver without its firmware answers; bonds need a module, so sysfs and ip are told what to say."""
+    sys_net, there = tmp_path / "net", {"eth0": "52:54:00:00:00:02", "eth1": "52:54:00:00:00:03"}
+    for name, address in there.items():
+        (sys_net / name).mkdir(parents=True)
+        (sys_net / name / "type").write_text("1\n")
+        (sys_net / name / "address").write_text(f"{address}\n")
+    (sys_net / "bond0/bonding").mkdir(parents=True)
+    (sys_net / "bond0/bonding/slaves").touch()
+    (sys_net / "bond0/carrier").write_text("1\n")
+    failing = "{ echo 'ip: SIOCSIFFLAGS: No such file' >&2; exit 1; }"
+    (tmp_path / "ip").write_text(f"#!/bin/sh\n[ \"$*\" != 'link set eth0 {refused}' ] || {failing}\n")
+    (tmp_path / "ip").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(network, "SYS", sys_net)
+    cards = tuple(Link(CARD, name, hardware=address) for name, address in there.items())
+    route = Route("server", "127.0.0.1", (*cards, Link(BOND, "bond0", members=tuple(there))), "192.0.2.2/24")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert network.connect(route, port, 1, console) == "127.0.0.1"
+    assert (sys_net / "bond0/bonding/slaves").read_text() == "+eth1"
+    (line,) = console.lines
+    assert line.endswith(f"ip link set eth0 {refused}: SIOCSIFFLAGS: No such file; going on without it")
+    (tmp_path / "ip").write_text("#!/bin/sh\ncase $* in *eth?' down') exit 1;; esac\n")
+    (sys_net / "bond0/bonding/slaves").write_text("")
+    with pytest.raises(TargetError, match=r"^bond0: it takes none of its network cards: eth0, eth1; see dmesg$"):
+        network.connect(route._replace(links=(*cards, route.links[-1]._replace(address=""))), port, 0, console)
+
+
+def test_a_card_that_has_its_address_is_not_given_it_again(cable: Cable) -> None:
+    """eth_mac_addr says EBUSY of a card that is up, unless its driver can change that: for the second target it is."""
+    real, other = (cable.tools / "ip").readlink(), "52:54:00:00:00:07"
+    (cable.tools / "ip").unlink()
+    busy = '[ "$(cat /sys/class/net/eth0/operstate)" = down ] || { echo busy >&2; exit 1; }'
+    (cable.tools / "ip").write_text(f'#!/bin/sh\ncase "$*" in *address*) {busy};; esac\nexec {real} ip "$@"\n')
+    (cable.tools / "ip").chmod(0o755)
+    with cable.listening():
+        answers, _ = cable.connect(
+            STATIC._replace(links=(Link(CARD, "eth0", hardware=MAC, address=other),)), 5, times=2
+        )
+    assert answers == ["192.0.2.1", "192.0.2.1"]
+    assert other in cable.here("ip", "link", "show", "eth0")
+
+
+def test_a_kernel_without_packet_sockets_says_of_no_address_that_it_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """arping ends as if it were; and there would be no DHCP either."""
+    busybox, setpriv = shutil.which("busybox"), shutil.which("setpriv")
+    if os.geteuid() != 0 or busybox is None or setpriv is None:
+        unavailable("a program without packet sockets needs root, setpriv and the package busybox-static")
+    script = f'#!/bin/sh\nexec {setpriv} --bounding-set=-net_raw --inh-caps=-net_raw {busybox} arping "$@"\n'
+    (tmp_path / "arping").write_text(script)
+    (tmp_path / "arping").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert subprocess.run(["arping", "-D", "-q", "-I", "lo", "192.0.2.2"], check=False).returncode == 1
+    assert not network._is_taken(STATIC._replace(dynamic=True), "lo")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from capture.boot import nfs
+from capture.boot import mounting, network, nfs, routes
 from capture.boot.nfs import Export
+from capture.boot.routes import BOND, CARD, Link, Route
 from capture.console import Console
 from capture.errors import TargetError, UsageError
 
@@ -59,3 +60,24 @@ def test_a_kernel_that_cannot_mount_says_so(tmp_path: Path) -> None:
     """Whoever runs this is no root, or the kernel has no NFS, or nobody answers on this port of this machine."""
     with pytest.raises(TargetError, match=r"nfs:server:/x cannot be mounted from 127\.0\.0\.1: "):
         nfs.mount(Export("server", "/x"), "127.0.0.1", tmp_path)
+
+
+@pytest.mark.parametrize("before", ["", "\n", "of-the-command-line\n"])
+def test_a_server_can_tell_capture_kernels_apart_that_all_have_no_name(
+    before: str, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two clients with one name it ends what the first one has begun; by then nothing is mounted yet."""
+    (tmp_path / "nfs4_unique_id").write_text(before)
+    monkeypatch.setattr(nfs, "_UNIQUE_ID", tmp_path / "nfs4_unique_id")
+    monkeypatch.setattr(mounting, "MOUNT_POINT", tmp_path / "mnt")
+    monkeypatch.setattr(network, "connect", lambda *_: "127.0.0.1")
+    links = (Link(CARD, "eth0", hardware="52:54:00:00:00:02"), Link(CARD, "eth1", hardware="52:54:00:00:00:03"))
+    route = Route("server", "127.0.0.1", (*links, Link(BOND, "bond0", members=("eth0", "eth1"))), "192.0.2.2/24")
+    monkeypatch.setattr(routes, "route_to", lambda _server: route)
+    with pytest.raises(TargetError, match="cannot be mounted"), nfs.mounted("nfs:server:/x", 0, console):
+        pass
+    said = (tmp_path / "nfs4_unique_id").read_text()
+    assert said == (before if before.strip() else "vmcapture-52:54:00:00:00:02")
+    (tmp_path / "nfs4_unique_id").unlink()
+    with pytest.raises(TargetError, match="cannot be mounted"), nfs.mounted("nfs:server:/x", 0, console):
+        pass

@@ -357,6 +357,16 @@ def test_strangers_in_a_crash_keep_themselves_and_its_directory(tmp_path: Path, 
     assert pruned(tmp_path, "vmcapture.keep=1", console, saved=tmp_path / name_of(90)) == [], "said once"
 
 
+def test_what_a_broken_connection_leaves_behind_on_a_server_goes_too(tmp_path: Path, console: Console) -> None:
+    """Seen with sshfs 3.7.3 (libfuse 3.14); fs/nfs/unlink.c makes the other name."""
+    folder = older(tmp_path, 1)
+    for name in (".fuse_hidden0000000700000002", ".nfs0000000000a1b2c300000001", ".order-x_k3a9qz"):
+        (folder / name).write_text("x")
+    (line,) = pruned(tmp_path, "vmcapture.keep=1", console)
+    assert line.startswith(f"removed {name_of(1)} ")
+    assert not folder.exists()
+
+
 def test_a_file_system_that_is_mounted_there_is_left(tmp_path: Path, console: Console) -> None:
     (tmp_path / "crash" / name_of(1)).mkdir(parents=True)
     with tmpfs(tmp_path / "crash" / name_of(1), "size=1m") as folder:

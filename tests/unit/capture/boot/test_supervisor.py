@@ -331,6 +331,24 @@ def test_a_job_that_was_killed_goes_on_where_it_was_with_as_little_as_can_be(
     assert check_manifest(root / CRASH)["complete"]
 
 
+@pytest.mark.parametrize("second", ["killed", "not mounted"])
+def test_what_a_job_has_saved_that_was_killed_counts_whatever_becomes_of_the_next(
+    second: str, monkeypatch: pytest.MonkeyPatch, console: Console
+) -> None:
+    def job(*arguments: Any, can_map: bool) -> None:
+        if can_map:
+            pulse.note_log()
+        elif second == "not mounted":
+            arguments[-1](Outcome("LABEL=one", 5, "not saved", reasons=("LABEL=one: not mounted",))._asdict())
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(supervisor, "_at_target", job)
+    found = save_to_targets(boot("one"), console, QUIET)
+    assert (found.what, found.status, found.log_saved) == ("saved in part", 3, True)
+    assert found.reasons[0].startswith("LABEL=one: ")
+
+
 def test_where_no_process_can_be_made_that_is_the_reason(
     disks: Callable[..., Path], vmcore_file: WriteFile, monkeypatch: pytest.MonkeyPatch, console: Console
 ) -> None:

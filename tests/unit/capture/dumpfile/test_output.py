@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capture import pulse
 from capture.dumpfile import output as module
 from capture.dumpfile.output import HASH_BLOCK, OutputFile, TargetFullError, sync_directory
 from capture.errors import TargetError
@@ -112,6 +113,21 @@ def test_reserved_room_is_taken_and_reads_as_zeros_until_it_is_written(tmp_path:
         assert file.size == 100 + (1 << 20)
         assert (tmp_path / "dump").stat().st_blocks * 512 >= 1 << 20
     assert (tmp_path / "dump").read_bytes() == bytes(200) + b"x" + bytes(100 + (1 << 20) - 201)
+
+
+def test_to_reserve_much_is_a_sign_of_life_every_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file system cannot, each block is written: a terabyte's descriptors take a server minutes."""
+    monkeypatch.setattr(module, "_RESERVED_AT_ONCE", 1 << 16)
+    signs = pulse.Pulse()
+    with written(tmp_path / "dump") as file:
+        pulse.share(signs)
+        try:
+            file.reserve(100, (1 << 20) + 1)
+        finally:
+            pulse.share(None)
+        assert (signs.beats, signs.waits_for_target) == (17, False)
+        assert file.size == (tmp_path / "dump").stat().st_size == 100 + (1 << 20) + 1
+        assert (tmp_path / "dump").stat().st_blocks * 512 > 1 << 20
 
 
 def test_a_file_can_be_cut_off(tmp_path: Path) -> None:
