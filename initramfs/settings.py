@@ -43,7 +43,7 @@ def add_save_options(parser: argparse.ArgumentParser) -> None:
     for name, metavar, what in (
         ("level", "LEVEL[,LEVEL...]", "dump level, or several (default: 31)"),
         ("compress", "CODEC", "zstd:auto (the default), zstd[:LEVEL], zlib[:LEVEL] or none"),
-        ("wait", "SECONDS", "how long to wait for a target to appear (default: 30)"),
+        ("wait", "SECONDS", "how long to wait for a target to appear (default: 30; a server: 60)"),
         ("timeout", "SECONDS", "without a byte moved, after which a target is given up; 0: never (default: 300)"),
         ("deadline", "SECONDS", "that the save may take, then it ends with what it has; 0: no limit (default: 0)"),
     ):

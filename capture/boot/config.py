@@ -8,7 +8,7 @@ repeated: the next ones are taken when nothing, or not all, could be saved on th
 | ``vmcapture.final=`` | what to do once all is saved | reboot |
 | ``vmcapture.failure=`` | what to do when something failed | shell |
 | ``vmcapture.wait=`` | seconds to wait for a target to appear, from the job's start on; for a server from its turn
-on | 30 |
+on | 30; for a server 60 |
 | ``vmcapture.timeout=`` | seconds without a byte moved, after which a disk is given up. 0: never | 300 |
 | ``vmcapture.level=`` | dump level 0 to 31; or several, ``1,17,31``: the first that fits | 31 |
 | ``vmcapture.compress=`` | zstd:auto, zstd[:N], zlib[:N] or none | zstd:auto |
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from capture.errors import UsageError
 from capture.levels import parse_levels
@@ -34,6 +34,8 @@ from capture.options import SAVE_COMPRESSION
 
 if TYPE_CHECKING:
     from capture.boot.room import Floor
+
+_Default = TypeVar("_Default", int, int | None)
 
 ACTIONS = ("reboot", "poweroff", "halt", "shell")
 _PREFIX = "vmcapture."
@@ -44,13 +46,16 @@ MIN_WATCHDOG, MAX_WATCHDOG = 10, 3600  # less than a disk's slow moment; more th
 
 
 class BootConfig(NamedTuple):
-    """``keep`` and ``free`` None: nothing is removed. ``problems`` are words that were not understood."""
+    """``keep`` and ``free`` None: nothing is removed. ``problems`` are words that were not understood.
+
+    ``wait`` None: as long as is usual for a target of its kind, ``capture.boot.targets.patience``.
+    """
 
     targets: tuple[str, ...] = ()
     path: str = "/var/crash"
     final: str = "reboot"
     failure: str = "shell"
-    wait: int = 30
+    wait: int | None = None
     timeout: int = 300
     levels: tuple[int, ...] = (31,)
     compression: str = SAVE_COMPRESSION
@@ -84,11 +89,14 @@ def parse(command_line: str) -> BootConfig:
         problems.append(f"vmcapture.{key}={value}: not one of {', '.join(ACTIONS)}; taking {fallback}")
         return fallback
 
-    def number(key: str, fallback: int, allowed: Container[int]) -> int:
-        value = words.pop(key, str(fallback))
+    def number(key: str, fallback: _Default, allowed: Container[int]) -> int | _Default:
+        value = words.pop(key, None)
+        if value is None:
+            return fallback
         if re.fullmatch("[0-9]{1,9}", value) and int(value) in allowed:
             return int(value)
-        problems.append(f"vmcapture.{key}={value}: not possible; taking {fallback}")
+        taken = "the default" if fallback is None else fallback
+        problems.append(f"vmcapture.{key}={value}: not possible; taking {taken}")
         return fallback
 
     def compression() -> str:

@@ -110,7 +110,8 @@ def save_to_targets(
         with Watch(boot.timeout, console, dog, "vmcapture.timeout=") as watch:
             for number, target in enumerate(boot.targets, 1):
                 late = targets.kind_of(target) in targets.WAITS_FROM_ITS_TURN
-                left = boot.wait if late else max(0, boot.wait - int(time.monotonic() - started))
+                gone = 0 if late else int(time.monotonic() - started)
+                left = max(0, targets.patience(target, boot.wait) - gone)
                 outcome = _save(boot._replace(wait=left), target, devices.get(target), console, options, source, watch)
                 outcomes.append(outcome)
                 over = options.deadline is not None and time.monotonic() >= options.deadline

@@ -27,6 +27,9 @@ KINDS = {
 """What stands before the first colon → the module whose ``mounted`` mounts such a target."""
 WAITS_FROM_ITS_TURN = {NFS, SSH}
 """Kinds for which nothing is done before: what was waited for others, as for a disk, has not brought them nearer."""
+_WAIT, _WAIT_FOR_SERVER = 30, 60
+"""Seconds. A card takes up to ten to agree with its switch, and where that runs a spanning tree (IEEE 802.1D) it
+forwards nothing for twice 15 more."""
 
 
 class Mounted(Protocol):
@@ -52,8 +55,17 @@ def place_of(target: str) -> str:
     return target if kind_of(target) == LOCAL else target.partition(":")[2]
 
 
-def mounted_target(target: str, wait: int, console: Console, device: str | None = None) -> AbstractContextManager[Path]:
-    """Mount ``target``, waiting up to ``wait`` seconds for what it needs to appear; see ``Mounted``.
+def patience(target: str, wait: int | None) -> int:
+    """Return the seconds to wait for a target: ``wait``, and where nobody said that, what is usual for its kind."""
+    if wait is not None:
+        return wait
+    return _WAIT_FOR_SERVER if kind_of(target) in WAITS_FROM_ITS_TURN else _WAIT
+
+
+def mounted_target(
+    target: str, wait: int | None, console: Console, device: str | None = None
+) -> AbstractContextManager[Path]:
+    """Mount ``target``, waiting up to ``wait`` seconds for what it needs to appear; see ``patience`` and ``Mounted``.
 
     Raises:
         TargetError: it cannot be mounted read-write, or nobody knows how.
@@ -62,7 +74,7 @@ def mounted_target(target: str, wait: int, console: Console, device: str | None 
     if kind not in KINDS:
         raise TargetError(f"target {target}: no such kind of target; mount any disk and name it: vmcapture save DIR")
     mounted = cast("Mounted", importlib.import_module(KINDS[kind]).mounted)
-    return mounted(target, wait, console, device)
+    return mounted(target, patience(target, wait), console, device)
 
 
 def devices_of(targets: Iterable[str]) -> dict[str, str]:

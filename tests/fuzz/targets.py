@@ -343,7 +343,7 @@ def run_command_line(path: Path) -> list[str]:
     header = elfcorehdr(text)
     if not boot.path.startswith("/") or ".." in boot.path.split("/"):
         raise FindingError(f"the path {boot.path!r}")
-    if {boot.final, boot.failure} - set(config.ACTIONS) or not 0 <= boot.wait <= config.MAX_WAIT:
+    if {boot.final, boot.failure} - set(config.ACTIONS) or not 0 <= (boot.wait or 0) <= config.MAX_WAIT:
         raise FindingError(f"{boot}")
     if header is not None and header < 0:
         raise FindingError(f"the header at {header}")

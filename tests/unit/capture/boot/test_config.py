@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from capture.boot.config import BootConfig, parse
 from capture.boot.room import Floor
+from capture.boot.targets import patience
 from capture.dumpfile.codec import codec
 
 REPOSITORY = Path(__file__).resolve().parents[4]
@@ -21,7 +22,7 @@ DEFAULTS = BootConfig(
     path="/var/crash",
     final="reboot",
     failure="shell",
-    wait=30,
+    wait=None,
     timeout=300,
     levels=(31,),
     compression="zstd:auto",
@@ -44,7 +45,7 @@ def test_nothing_said_means_the_defaults_of_the_readme() -> None:
         "path": DEFAULTS.path,
         "final": DEFAULTS.final,
         "failure": DEFAULTS.failure,
-        "wait": str(DEFAULTS.wait),
+        "wait": f"{patience('LABEL=x', DEFAULTS.wait)}; server {patience('ssh:server', DEFAULTS.wait)}",
         "timeout": str(DEFAULTS.timeout),
         "level": ",".join(map(str, DEFAULTS.levels)),
         "compress": DEFAULTS.compression,
@@ -221,7 +222,7 @@ def test_no_command_line_is_too_strange(line: str) -> None:
     actions = ("reboot", "poweroff", "halt", "shell")
     assert found.final in actions
     assert found.failure in actions
-    assert 0 <= found.wait <= 3600
+    assert 0 <= (found.wait or 0) <= 3600
     assert 0 <= found.timeout <= 3600
     assert found.levels
     assert all(0 <= level <= 31 for level in found.levels)

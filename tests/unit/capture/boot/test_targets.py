@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from capture.boot import targets
-from capture.boot.targets import KINDS, devices_of, kind_of, mounted_target
+from capture.boot.targets import KINDS, devices_of, kind_of, mounted_target, patience
 from capture.console import Console
 from capture.errors import TargetError
 
@@ -32,6 +32,14 @@ Tools = Callable[..., Path]
 )
 def test_the_word_before_the_first_colon_is_the_kind(target: str, kind: str) -> None:
     assert kind_of(target) == kind
+
+
+def test_a_server_is_waited_for_longer_than_a_disk_where_nobody_says_how_long() -> None:
+    spanning_tree = 30
+    assert patience("nfs:server:/export", None) == patience("ssh:server", None) > spanning_tree + 10
+    assert patience("/dev/vdb", None) == patience("raw:/dev/vdb", None) == 30
+    assert patience("nfs:server:/export", 5) == patience("/dev/vdb", 5) == 5
+    assert patience("ssh:server", 0) == 0
 
 
 def test_every_kind_has_a_module_that_mounts_it() -> None:
