@@ -111,5 +111,17 @@ def test_what_is_removed_leaves_nothing_loaded_and_says_nothing_of_the_machine_a
     assert said.exists()
     maintainer_script(tmp_path, "postrm", "remove")
     assert (said.exists(), state.exists()) == (False, True)
+    ours = ("initramfs-6.1.img", "initramfs-6.1.img.stamp", "initramfs-6.1.img.loaded", ".initramfs-6.1.img.x8_a",
+            "crash-test.json", ".reported.json.abc.new", "report.lock")  # fmt: skip
+    for name in ours:
+        (state.parent / name).touch()
+    here = state.parent / "crash/x/vmcore"  # a target's path may be anything
+    here.parent.mkdir(parents=True)
+    here.touch()
     maintainer_script(tmp_path, "postrm", "purge")
-    assert (dump.exists(), state.parent.exists()) == (True, False)
+    assert (dump.exists(), here.exists()) == (True, True)
+    assert [path.name for path in state.parent.iterdir()] == ["crash"]
+    shutil.rmtree(here.parents[1])
+    maintainer_script(tmp_path, "postrm", "purge")
+    assert not state.parent.exists()
+    maintainer_script(tmp_path, "postrm", "purge")
