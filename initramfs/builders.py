@@ -7,13 +7,15 @@ them written by ``vmcapture initramfs --into`` where it says nothing: somebody h
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from initramfs import tools
+from initramfs import services, tools
 from initramfs.errors import ImageError
 from initramfs.image import OWN, ImageReport, ImageRequest, build_image, written_whole
 from initramfs.parts import write_parts
@@ -26,12 +28,14 @@ CONFIGURATION = Path("/usr/share/vmcapture/initramfs-tools")
 initrd is none of our business."""
 DRACUT_MODULE = Path("/usr/lib/dracut/modules.d/98vmcapture")
 MODULES = Path("/lib/modules")
+RUN = Path("/run/vmcapture")
 
 
 class Builder(NamedTuple):
     """``program`` of ``package``; ``hooks`` are ours, which have to be there; ``settings`` are the machine's own.
 
-    ``command`` returns its words, for the program, the image and the release of the kernel.
+    ``command`` returns its words, for the program, the image and the release of the kernel. ``freezes``: where systemd
+    runs, it freezes the file system that it has written the image to for a moment, which is meant for /boot.
     """
 
     program: str
@@ -39,6 +43,7 @@ class Builder(NamedTuple):
     hooks: Path
     settings: tuple[Path, ...]
     command: Callable[[Path, Path, str], Sequence[str | Path]]
+    freezes: bool = False
 
 
 def _mkinitramfs(program: Path, image: Path, release: str) -> Sequence[str | Path]:
@@ -58,7 +63,7 @@ DISTRIBUTIONS = {
     ),
     DRACUT: Builder(
         "dracut", "dracut (Debian: dracut-core)", DRACUT_MODULE, (Path("/etc/dracut.conf"), Path("/etc/dracut.conf.d")),
-        _dracut,
+        _dracut, freezes=True,
     ),
 }  # fmt: skip
 """Name → builder; with our own, they are ``initramfs.directives.BUILDERS``."""
@@ -103,10 +108,26 @@ def distribution(name: str) -> tuple[Builder, Path]:
 
 def _run(builder: Builder, program: Path, request: ImageRequest, parts: str) -> int:
     """Have the image made, with the parts in it; return its size."""
-    with written_whole(request.output) as draft:
-        tools.run(builder.command(program, draft, request.kernel_release), environment={**os.environ, PARTS: parts})
+    with written_whole(request.output) as draft, _apart(builder, draft) as image:
+        tools.run(builder.command(program, image, request.kernel_release), environment={**os.environ, PARTS: parts})
+        if image != draft:
+            shutil.copyfile(image, draft)
         draft.chmod(0o600)
         return draft.stat().st_size
+
+
+@contextmanager
+def _apart(builder: Builder, draft: Path) -> Iterator[Path]:
+    """Yield where the builder is to write: a tmpfs, which nobody can freeze, rather than where all of /var may be.
+
+    Whoever is killed in between leaves it frozen, and the machine stands still.
+    """
+    if not builder.freezes or not services.running():
+        yield draft
+        return
+    RUN.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="image-", dir=RUN) as folder:
+        yield Path(folder) / "image"
 
 
 def _files(place: Path) -> Iterator[Path]:

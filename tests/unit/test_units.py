@@ -130,6 +130,21 @@ def test_the_image_of_a_kernel_goes_when_that_is_removed_and_not_when_it_is_upgr
     assert (tmp_path / "initramfs-6.1-rt.img").exists()
 
 
+@pytest.mark.parametrize(("release", "stays"), [("6.0.0-old", False), ("6.1.0-running", True)])
+def test_a_kernel_that_is_installed_anew_while_it_runs_keeps_its_image(
+    release: str, stays: bool, called: Path, tmp_path: Path
+) -> None:
+    """Fedora's kernel.spec calls kernel-install remove whenever a package goes, a new one of the same release too."""
+    text = (PACKAGING / "kernel/install.d/98-vmcapture.install").read_text()
+    (tmp_path / "hook").write_text(text.replace("/var/lib/vmcapture/", f"{tmp_path}/"))
+    files = [tmp_path / f"initramfs-{release}.img{kind}" for kind in ("", ".stamp", ".loaded")]
+    for file in files:
+        file.touch()
+    environment = {"PATH": f"{called / 'bin'}:/usr/bin:/bin"}
+    subprocess.run(["sh", tmp_path / "hook", "remove", release], env=environment, check=True)
+    assert [file.exists() for file in files] == [stays] * 3
+
+
 def test_each_rule_leads_to_a_label_that_there_is() -> None:
     text = (PACKAGING / "udev/98-vmcapture.rules").read_text()
     labels = set(re.findall(r'LABEL="(\w+)"', text))

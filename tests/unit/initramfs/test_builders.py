@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from initramfs import builders, directives, estimate, measure, stamp
+from initramfs import builders, directives, estimate, measure, services, stamp
 from initramfs.builders import DISTRIBUTIONS, DRACUT, INITRAMFS_TOOLS
 from initramfs.cli import main
 from initramfs.errors import ImageError, ToolError
@@ -112,6 +112,25 @@ def test_estimate_computes_for_a_builders_image_and_says_why_in_one_line(
     assert [part.split()[:2] for part in parts if "image" in part] == [["image", "28.6"]]
     assert last == f"  computed, not measured: {measure.OTHER_BUILDER}"
     assert shown.err == ""
+
+
+@pytest.mark.parametrize("systemd", [True, False])
+def test_dracut_is_not_given_a_file_system_to_freeze(
+    wanted: ImageRequest, program: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, systemd: bool
+) -> None:
+    """It freezes the one that holds its image, where systemd runs."""
+    program(f'echo "${{4%/*}}" > {tmp_path}/where; echo image > "$4"')
+    monkeypatch.setitem(DISTRIBUTIONS, INITRAMFS_TOOLS, DISTRIBUTIONS[INITRAMFS_TOOLS]._replace(freezes=True))
+    monkeypatch.setattr(builders, "RUN", tmp_path / "run")
+    monkeypatch.setattr(services, "SYSTEMD", tmp_path if systemd else tmp_path / "none")
+    builders.build(wanted)
+    where = Path((tmp_path / "where").read_text().strip())
+    assert where.parent == (tmp_path / "run" if systemd else tmp_path)
+    assert (where == wanted.output.parent) is not systemd
+    assert (wanted.output.read_text(), stat.S_IMODE(wanted.output.stat().st_mode)) == ("image\n", 0o600)
+    assert [path.name for path in wanted.output.parent.iterdir()] == ["image"]
+    assert not systemd or list((tmp_path / "run").iterdir()) == []
+    assert [name for name, builder in DISTRIBUTIONS.items() if builder.freezes] == [INITRAMFS_TOOLS, DRACUT]
 
 
 def test_dracut_makes_no_unified_kernel_image_whatever_the_machine_wants(tmp_path: Path) -> None:

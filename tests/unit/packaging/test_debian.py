@@ -76,8 +76,9 @@ def test_an_upgrade_stops_nothing_and_has_the_new_image_loaded(tmp_path: Path) -
     assert maintainer_script(tmp_path, "postinst", "configure", "0.0.9") == []
 
 
-def test_debhelper_has_nobody_restart_what_arms(tmp_path: Path) -> None:
-    """It would be stopped, which disarms, and started, which may have to build an image."""
+@pytest.mark.parametrize("unit", ["vmcapture.service", "vmcapture-report.service", "vmcapture-collect.service"])
+def test_debhelper_has_an_upgrade_stop_nothing(unit: str, tmp_path: Path) -> None:
+    """What arms would be disarmed until an image is built; the others would be cut off until the next boot."""
     debhelper = shutil.which("dh_installsystemd")
     if debhelper is None:
         pytest.skip("debhelper is not installed: apt-get install debhelper")
@@ -85,15 +86,21 @@ def test_debhelper_has_nobody_restart_what_arms(tmp_path: Path) -> None:
     units.mkdir(parents=True)
     for name in ("control", "changelog"):
         shutil.copy(DEBIAN / name, tmp_path / "debian")
-    shutil.copy(REPOSITORY / "packaging/systemd/vmcapture.service", units)
-    (command,) = re.findall(r"(dh_installsystemd .*vmcapture\.service)\)", (DEBIAN / "rules").read_text())
+    shutil.copy(REPOSITORY / "packaging/systemd" / unit, units)
+    rules = (DEBIAN / "rules").read_text().replace('"$$unit"', "vmcapture-report.service")
+    rules += rules.replace("vmcapture-report.service", "vmcapture-collect.service")
+    command = re.findall(rf"(dh_installsystemd [^;)|]*{unit})", rules)[0]
     subprocess.run(command.split(), cwd=tmp_path, check=True)
-    made = tmp_path / "debian/.debhelper/generated/vmcapture"
-    at_configure = (made / "postinst.service").read_text()
-    assert "deb-systemd-invoke start 'vmcapture.service'" in at_configure
-    assert "restart" not in at_configure
-    before_removal = (made / "prerm.service").read_text()
-    assert re.search(r'"\$1" = remove \].*\n\s*deb-systemd-invoke stop \'vmcapture.service\'', before_removal)
+    made = [path for path in (tmp_path / "debian").rglob("*") if path.name.startswith(("pre", "post", "vmcapture."))]
+    actions = {
+        (path.name.removeprefix("vmcapture.").partition(".")[0], action)
+        for path in made
+        for action in re.findall(rf"deb-systemd-invoke (\S+) '{unit}'", path.read_text())
+    }
+    assert actions == ({("postinst", "start"), ("prerm", "stop")} if unit == "vmcapture.service" else set())
+    for path in made:
+        if "invoke stop" in path.read_text():
+            assert re.search(r'"\$1" = remove \].*\n\s*deb-systemd-invoke stop', path.read_text())
 
 
 def test_what_is_removed_leaves_nothing_loaded_and_says_nothing_of_the_machine_any_more(tmp_path: Path) -> None:
@@ -111,5 +118,17 @@ def test_what_is_removed_leaves_nothing_loaded_and_says_nothing_of_the_machine_a
     assert said.exists()
     maintainer_script(tmp_path, "postrm", "remove")
     assert (said.exists(), state.exists()) == (False, True)
+    ours = ("initramfs-6.1.img", "initramfs-6.1.img.stamp", "initramfs-6.1.img.loaded", ".initramfs-6.1.img.x8_a",
+            "crash-test.json", ".reported.json.abc.new", "report.lock")  # fmt: skip
+    for name in ours:
+        (state.parent / name).touch()
+    here = state.parent / "crash/x/vmcore"  # a target's path may be anything
+    here.parent.mkdir(parents=True)
+    here.touch()
     maintainer_script(tmp_path, "postrm", "purge")
-    assert (dump.exists(), state.parent.exists()) == (True, False)
+    assert (dump.exists(), here.exists()) == (True, True)
+    assert [path.name for path in state.parent.iterdir()] == ["crash"]
+    shutil.rmtree(here.parents[1])
+    maintainer_script(tmp_path, "postrm", "purge")
+    assert not state.parent.exists()
+    maintainer_script(tmp_path, "postrm", "purge")
