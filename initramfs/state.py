@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from capture.dumpfile.output import fsync_directory
+from capture.dumpfile.output import fsync_directory, not_replaced
 from initramfs.errors import StateError
 
 DIRECTORY = Path("/var/lib/vmcapture")
@@ -20,8 +20,11 @@ def write_text(path: Path, text: str, mode: int = 0o600) -> None:
     Raises:
         StateError: it cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.new")
+    draft = path.parent / f".{path.name}.{os.getpid()}.new"
     try:
+        refusal = not_replaced(path)
+        if refusal is not None:
+            raise StateError(f"{path}: {refusal}")
         with draft.open("w", encoding="utf-8", errors="surrogateescape") as file:
             os.fchmod(file.fileno(), mode)
             file.write(text)
