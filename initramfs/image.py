@@ -338,7 +338,7 @@ def _draft_beside(output: Path) -> Path:
             return Path(name)
     except OSError as error:
         raise _not_written(output, error) from None
-    raise ImageError(f"{output}: {refusal}")
+    raise ImageError(f"{output}: {refusal}; name the file to write")
 
 
 def _not_written(output: Path, error: OSError) -> ImageError:

@@ -67,11 +67,11 @@ def not_replaced(path: Path) -> str | None:
         OSError: it cannot be looked at.
     """
     if not path.name or path.is_dir():
-        return "is a directory; name the file to write"
+        return "is a directory"
     if path.exists() and not path.is_file():
-        return "is a device, a pipe or a socket, which no file takes the place of; name another file"
+        return "is a device, a pipe or a socket, which no file takes the place of"
     if path.parent.resolve() == Path("/dev"):  # a link there may lead to a file: /dev/stdout
-        return "/dev is for devices; name another file"
+        return "/dev is for devices"
     return None
 
 
@@ -86,7 +86,7 @@ def unfinished_path(path: Path, *, replace: bool, resume: bool) -> Path:
     try:
         refusal = not_replaced(path)
         if refusal is not None:
-            raise TargetError(f"{path}: {refusal}")
+            raise TargetError(f"{path}: {refusal}; name the file to write")
         unfinished = path.with_name(path.name + INCOMPLETE_SUFFIX)
         if replace and not resume:
             unfinished.unlink(missing_ok=True)

@@ -456,10 +456,10 @@ def test_force_replaces_no_device_or_pipe(run: Run, vmcore_file: WriteFile, tmp_
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/null")
     for name in ("pipe", "link"):
-        assert "name another file" in one_line(run("dump", "--force", vmcore_file(CORE), tmp_path / name), 5)
+        assert "name the file to write" in one_line(run("dump", "--force", vmcore_file(CORE), tmp_path / name), 5)
     assert (tmp_path / "pipe").is_fifo()
     assert (tmp_path / "link").is_symlink()
-    assert "name another file" in one_line(run("dump", vmcore_file(CORE), "/dev/no-such-device"), 5)
+    assert "name the file to write" in one_line(run("dump", vmcore_file(CORE), "/dev/no-such-device"), 5)
     assert not Path("/dev/no-such-device.incomplete").exists()
 
 

@@ -402,7 +402,7 @@ def test_no_file_takes_the_place_of_a_device(own_state: Path) -> None:
     os.mkfifo(own_state / "pipe")
     (own_state / "link").symlink_to("/dev/null")
     for path in (own_state / "pipe", own_state / "link", Path("/dev/no-such-device")):
-        with pytest.raises(StateError, match="name another file"):
+        with pytest.raises(StateError, match=r"takes the place of|is for devices"):
             state.write_text(path, "x")
     assert (own_state / "pipe").is_fifo()
     assert (own_state / "link").is_symlink()

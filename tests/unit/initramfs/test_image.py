@@ -351,7 +351,11 @@ def test_an_image_takes_the_place_of_files_only(tmp_path: Path) -> None:
     """As ``initramfs -o /dev/full`` did to the device, which is then gone for the whole machine."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").touch()
-    for name, what in (("pipe", "name another file"), (".", "is a directory"), ("file/image", "cannot be written")):
+    for name, what in (
+        ("pipe", "takes the place of; name the file to write"),
+        (".", "is a directory"),
+        ("file/image", "cannot be written"),
+    ):
         with pytest.raises(ImageError, match=what), written_whole(tmp_path / name):
             pass
     assert (tmp_path / "pipe").is_fifo()
