@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from capture.cli import main
+from capture import interruption
+
+
+def main() -> int:
+    """Read the program, and run it."""
+    interruption.end_quietly()
+    from capture.cli import main as run
+
+    return run()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from capture import __version__
+from capture import __version__, interruption
 from capture.console import PREFIX, Console, open_standard_streams, print_line, printable
 from capture.errors import CaptureError, TargetError, UsageError
 from capture.levels import parse_levels
@@ -41,13 +42,31 @@ class OneLineParser(argparse.ArgumentParser):
         """Print the line and exit with status 2."""
         self.exit(EXIT_USAGE, printable(f"{self.prog}: {message}; see {self.prog} --help") + "\n")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """As argparse does, when the help that it may have printed can be written."""
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _drop_output()
+        except OSError as error:
+            status, message = _failed(_said_of(error), EXIT_FAILED), None
+        super().exit(status, message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # noqa: ANN401
+        """As argparse does, which would leave it to the whole program to refuse what one command does not know."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
 
 def main(argv: Sequence[str] | None = None, extend: Callable[[Subparsers], None] | None = None) -> int:
     """Run one command and return its exit status; ``extend`` as for ``make_parser``."""
     parser = make_parser(extend)
-    open_standard_streams()
-    args = parser.parse_args(argv)
+    given = open_standard_streams()
+    args = parser.parse_args(argv, argparse.Namespace(standard_output=given))
     signal.signal(signal.SIGTERM, _terminated)
+    interruption.say_again()
     try:
         status: int = args.run(args)
         sys.stdout.flush()
@@ -56,10 +75,10 @@ def main(argv: Sequence[str] | None = None, extend: Callable[[Subparsers], None]
     except KeyboardInterrupt:
         return _failed("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has seen enough: `vmcapture dmesg | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except OSError as error:
-        return _failed(f"{error.filename or 'system'}: {error.strerror or error}", EXIT_FAILED)
+        return _failed(_said_of(error), EXIT_FAILED)
     except MemoryError:
         return _failed("out of memory; try --threads 1", EXIT_FAILED)
     except Exception as error:
@@ -133,7 +152,7 @@ def command(
     parser: argparse.ArgumentParser = subparsers.add_parser(name, help=what, description=what, epilog=EPILOG)
     parser.set_defaults(run=run)
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say more; show where an internal error came from")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show where an internal error came from")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar or lines")
     if output:
         parser.add_argument("--json", action="store_true", help="print JSON")
@@ -219,6 +238,27 @@ def _failed(reason: str, status: int) -> int:
     return status
 
 
+def _said_of(error: OSError) -> str:
+    """Return the line on an error of the system that nobody below has said anything of."""
+    remedy = "; check its permissions" if error.errno == errno.EACCES and error.filename else ""
+    return f"{error.filename or _unnamed()}: {error.strerror or error}{remedy}"
+
+
+def _unnamed() -> str:
+    """Return what an error that names no file is about: our output, when that cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+        return "standard output"
+    return "system"
+
+
+def _drop_output() -> None:
+    """Let go what could not be written: Python would try once more at its end, and exit with a status of its own."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -280,6 +320,8 @@ def _write_dump(args: argparse.Namespace) -> int:
 
     if args.out == STANDARD_OUTPUT and sys.stdout.isatty():
         raise UsageError("OUT -: standard output is a terminal; send it to a file or a program")
+    if args.out == STANDARD_OUTPUT and not args.standard_output:
+        raise UsageError("OUT -: standard output is closed; send it to a file or a program")
     console = Console(quiet=args.quiet)
     elf = args.format == "elf"
     if elf and args.compress not in (None, "none"):
@@ -366,7 +408,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report.values(), indent=1))
     elif not (args.quiet and report.good):
-        print(f"{args.dump}: {report.text()}")
+        print(f"{printable(str(args.dump))}: {report.text()}")
     return report.exit_status
 
 

@@ -35,11 +35,14 @@ def print_line(line: str, file: TextIO | None = None) -> None:
         print(line, file=file or sys.stderr, flush=True)
 
 
-def open_standard_streams() -> None:
+def open_standard_streams() -> bool:
     """Make sure that descriptors 0 to 2 are open and that text of any kind can be printed.
+
+    Returns whether somebody gave us a standard output.
 
     Without a console (/dev/console cannot be opened) a process starts without them; a dump must not become number 1.
     """
+    given = sys.stdout is not None
     if None in (sys.stdin, sys.stdout, sys.stderr):
         while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
             os.set_inheritable(descriptor, True)
@@ -49,8 +52,15 @@ def open_standard_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    return given
 
 
 def printable(text: str) -> str:
     """Return ``text`` on one line with nothing in it that a terminal would act on: it may come from a dead kernel."""
-    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
+    return "".join(letter if letter.isprintable() else f"\\x{_number(letter):02x}" for letter in text)
+
+
+def _number(letter: str) -> int:
+    """Return what a letter is spelt out as: a byte of a file's name that is not UTF-8 as that byte (PEP 383)."""
+    number = ord(letter)
+    return number - 0xDC00 if 0xDC80 <= number <= 0xDCFF else number

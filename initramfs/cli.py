@@ -234,6 +234,9 @@ def image_request(args: argparse.Namespace, config: Config, output: Path | None)
     """Return what the image is to hold: by default what this machine's target needs."""
     config_check.check_image(config, _modules_dir(args))
     wanted = wishes.of(args)
+    for program in args.bin:
+        if not (program.is_file() and os.access(program, os.X_OK)):
+            raise ImageError(f"--bin {program}: {'it may not be executed' if program.is_file() else 'no such program'}")
     needed = sum((targets.needed_by(target, wanted) for target in args.target), Needed())
     if not args.target and not args.module:
         needed = targets.needed_by_mount(devices.mount_of(args.directory), wanted)
@@ -381,9 +384,12 @@ def run_estimate(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="vmcapture-") as scratch:
         image = args.image or builders.build(_to_measure(image_request(args, config, Path(scratch) / "image"))).path
         try:
+            problem = None if estimate.is_image(image) else "no image that a kernel unpacks"
             size = estimate.memory_of(image)
         except OSError as error:
-            raise ImageError(f"{image}: {error.strerror}; leave --image out, and one is built to be measured") from None
+            problem = error.strerror or str(error)
+        if problem is not None:
+            raise ImageError(f"{image}: {problem}; leave --image out, and one is built to be measured")
         # Another image, or one with modules that are named, need not save to where this machine does.
         here = not (args.target or args.image or args.module)
         names = [settings.mounted_target(args.directory)[0]] if here else args.target

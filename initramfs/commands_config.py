@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from capture.cli import EXIT_FAILED, Subparsers, command
-from capture.console import Console
+from capture.console import Console, printable
 from capture.errors import UsageError
 from initramfs import config_check, settings, state
 from initramfs.config import CONFIG, Config, ConfigError, directive_lines, read_config
@@ -45,12 +45,12 @@ def run_check(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_values(config), indent=2))
         return 0
-    print(f"{file}: all of it can be followed")
+    print(f"{printable(str(file))}: all of it can be followed")
     for name, value in _summary(config):
         print(f"  {name:<18} {value}")
     if not args.quiet:
         for note in config.notes:
-            print(f"{note}")
+            print(printable(note))
     return 0
 
 

@@ -106,14 +106,25 @@ def read_config(file: Path | None = None) -> Config:
         if not CONFIG.exists():
             return Config()
         file = CONFIG
+    return parse(read_text(file), file)
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a configuration file, ours or another program's.
+
+    Raises:
+        ConfigError: it cannot be read, or is nothing that anybody has written.
+    """
     try:
         with file.open("rb") as stream:
             content = stream.read(MAX_SIZE + 1)
     except OSError as error:
-        raise ConfigError([f"{file}: {error.strerror}; name another file with --config"]) from None
+        raise ConfigError([f"{file}: {error.strerror}; name another file"]) from None
     if len(content) > MAX_SIZE:
         raise ConfigError([f"{file}: more than {MAX_SIZE >> 20} MiB: this is no configuration file"])
-    return parse(content.decode("utf-8", errors="surrogateescape"), file)
+    if b"\0" in content:
+        raise ConfigError([f"{file}: not a text: this is no configuration file"])
+    return content.decode("utf-8", errors="surrogateescape")
 
 
 def parse(text: str, file: Path) -> Config:

@@ -14,7 +14,7 @@ from pathlib import Path
 from capture.console import printable
 from capture.errors import UsageError
 from initramfs import directives, peer_settings, shell_settings
-from initramfs.config import ConfigError, directive_lines, parse
+from initramfs.config import ConfigError, directive_lines, parse, read_text
 from initramfs.directives import Draft
 from initramfs.peer_settings import KDUMP_TOOLS, KDUMP_UTILS
 
@@ -79,10 +79,7 @@ def import_files(files: Iterable[Path], hooks: Path = HOOKS) -> Imported:
     """
     found = Imported()
     for file in files:
-        try:
-            text = file.read_text(encoding="utf-8", errors="surrogateescape")
-        except OSError as error:
-            raise ConfigError([f"{file}: {error.strerror}; name another file"]) from None
+        text = read_text(file)
         found.sources.append(file)
         kind = _kind(text, file)
         if kind == "kdump.conf":

@@ -53,7 +53,8 @@ class Draft:
         for value in values:
             there: tuple[Any, ...] = self.values.get(field, ())
             if value in there:
-                self.note(f"{directive} {value}: there already")
+                shown = " ".join(value) if isinstance(value, tuple) else value
+                self.note(f"{directive} {shown}: there already")
             else:
                 self.values[field] = (*there, value)
                 self.places[directive, str(value)] = self.line
@@ -120,11 +121,9 @@ def _add_target(draft: Draft, name: str, target: str) -> None:
     draft.add("targets", "target", target)
 
 
-def _refuse_blanks(name: str, target: str) -> None:
+def _refuse_blanks(name: str, target: str, what_to_do: str = "name it by its UUID") -> None:
     if re.search(r"[\s\"]", target):
-        raise UsageError(
-            f"{name} {target}: blanks and quotes do not survive a kernel command line; name it by its UUID"
-        )
+        raise UsageError(f"{name} {target}: blanks and quotes do not survive a kernel command line; {what_to_do}")
 
 
 def _local(name: str, value: str) -> str:
@@ -153,7 +152,7 @@ def _raw(draft: Draft, name: str, value: str) -> None:
 
 
 def _nfs(draft: Draft, name: str, value: str) -> None:
-    _refuse_blanks(name, value)
+    _refuse_blanks(name, value, "write SERVER:/EXPORT and nothing behind it")
     try:
         export = nfs.parse(f"nfs:{value}")
     except UsageError:
@@ -163,7 +162,7 @@ def _nfs(draft: Draft, name: str, value: str) -> None:
 
 
 def _ssh(draft: Draft, name: str, value: str) -> None:
-    _refuse_blanks(name, value)
+    _refuse_blanks(name, value, "write USER@HOST[:PORT] and nothing behind it")
     user, _, host = value.rpartition("@")
     if host.count(":") > 1 and not host.startswith("["):  # as kdump.conf has it
         host = f"[{host}]"

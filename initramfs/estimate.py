@@ -19,6 +19,9 @@ import zstandard
 from initramfs import cpio
 from initramfs.errors import ImageError
 
+_PACKED = (b"\x1f\x8b", b"\x1f\x9e", b"BZ", b"\x5d\0", b"\xfd7", b"\x89L", b"\x02!", b"\x28\xb5")
+"""What lib/decompress.c of the kernel knows: gzip, gzip's old self, bzip2, lzma, xz, lzo, lz4, zstd."""
+_PADDING = 1 << 16
 _CPIO, _GZIP, _XZ, _ZSTD = cpio.MAGIC.encode(), b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"
 USUAL_RATIO = 3
 """By what an image is larger when it is unpacked, where it is packed as nobody here can read (LZ4, LZO)."""
@@ -112,6 +115,18 @@ def cpus_for(reservation: int, image: int, online: int, target: int = 0) -> int:
     """Return how many CPUs a capture kernel may have with what is reserved: at least one, at most those there are."""
     most = max(1, min(online, MAX_CPUS))
     return next((cpus for cpus in range(most, 1, -1) if estimate(image, cpus, target).needed <= reservation), 1)
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file begins as the kernel wants an initramfs to: a cpio archive, packed or not.
+
+    Zeros before it are skipped (init/initramfs.c).
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return file.read(_PADDING).lstrip(b"\0").startswith((b"07070", *_PACKED))
 
 
 def memory_of(image: Path) -> int:

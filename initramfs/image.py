@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from capture.boot.hooks import AFTER, BEFORE
+from capture.dumpfile.output import not_replaced
 from initramfs import cpio, runtime, scripts, tools
 from initramfs.errors import ImageError, ToolError
 from initramfs.estimate import unpacked_size
@@ -311,17 +312,34 @@ def written_whole(output: Path) -> Iterator[Path]:
     Nothing is left of it where it is not finished.
 
     Raises:
-        OSError: it cannot be made, brought to the disk or put into its place.
+        ImageError: it cannot be made, brought to the disk or put into its place.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
-    os.close(handle)
-    draft = Path(name)
+    draft = _draft_beside(output)
     try:
         yield draft
         with draft.open("rb") as file:
             os.fsync(file.fileno())
         draft.replace(output)
-    except BaseException:
+    except BaseException as error:
         draft.unlink(missing_ok=True)
+        # An error without a name is one of writing; a file of the system that cannot be read has its own.
+        if isinstance(error, OSError) and error.filename in (None, str(draft)):
+            raise _not_written(output, error) from None
         raise
+
+
+def _draft_beside(output: Path) -> Path:
+    try:
+        refusal = not_replaced(output)
+        if refusal is None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
+            os.close(handle)
+            return Path(name)
+    except OSError as error:
+        raise _not_written(output, error) from None
+    raise ImageError(f"{output}: {refusal}; name the file to write")
+
+
+def _not_written(output: Path, error: OSError) -> ImageError:
+    return ImageError(f"{output}: cannot be written: {error.strerror or error}; name another place")

@@ -18,7 +18,7 @@ from pathlib import Path
 from capture.errors import UsageError
 from initramfs import predict, state, tools
 from initramfs.errors import KexecError, ToolError
-from initramfs.estimate import estimate, memory_of, unpacked_size
+from initramfs.estimate import estimate, is_image, memory_of, unpacked_size
 
 CRASH_SIZE = Path("/sys/kernel/kexec_crash_size")
 CRASH_LOADED = Path("/sys/kernel/kexec_crash_loaded")
@@ -389,6 +389,8 @@ def ready(kernel: Path, image: Path) -> Path:
         raise KexecError(f"{kernel}: no such kernel; name one with --kernel-image")
     if not image.is_file():
         raise KexecError(f"{image}: no such image; build it with vmcapture initramfs -o {image}")
+    if not is_image(image):
+        raise KexecError(f"{image}: no image that a kernel unpacks; build it anew with vmcapture initramfs -o {image}")
     needed = kernel.stat().st_size + image.stat().st_size
     if needed > reserved:
         raise KexecError(
@@ -432,7 +434,7 @@ def small_reservation(image: Path, target: int = 0) -> str | None:
 
 def _require_root() -> None:
     if os.geteuid() != 0:
-        raise KexecError("only root may load a capture kernel: use sudo")
+        raise KexecError("only root may load a capture kernel, or unload it: use sudo")
 
 
 def _kexec() -> Path:

@@ -226,8 +226,11 @@ def _whole_file(settings: _Settings, name: str) -> None:
 def _makedumpfile(settings: _Settings, name: str) -> None:
     try:
         found = collector.makedumpfile(shlex.split(settings.get(name)))
-    except (UsageError, ValueError) as error:
+    except UsageError as error:
         settings.lose(name, str(error).removeprefix("core_collector: "))
+        return
+    except ValueError:
+        settings.lose(name, f"{settings.get(name)}: a quote is missing its other half")
         return
     packed = found.compress if found.compress != collector.NONE or not settings.get("KDUMP_COMPRESSION") else None
     settings.add(name, "level", found.levels)
@@ -284,7 +287,7 @@ KDUMP_TOOLS: dict[str, Carrier] = {
     "KDUMP_CONFIG": _ignored("a kernel of today runs at any address"),
     "DEBUG_KERNEL": _ignored("the kernel's own notes are enough"),
 }
-_LOG_LEVEL = _ignored("-q and -v say how much is told")
+_LOG_LEVEL = _ignored("-q prints errors only")
 KDUMP_UTILS: dict[str, Carrier] = {
     "KDUMP_KERNELVER": _lost(_FOREIGN_KERNEL),
     "KDUMP_COMMANDLINE": _base_line,

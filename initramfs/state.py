@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from capture.dumpfile.output import fsync_directory
+from capture.dumpfile.output import fsync_directory, not_replaced
 from initramfs.errors import StateError
 
 DIRECTORY = Path("/var/lib/vmcapture")
@@ -48,6 +48,9 @@ def write_text(path: Path, text: str, mode: int = 0o600) -> None:
     """
     draft = None
     try:
+        refusal = not_replaced(path)
+        if refusal is not None:
+            raise StateError(f"{path}: {refusal}")
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent)
         draft = Path(name)
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:

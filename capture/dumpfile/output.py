@@ -104,6 +104,23 @@ def _is_sshfs(device: int) -> bool:
     return False
 
 
+def not_replaced(path: Path) -> str | None:
+    """Return why no file may get this name, whatever anybody asks for; None when one may.
+
+    A file that is renamed to ``/dev/null`` takes the place of the device, for the whole machine.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    if not path.name or path.is_dir():
+        return "is a directory"
+    if path.exists() and not path.is_file():
+        return "is a device, a pipe or a socket, which no file takes the place of"
+    if path.parent.resolve() == Path("/dev"):  # a link there may lead to a file: /dev/stdout
+        return "/dev is for devices"
+    return None
+
+
 def unfinished_path(path: Path, *, replace: bool, resume: bool) -> Path:
     """Return the name that a dump at ``path`` has until it is finished; make way for it when ``replace``.
 
@@ -113,8 +130,9 @@ def unfinished_path(path: Path, *, replace: bool, resume: bool) -> Path:
         TargetError: ``path`` is there already, or cannot be a file.
     """
     try:
-        if not path.name or path.is_dir():
-            raise TargetError(f"{path}: is a directory; name the file to write")
+        refusal = not_replaced(path)
+        if refusal is not None:
+            raise TargetError(f"{path}: {refusal}; name the file to write")
         unfinished = path.with_name(path.name + INCOMPLETE_SUFFIX)
         if replace and not resume:
             unfinished.unlink(missing_ok=True)

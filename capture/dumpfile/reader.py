@@ -65,7 +65,8 @@ class KdumpFile:
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else a pipe would be waited for
         except OSError as error:
-            raise SourceError(f"{path}: cannot be opened: {error.strerror}; check the path") from None
+            check = "its permissions" if error.errno == errno.EACCES else "the path"
+            raise SourceError(f"{path}: cannot be opened: {error.strerror}; check {check}") from None
         try:
             self._read_headers()
         except BaseException:

@@ -78,7 +78,8 @@ class Source:
             hint = "; this is not a crash boot" if path == PROC_VMCORE else "; check the path"
             raise SourceError(f"{path}: no such file{hint}") from None
         except OSError as error:
-            raise SourceError(f"{path}: cannot be opened: {error.strerror}") from None
+            remedy = "; check its permissions" if error.errno == errno.EACCES else ""
+            raise SourceError(f"{path}: cannot be opened: {error.strerror}{remedy}") from None
         mode = os.fstat(self._fd)
         if stat.S_ISDIR(mode.st_mode):
             self.close()

@@ -83,14 +83,7 @@ def without_vmemmap(crashed: Crashed, tmp_path: Path) -> Path:
 
 
 def test_drgn_and_crash_open_a_dump_without_vmemmap(crashed: Crashed, vmlinux: Path, without_vmemmap: Path) -> None:
-    ours, theirs = (
-        [(task.pid.value_(), task.comm.string_()) for task in for_each_task(program(core, vmlinux))]
-        for core in (without_vmemmap, crashed.elf)
-    )
-    assert ours == theirs
-    if crashed.kernel.release.startswith("6.1."):
-        of_dump, of_all = crash_outputs(vmlinux, without_vmemmap), crash_outputs(vmlinux, crashed.elf)
-        assert {name: of_dump[name] for name in OF_LITTLE} == {name: of_all[name] for name in OF_LITTLE}
+    both_say_the_same(crashed, vmlinux, without_vmemmap)
 
 
 @pytest.fixture
@@ -130,14 +123,7 @@ def test_gdb_reads_the_kernel_at_its_virtual_addresses(crashed: Crashed, vmlinux
 
 
 def test_crash_and_drgn_read_the_elf_core(crashed: Crashed, vmlinux: Path, elf_core: Path) -> None:
-    ours, theirs = (
-        [(task.pid.value_(), task.comm.string_()) for task in for_each_task(program(core, vmlinux))]
-        for core in (elf_core, crashed.elf)
-    )
-    assert ours == theirs
-    if crashed.kernel.release.startswith("6.1."):
-        of_dump, of_all = crash_outputs(vmlinux, elf_core), crash_outputs(vmlinux, crashed.elf)
-        assert {name: of_dump[name] for name in OF_LITTLE} == {name: of_all[name] for name in OF_LITTLE}
+    both_say_the_same(crashed, vmlinux, elf_core)
 
 
 def test_drgn_lists_the_same_modules_and_stacks(crashed: Crashed, vmlinux: Path) -> None:
@@ -194,6 +180,18 @@ def test_the_log_is_drgns_line_for_line(crashed: Crashed, vmlinux: Path) -> None
         # drgn leaves the further lines of a record at the margin; ours stand under the first, as makedumpfile's do.
         lines.append(prefix + record.text.replace(b"\n", b"\n" + b" " * len(prefix)) + b"\n")
     assert (crashed.saved / "vmcore-dmesg.txt").read_bytes() == b"".join(lines)
+
+
+def both_say_the_same(crashed: Crashed, vmlinux: Path, core: Path) -> None:
+    """Hold what drgn and crash say of a dump against what they say of the ELF vmcore."""
+    ours, theirs = (
+        [(task.pid.value_(), task.comm.string_()) for task in for_each_task(program(source, vmlinux))]
+        for source in (core, crashed.elf)
+    )
+    assert ours == theirs
+    if crashed.kernel.release.startswith("6.1."):
+        of_dump, of_all = crash_outputs(vmlinux, core), crash_outputs(vmlinux, crashed.elf)
+        assert {name: of_dump[name] for name in OF_LITTLE} == {name: of_all[name] for name in OF_LITTLE}
 
 
 def gdb_output(command: str, vmlinux: Path | None, core: Path, more: tuple[str, ...] = ()) -> str:

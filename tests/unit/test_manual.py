@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -54,6 +57,19 @@ def test_every_option_is_in_the_man_page(command: str, capsys: pytest.CaptureFix
     assert [option for option in sorted(options) if option not in manual()] == []
     assert f"\n.TP\n.B {command}\n" in manual()
     assert re.search(rf"vmcapture[^\n]*\b{command}\b", readme())
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+@pytest.mark.parametrize("page", ["vmcapture.8", "vmcapture.conf.5"])
+def test_a_page_is_whole_on_every_terminal(page: str, locale: str) -> None:
+    if shutil.which("man") is None or shutil.which("groff") is None:
+        pytest.skip("man-db and groff are not installed")
+    ran = subprocess.run(
+        ["man", "--warnings", "-l", REPOSITORY / "docs" / page],
+        capture_output=True, check=True, timeout=60, env={**os.environ, "LC_ALL": locale, "MANWIDTH": "100"},
+    )  # fmt: skip
+    assert ran.stderr == b""
+    assert ("UUID=..." if locale == "C" else "UUID=…").encode() in ran.stdout
 
 
 def test_every_directive_is_in_its_man_page_and_no_other() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -51,6 +52,12 @@ GIB = 1 << 30
 CORE = simple_core("a", ".", "b")
 HEADERS = 64 + 2 * 56
 """Where the program headers of CORE end."""
+
+
+def process_of(package: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a package without arguments as a real process, which asks for one."""
+    command = [sys.executable, "-m", package]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60, **options)
 
 
 def process(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -345,6 +352,12 @@ def test_a_usage_error_is_one_line_and_status_2(arguments: tuple[str, ...], run:
     assert "--help" in line
 
 
+@pytest.mark.parametrize("arguments", [("dmesg", "--explode"), ("info", "in", "more")], ids=" ".join)
+def test_what_a_command_does_not_know_leads_to_its_own_help(arguments: tuple[str, ...], run: Run) -> None:
+    line = one_line(run(*arguments), 2, start=f"vmcapture {arguments[0]}: ")
+    assert line.endswith(f"unrecognized arguments: {arguments[-1]}; see vmcapture {arguments[0]} --help")
+
+
 @pytest.mark.parametrize(
     "level", ["32", "255", "4294967296", "1,32", "1,,2", ",", "31,", "0x1f", "+1", "\u0663", "1 2"]
 )
@@ -436,6 +449,18 @@ def test_a_directory_or_device_is_not_a_dump(
     one_line(run("dump", *force, source, out), 5)
     assert set(tmp_path.iterdir()) == before
     assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_force_replaces_no_device_or_pipe(run: Run, vmcore_file: WriteFile, tmp_path: Path) -> None:
+    """As ``--force SOURCE /dev/null`` would, for the whole machine."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name in ("pipe", "link"):
+        assert "name the file to write" in one_line(run("dump", "--force", vmcore_file(CORE), tmp_path / name), 5)
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    assert "name the file to write" in one_line(run("dump", vmcore_file(CORE), "/dev/no-such-device"), 5)
+    assert not Path("/dev/no-such-device.incomplete").exists()
 
 
 # --- output
@@ -595,17 +620,38 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(command: tuple[str, ...],
     assert answer.stdout.count("\n") == 1
 
 
-def test_a_full_disk_behind_standard_output_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "core").write_bytes(CORE)
+@pytest.mark.parametrize(
+    "arguments", [("info", "core"), ("dmesg", "core"), ("dmesg", "--help"), ("--version",)], ids=" ".join
+)
+def test_a_full_disk_behind_standard_output_is_one_line(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "core").write_bytes(crashed_core())
+    words = [str(tmp_path / word) if word == "core" else word for word in arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with Path("/dev/full").open("w") as full:
         answer = subprocess.run(
-            [sys.executable, "-m", "capture", "info", tmp_path / "core"],
-            cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+            [sys.executable, "-m", "capture", *words],
+            cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60, env=environment,
         )  # fmt: skip
-    assert answer.stderr.count("\n") == 1, answer.stderr
-    assert answer.stderr.startswith("vmcapture: ")
-    assert "No space left" in answer.stderr
-    assert answer.returncode in (1, 5)
+    said = one_line(Ran(answer.returncode, "", answer.stderr), 1)
+    assert said == "standard output: No space left on device"
+
+
+def test_a_dump_to_a_closed_standard_output_is_not_called_saved(tmp_path: Path) -> None:
+    (tmp_path / "core").write_bytes(CORE)
+    answer = subprocess.run(
+        ["sh", "-c", 'exec "$0" -m capture dump "$1" - >&-', sys.executable, tmp_path / "core"],
+        cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert "standard output is closed" in one_line(Ran(answer.returncode, "", answer.stderr), 2)
+
+
+@pytest.mark.parametrize("package", ["capture", "initramfs"])
+def test_ctrl_c_while_the_program_is_read_ends_it_without_a_traceback(package: str, tmp_path: Path) -> None:
+    """The first module that the program reads after its own sends it."""
+    slow = tmp_path / "argparse.py"
+    slow.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    answer = process_of(package, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (answer.returncode, answer.stdout, answer.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_a_closed_standard_output_is_no_internal_error(tmp_path: Path) -> None:
@@ -634,6 +680,18 @@ def test_a_file_name_that_is_not_utf_8_is_no_internal_error(run: Run, vmcore_fil
     assert run("info", name + "x").status == 4
     answer = process("verify", name, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})  # as in most locales
     assert (answer.returncode, answer.stderr) == (0, "")
+    assert answer.stdout == f"{tmp_path}/\\xff\\xfe: 3 pages read back well\n"
+
+
+@pytest.mark.parametrize("arguments", [("info",), ("verify",)], ids=" ".join)
+def test_a_file_that_is_not_ours_to_read_says_what_to_check(
+    arguments: tuple[str, ...], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vmcore").touch()
+    with monkeypatch.context() as patch:  # root may read everything
+        patch.setattr(os, "open", raising(PermissionError(13, "Permission denied", "vmcore")))
+        ran = run(*arguments, tmp_path / "vmcore")
+    assert one_line(ran, 4).endswith("Permission denied; check its permissions")
 
 
 def test_absurd_headers_are_refused_in_bounded_memory(tmp_path: Path) -> None:

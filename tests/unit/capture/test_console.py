@@ -39,7 +39,7 @@ def test_letters_of_any_script_stay_as_they_are(text: str) -> None:
         ("\x9b31m", r"\x9b31m"),
         ("\x7f\x00", r"\x7f\x00"),
         ("\u202egnp.exe", r"\x202egnp.exe"),
-        ("\udcff", r"\xdcff"),
+        ("\udcff", r"\xff"), ("\ud800", r"\xd800"),
         ("", ""),
     ],
 )  # fmt: skip

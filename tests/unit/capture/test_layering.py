@@ -20,7 +20,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 LAYERS = (
-    ("capture", "errors", "console", "pulse"),
+    ("capture", "errors", "console", "pulse", "interruption"),
     ("progress", "levels", "footprint"),
     ("memory",),
     ("notes",),

@@ -176,7 +176,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "crash_size").write_text(f"{256 << 20}\n")
     (tmp_path / "crash_loaded").write_text("0\n")
     for name in ("kernel", "image"):
-        (tmp_path / name).write_bytes(b"x" * 1000)
+        (tmp_path / name).write_bytes(b"070701".ljust(1000, b"x"))
     program = tmp_path / "kexec"
     program.write_text(
         f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n'

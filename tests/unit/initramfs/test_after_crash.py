@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
@@ -415,6 +416,21 @@ def test_a_file_is_written_whole_or_not_at_all(own_state: Path) -> None:
     state.write_text(own_state / "a", "two", 0o644)
     assert [path.name for path in own_state.iterdir()] == ["a"]
     (own_state / "d").mkdir()
-    with pytest.raises(StateError, match="/d: cannot be written: "):
+    with pytest.raises(StateError, match="/d: is a directory"):
         state.write_text(own_state / "d", "x")
+    with pytest.raises(StateError, match="/none/a: cannot be written: "):
+        state.write_text(own_state / "none/a", "x")
     assert {path.name for path in own_state.iterdir()} == {"a", "d"}
+
+
+def test_no_file_takes_the_place_of_a_device(own_state: Path) -> None:
+    """As ``status --prometheus /dev/null`` would, or ``config import -o /dev/stdout``, for the whole machine."""
+    state.make_directory(own_state)
+    os.mkfifo(own_state / "pipe")
+    (own_state / "link").symlink_to("/dev/null")
+    for path in (own_state / "pipe", own_state / "link", Path("/dev/no-such-device")):
+        with pytest.raises(StateError, match=r"takes the place of|is for devices"):
+            state.write_text(path, "x")
+    assert (own_state / "pipe").is_fifo()
+    assert (own_state / "link").is_symlink()
+    assert not Path("/dev/no-such-device").exists()

@@ -249,7 +249,7 @@ def test_nonsense_is_refused_while_somebody_is_there_to_mend_it(
 
 def image_of(size: int, folder: Path) -> str:
     image = folder / "image"
-    image.write_bytes(bytes(size))
+    image.write_bytes(b"070701".ljust(size, b"\0"))
     return str(image)
 
 
@@ -279,6 +279,25 @@ def test_estimate_builds_the_image_that_it_is_about(
     assert main(["estimate", "--json", "--no-measure", *arguments]) == 0
 
     assert json.loads(capsys.readouterr().out)["image"] > 10 << 20
+
+
+def test_estimate_takes_nothing_else_for_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "letter").write_text("dear kernel")
+    assert main(["estimate", "--no-measure", "--image", str(tmp_path / "letter")]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"vmcapture: {tmp_path}/letter: no image that a kernel unpacks; ")
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "no such program"), ("#!/bin/sh", "it may not be executed")])
+def test_a_program_that_is_none_is_refused_before_anything_is_built(
+    content: str | None, said: str, tmp_path: Path, module_tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "program").write_text(content)
+    arguments = ["--modules-dir", str(module_tree), "--module", "ext4", "--bin", str(tmp_path / "program")]
+    assert main(["initramfs", "-o", str(tmp_path / "image"), *arguments]) == 1
+    assert capsys.readouterr().err == f"vmcapture: --bin {tmp_path}/program: {said}\n"
 
 
 @pytest.mark.parametrize("more", [(), ("--no-measure",)])

@@ -121,3 +121,28 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFi
     source.write_text("KDUMP_COREDIR=/srv\n")
     assert main(["config", "import", "-o", str(tmp_path / "no/such/folder"), str(source)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_to_do_about_a_missing_file_is_something_that_check_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["config", "check", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"vmcapture: {tmp_path}/none: No such file or directory; name another file\n"
+
+
+def test_an_import_takes_the_place_of_no_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "kdump.conf").write_text("path /var/crash\n")
+    (tmp_path / "out").symlink_to("/dev/null")
+    assert main(["config", "import", str(tmp_path / "kdump.conf"), "-o", str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"vmcapture: {tmp_path}/out: is a device, ")
+    assert line.endswith("takes the place of; name another place with -o\n")
+    assert (tmp_path / "out").is_symlink()
+
+
+def test_a_name_that_would_drive_the_terminal_is_spelt_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "\x1b[2J").write_text("append a\nnotify mail root\nnotify mail root\n")
+    assert main(["config", "check", str(tmp_path / "\x1b[2J")]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert shown.endswith(f"{tmp_path}/\\x1b[2J:3: notify mail root: there already\n")

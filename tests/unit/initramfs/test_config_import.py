@@ -118,6 +118,7 @@ def test_what_follows_a_failure(command: str, action: str, tmp_path: Path) -> No
         ("KDUMP_COREDIR=crash", "KDUMP_COREDIR: path crash: a directory is named from / on"),
         ("KDUMP_NUM_DUMPS=many", "KDUMP_NUM_DUMPS: keep many: a number from 1"),
         ('MAKEDUMP_ARGS="-E -d 31"', "MAKEDUMP_ARGS: makedumpfile -E:"),
+        ('MAKEDUMP_ARGS="-d 31 \'"', "MAKEDUMP_ARGS: -d 31 ': a quote is missing its other half"),
         ('KDUMP_KEXEC_ARGS="--reuse-cmdline"', "KDUMP_KEXEC_ARGS: --reuse-cmdline: kexec is not given other options"),
         ("KDUMP_COREDIRR=/x", "KDUMP_COREDIRR: no setting of this file; is KDUMP_COREDIR meant?"),
         ("MINE=1", "MINE: no setting of this file"),
@@ -242,3 +243,12 @@ def test_whatever_is_set_is_a_directive_or_is_named(values: dict[str, str], tmp_
     assert not any("\n" in line for line in found.directives)
     uncommented = [line for line in found.text().splitlines() if not line.startswith("#")]
     assert uncommented == found.directives
+
+
+def test_what_nobody_has_written_is_no_configuration(tmp_path: Path) -> None:
+    """/dev/zero has no end, and a program has lines that look like directives."""
+    with pytest.raises(ConfigError, match="/dev/zero: more than 1 MiB"):
+        import_files([Path("/dev/zero")])
+    (tmp_path / "program").write_bytes(b"\x7fELF\0\nappend a\n")
+    with pytest.raises(ConfigError, match="/program: not a text"):
+        import_files([tmp_path / "program"])

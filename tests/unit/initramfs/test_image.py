@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import os
@@ -17,7 +18,7 @@ import pytest
 from capture.boot.hooks import AFTER, BEFORE
 from initramfs import image, runtime, tools
 from initramfs.errors import ImageError, ModuleNotThereError, ToolError
-from initramfs.image import ImageReport, ImageRequest
+from initramfs.image import ImageReport, ImageRequest, written_whole
 
 from .conftest import FIRMWARE_THERE, RELEASE, need_image_tools
 
@@ -344,3 +345,26 @@ def test_stage_one_goes_on_without_a_module_that_is_refused(
     assert (tmp_path / "said").read_text() == (
         "vmcapture: kernel module refused.ko: Invalid argument; going on without it\n"
     )
+
+
+def test_an_image_takes_the_place_of_files_only(tmp_path: Path) -> None:
+    """As ``initramfs -o /dev/full`` did to the device, which is then gone for the whole machine."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    for name, what in (
+        ("pipe", "takes the place of; name the file to write"),
+        (".", "is a directory"),
+        ("file/image", "cannot be written"),
+    ):
+        with pytest.raises(ImageError, match=what), written_whole(tmp_path / name):
+            pass
+    assert (tmp_path / "pipe").is_fifo()
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "file"}
+
+
+def test_a_full_disk_names_the_image(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="/image: cannot be written: No space left"), written_whole(tmp_path / "image"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError), written_whole(tmp_path / "image"):
+        (tmp_path / "a-program").read_bytes()
+    assert list(tmp_path.iterdir()) == []

@@ -366,3 +366,12 @@ def test_a_plain_tree_that_half_of_the_memory_cannot_hold_is_refused(
 def test_every_target_is_handed_over_in_its_order() -> None:
     words = capture_command_line("", ("UUID=1", "LABEL=b"), "/var/crash", "reboot", "shell").split()
     assert [word for word in words if "target" in word] == ["vmcapture.target=UUID=1", "vmcapture.target=LABEL=b"]
+
+
+@pytest.mark.parametrize("content", [b"", b"an old letter", bytes(4096)], ids=["empty", "text", "zeros"])
+def test_what_no_kernel_unpacks_does_not_arm_a_machine(machine: Path, content: bytes) -> None:
+    (machine / "image").write_bytes(content)
+
+    with pytest.raises(KexecError, match="vmcapture initramfs -o"):
+        kexec.load(crash_kernel(machine))
+    assert not (machine / "calls").exists()
