@@ -21,6 +21,8 @@ from initramfs.peer_settings import KDUMP_TOOLS, KDUMP_UTILS
 DEBIAN = Path("/etc/default/kdump-tools")
 SYSCONFIG = Path("/etc/sysconfig/kdump")
 KDUMP_CONF = Path("/etc/kdump.conf")
+_OF_SUSE = {"KDUMP_SAVEDIR", "KDUMP_DUMPLEVEL", "KDUMP_DUMPFORMAT"}
+"""Variables of another file of SYSCONFIG's name: kdump(5) of SUSE."""
 HOOKS = Path("/etc/kdump")
 """kdump-utils runs what is in its directories ``pre.d``, ``post.d`` and ``emergency.d``."""
 
@@ -95,6 +97,10 @@ def import_files(files: Iterable[Path], hooks: Path = HOOKS) -> Imported:
 
 def _kind(text: str, file: Path) -> str:
     names = set(re.findall(r"^[ \t]*(?:export[ \t]+)?([A-Z_]+)=", text, re.MULTILINE))
+    if foreign := names & _OF_SUSE:
+        raise ConfigError(
+            [f"{file}: {min(foreign)} is SUSE's, whose files are not read: write its target into /etc/vmcapture.conf"]
+        )
     debian, fedora = names & KDUMP_TOOLS.keys(), names & KDUMP_UTILS.keys()
     if len(debian) != len(fedora):
         return "debian" if len(debian) > len(fedora) else "fedora"

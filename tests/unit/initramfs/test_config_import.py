@@ -218,6 +218,13 @@ def test_which_files_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         usual_files()
 
 
+def test_suses_file_of_the_same_name_is_refused_for_its_target_would_be_lost(tmp_path: Path) -> None:
+    file = tmp_path / "kdump"
+    file.write_text('KDUMP_SAVEDIR="ssh://dumps.example/crash"\nKDUMP_COMMANDLINE_APPEND="x"\nKDUMP_COMMANDLINE=""\n')
+    with pytest.raises(ConfigError, match=f"{file}: KDUMP_SAVEDIR is SUSE's, .*write its target into"):
+        import_files([file])
+
+
 def test_a_file_of_nobodys(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a file of kdump-tools"):
         taken(tmp_path, "Hello\n", "letter")
