@@ -6,6 +6,7 @@ the same is told by the notes: registers of every CPU, CRASHTIME and the kernel'
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 from capture.dumpfile import kdump
 from capture.dumpfile.passes import Passes
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile
+from capture.dumpfile.selection import RUNS_WINDOW
 from capture.dumpfile.writer import DumpPlan, KdumpWriter
 from capture.errors import SourceError, TargetError
 from capture.progress import Progress
@@ -74,6 +76,7 @@ def take_over(path: Path, writer: KdumpWriter, passes: Passes, plan: DumpPlan, *
             pages = dump.page_count()
             writer.take_over(pages, dump.level, int(dump.header["status"]))
             right = damaged = number = 0
+            windows = array("q")
             with Progress("reading back", pages * dump.page_size, enabled=progress) as meter:
                 for batch in dump.pages():
                     there = np.ones(len(batch.pfns), dtype=np.bool_)
@@ -88,7 +91,10 @@ def take_over(path: Path, writer: KdumpWriter, passes: Passes, plan: DumpPlan, *
                     right += int(np.count_nonzero(good))
                     damaged += len(lost)
                     number += len(batch.pfns)
+                    known = np.unique(batch.pfns // RUNS_WINDOW).tolist()
+                    windows.extend(known[1:] if windows and windows[-1] == known[0] else known)
                     meter.advance(len(batch.pfns) * dump.page_size)
+            writer.look_only_at(windows)
             return Found(dump.level, pages, right, damaged)
     except SourceError as error:
         raise TargetError(f"{error}: cannot go on with it; remove it, or use --force") from None

@@ -280,6 +280,33 @@ def test_a_dump_that_was_killed_is_gone_on_with(tmp_path: Path, corpus_file: Cal
     assert by_hand(target).pages == by_hand(whole.path).pages
 
 
+def test_what_lies_between_memory_far_apart_is_not_gone_through_again_and_again(
+    tmp_path: Path, vmcore_file: WriteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine may have a second socket's memory at 2^46; its bitmaps are gigabytes of holes. Reads are counted."""
+    loads = [(0x10_0000, LOADS[0][1]), (1 << 38, LOADS[1][1])]
+    notes = prstatus_note(7, 1) + vmcoreinfo_note(READABLE_BY_DRGN)
+    source = vmcore_file(elf_core([notes], [(DIRECT_MAP + physical, physical, data) for physical, data in loads]))
+    reads = []
+    read_back = output_module.OutputFile.read_back
+
+    def counted(self: output_module.OutputFile, offset: int, length: int) -> bytes:
+        reads.append(offset)
+        return read_back(self, offset, length)
+
+    monkeypatch.setattr(output_module.OutputFile, "read_back", counted)
+    assert dumped(source, tmp_path / "whole", resume=False).failure is None
+    new, reads[:] = len(reads), []
+    unfinished = cut(source, tmp_path / "dump", (tmp_path / "whole").stat().st_size - 20 * PAGE)
+    before = len(by_hand(unfinished).pages)
+    assert 0 < before < len(PAGES)
+    reads.clear()
+    report = dumped(source, tmp_path / "dump")
+    assert (report.failure, report.pages_found) == (None, before)
+    assert by_hand(report.path).pages == model(loads)
+    assert len(reads) < 2 * new < 500  # there are 512 windows to be looked at, again and again
+
+
 def test_a_dump_whose_header_points_elsewhere_is_left_alone(name: str, tmp_path: Path) -> None:
     """What is appended would lie where no reader of that header looks: a whole dump of nothing."""
     unfinished = cut(name, tmp_path / "out", 100_000)
