@@ -353,8 +353,10 @@ def _take_over(
     """Go on with a dump that was cut short: its level and its pages stay as they are."""
     from capture.dumpfile import resume
 
-    found = resume.take_over(unfinished, writer, passes, plan, progress=options.progress)
+    found = resume.take_over(unfinished, writer, passes, plan, progress=options.progress, deadline=options.deadline)
     say(found.line(unfinished))
+    if found.late:  # not one page more is copied (_until)
+        return Filtered(asked=found.level, level=found.level)
     try:
         page_filter = PageFilter(vmcore)
         for _ in page_filter.kept(found.level, note=passes.note):  # what comes first of what is left

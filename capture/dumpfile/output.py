@@ -69,6 +69,7 @@ def target_error(path: Path | str, doing: str, error: OSError) -> TargetError:
             errno.EACCES: "; check its permissions",
             errno.ENOENT: "; create the directory first",
             errno.EEXIST: "; remove it, or use --force",
+            errno.EFBIG: "; this file system takes no larger file (vfat: 4 GiB): choose another target",
             errno.ENOTCONN: _LOST,
             errno.ECONNABORTED: _LOST,
         }.get(error.errno or 0, "")

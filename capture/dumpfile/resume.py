@@ -6,6 +6,8 @@ the same is told by the notes: registers of every CPU, CRASHTIME and the kernel'
 
 from __future__ import annotations
 
+import time
+from array import array
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,21 +16,30 @@ import numpy as np
 from capture.dumpfile import kdump
 from capture.dumpfile.passes import Passes
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile
+from capture.dumpfile.selection import RUNS_WINDOW
 from capture.dumpfile.writer import DumpPlan, KdumpWriter
 from capture.errors import SourceError, TargetError
 from capture.progress import Progress
 
 
 class Found(NamedTuple):
-    """What an unfinished dump has, in pages: those that are right, and those that cannot be read back."""
+    """What an unfinished dump has, in pages: those that are right, and those that cannot be read back.
+
+    ``late``: the time was over before all of it was read back; nothing may be written to it then.
+    """
 
     level: int
     pages: int
     right: int
     damaged: int
+    late: bool = False
 
     def line(self, path: Path) -> str:
         """Return what a person has to know before it goes on."""
+        if self.late:
+            return (
+                f"{path}: the time was over after {self.right} of {self.pages} pages were read back; it stays as it is"
+            )
         damaged = f"; {self.damaged} are damaged and saved again" if self.damaged else ""
         return f"{path}: {self.right} of {self.pages} pages (level {self.level}) are there already{damaged}; going on"
 
@@ -58,10 +69,19 @@ def why_other(dump: KdumpFile, plan: DumpPlan) -> str | None:
     return None
 
 
-def take_over(path: Path, writer: KdumpWriter, passes: Passes, plan: DumpPlan, *, progress: bool) -> Found:
+def take_over(
+    path: Path,
+    writer: KdumpWriter,
+    passes: Passes,
+    plan: DumpPlan,
+    *,
+    progress: bool,
+    deadline: float | None = None,
+) -> Found:
     """Read back what the unfinished dump at ``path`` has; ``writer``, which has it open, goes on behind that.
 
-    A page that cannot be read back loses its descriptor first: it counts as not written from then on.
+    A page that cannot be read back loses its descriptor first: it counts as not written from then on. To read takes as
+    long as to write did: from ``deadline`` (on ``time.monotonic``'s clock) on no more is, but of one that was finished.
 
     Raises:
         TargetError: it is no dump of this crash, or its descriptors cannot be written.
@@ -74,8 +94,12 @@ def take_over(path: Path, writer: KdumpWriter, passes: Passes, plan: DumpPlan, *
             pages = dump.page_count()
             writer.take_over(pages, dump.level, int(dump.header["status"]))
             right = damaged = number = 0
+            windows = array("q")
+            deadline = deadline if dump.incomplete else None  # it would stay marked, with every page in it
             with Progress("reading back", pages * dump.page_size, enabled=progress) as meter:
                 for batch in dump.pages():
+                    if deadline is not None and time.monotonic() >= deadline:
+                        return Found(dump.level, pages, right, damaged, late=True)
                     there = np.ones(len(batch.pfns), dtype=np.bool_)
                     there[list(batch.bad)] = False
                     there &= ~batch.unreadable  # perhaps they can be read now; else they are named again
@@ -88,7 +112,10 @@ def take_over(path: Path, writer: KdumpWriter, passes: Passes, plan: DumpPlan, *
                     right += int(np.count_nonzero(good))
                     damaged += len(lost)
                     number += len(batch.pfns)
+                    known = np.unique(batch.pfns // RUNS_WINDOW).tolist()
+                    windows.extend(known[1:] if windows and windows[-1] == known[0] else known)
                     meter.advance(len(batch.pfns) * dump.page_size)
+            writer.look_only_at(windows)
             return Found(dump.level, pages, right, damaged)
     except SourceError as error:
         raise TargetError(f"{error}: cannot go on with it; remove it, or use --force") from None

@@ -58,7 +58,13 @@ class Selection:
         """Write bitmap 1: the pages that there are, (first PFN, pages), ascending."""
         windows = array("q")
         self._write_bitmap(self._places.bitmap1, _windows_of(_watched(runs, windows)))
-        self._windows = windows  # one damaged segment may lie 2^40 pages above all others
+        self.look_only_at(windows)  # one damaged segment may lie 2^40 pages above all others
+
+    def look_only_at(self, windows: Sequence[int]) -> None:
+        """Take it that bitmaps have ones in these windows of RUNS_WINDOW pages only, ascending: memory may be far apart
+        and what lies between, bitmaps of gigabytes, takes minutes to be gone through.
+        """
+        self._windows = windows
 
     def select(self, windows: Iterable[BitmapWindow]) -> int:
         """Write bitmap 2, the pages of the dump, in place of what was selected before; return how many they are.

@@ -57,7 +57,7 @@ class KdumpSource:
             OSError: a page is not in the dump, or cannot be decompressed (EIO).
         """
         if offset >= NOTES_AT:
-            return self._notes[offset - NOTES_AT :][:length]
+            return self._notes[offset - NOTES_AT : offset - NOTES_AT + length]
         size = self.dump.page_size
         first, end = offset // size, -(-(offset + length) // size)
         data = self._page(first) if end - first == 1 else b"".join(self.dump.read_run(first, end - first))

@@ -3,6 +3,9 @@
 A raw core header has one PT_NOTE for each possible CPU, padded with zeros to a fixed size, and one for VMCOREINFO;
 ``/proc/vmcore`` has merged them into one. Both come out the same here: what each segment holds up to its first empty
 note, byte for byte, in order. Notes that we do not know are kept like any other.
+
+But for large ones, where memory is short: a driver of the capture kernel may add what it found in its device
+(NT_VMCOREDD; 32 MiB for a card of cxgb4), and ``/proc/vmcore`` has that before all else. It is not worth the dump.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from capture import footprint
 from capture.memory.source import ByteSource
 
 NOTE_HEADER = struct.Struct("<III")
@@ -26,6 +30,10 @@ VMCOREINFO_NAME = b"VMCOREINFO"
 
 MAX_NOTE_BYTES = 64 << 20
 """All notes together. 8192 CPUs need 3 MiB; only device dumps (NT_VMCOREDD) could be larger."""
+LARGE_NOTE = 1 << 20
+"""Bytes of a note that is kept only where there is memory for it."""
+_LARGE_BYTES, _LARGE_SHARE = 48 << 20, 32
+"""All large notes together, and the part of all memory that they may have: each is in it four times, for a while."""
 MAX_NOTES = 1 << 17
 MAX_PROBLEMS = 20
 """Problems that are named; of the rest the number. They are printed on a console that may do 115200 baud."""
@@ -68,17 +76,25 @@ def read_notes(source: ByteSource, segments: NDArray[np.void]) -> Notes:
     problems = _Problems()
     refused: dict[str, list[int]] = {}
     room = MAX_NOTE_BYTES  # counted down by what is read, not by what is kept: many segments may name the same padding
+    large = _LargeNotes(source)
     for number, segment in enumerate(segments):
         offset, size = int(segment["p_offset"]), int(segment["p_filesz"])
-        wanted = min(size, room)
-        if wanted < size:
-            problems.append(f"PT_NOTE {number} at {offset:#x}: {size} bytes, only {wanted} are read")
         try:
-            data = source.read(offset, wanted)
+            left_out = large.left_out(offset, size)
+            kept = size - sum(end - start for start, end in left_out)
+            wanted = min(kept, room)
+            data = _read_around(source, offset, size, left_out, wanted)
         except (OSError, OverflowError, ValueError) as error:
             refused.setdefault(getattr(error, "strerror", None) or str(error), []).append(number)
             continue
         room -= len(data)
+        for start, end in left_out:
+            problems.append(
+                f"PT_NOTE {number}: the note at +{start:#x} is left out: {(end - start) >> 20} MiB, a driver's dump of "
+                "its device, are too much for this machine's memory"
+            )
+        if wanted < kept:
+            problems.append(f"PT_NOTE {number} at {offset:#x}: {kept} bytes, only {wanted} are read")
         if len(data) < wanted:
             problems.append(f"PT_NOTE {number} at {offset:#x}: truncated, {len(data)} of {wanted} bytes are there")
         used = _parse_segment(data, number, len(blob), notes, problems)
@@ -92,6 +108,50 @@ def read_notes(source: ByteSource, segments: NDArray[np.void]) -> Notes:
         remedy = f"; {source.remedy}" if source.remedy and reason == os.strerror(errno.EPERM) else ""
         problems.append(f"{source.name}: {what} cannot be read: {reason}{remedy}")
     return Notes(bytes(blob), tuple(notes), problems.lines())
+
+
+class _LargeNotes:
+    """Tells which large notes there is no memory for."""
+
+    def __init__(self, source: ByteSource) -> None:
+        self._source = source
+        total = footprint.memory("MemTotal")  # (the same as long as this kernel runs: a save that is gone on with)
+        self._room = _LARGE_BYTES if total is None else min(_LARGE_BYTES, total // _LARGE_SHARE)
+        self._walked = 0
+
+    def left_out(self, offset: int, size: int) -> list[tuple[int, int]]:
+        """Return where in a segment, [start, end) in bytes, they lie; raises as ``source.read`` does."""
+        found: list[tuple[int, int]] = []
+        position = 0
+        while size >= LARGE_NOTE and position + NOTE_HEADER.size <= size and self._walked < MAX_NOTES:
+            head = self._source.read(offset + position, NOTE_HEADER.size)
+            if len(head) < NOTE_HEADER.size:
+                break
+            name_size, descriptor_size, _ = NOTE_HEADER.unpack(head)
+            end = position + NOTE_HEADER.size + _aligned(name_size) + _aligned(descriptor_size)
+            if not name_size or end > size:
+                break
+            if end - position > self._room and end - position >= LARGE_NOTE:
+                found.append((position, end))
+            elif end - position >= LARGE_NOTE:
+                self._room -= end - position
+            position = end
+            self._walked += 1
+        return found
+
+
+def _read_around(source: ByteSource, offset: int, size: int, left_out: list[tuple[int, int]], wanted: int) -> bytes:
+    """Return ``wanted`` bytes of a segment, fewer only at the end of the source, without what is left out."""
+    pieces: list[bytes] = []
+    begin = 0
+    for start, end in (*left_out, (size, size)):
+        length = min(start - begin, wanted)
+        piece = source.read(offset + begin, length) if length else b""
+        pieces.append(piece)
+        if len(piece) < length:
+            break
+        begin, wanted = end, wanted - length
+    return b"".join(pieces)
 
 
 class _Problems:

@@ -743,6 +743,9 @@ def test_a_file_that_may_not_grow_further_is_reported_as_it_is(
         report = dumped(name, tmp_path / "dump")
     left = tmp_path / "dump.incomplete"
     assert report.failure is not None
+    assert report.failure.endswith(
+        "File too large; this file system takes no larger file (vfat: 4 GiB): choose another target"
+    )
     assert KdumpFile(left).incomplete
     assert 10 < len(written_pages(left)) < 30
     assert report.statistics.pages == len(written_pages(left))

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import pytest
 from capture.dump import DumpReport, write_dump
 from capture.dumpfile import kdump
 from capture.dumpfile import output as output_module
+from capture.dumpfile import reader as reader_module
+from capture.dumpfile import resume as resume_module
 from capture.dumpfile import writer as writer_module
 from capture.dumpfile.passes import Passes
 from capture.dumpfile.reader import NOT_WRITTEN, KdumpFile
@@ -278,6 +281,53 @@ def test_a_dump_that_was_killed_is_gone_on_with(tmp_path: Path, corpus_file: Cal
     report = dumped(str(source), target)
     assert report.statistics.pages == whole.pages - before
     assert by_hand(target).pages == by_hand(whole.path).pages
+
+
+def test_the_deadline_holds_while_a_dump_is_read_back(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To read back what was saved may take as long as to save it did. What is there stays, for the next time."""
+    whole = dumped(name, tmp_path / "whole")
+    unfinished = cut(name, tmp_path / "dump", whole.size * 3 // 4)
+    before = unfinished.read_bytes()
+    monkeypatch.setattr(reader_module, "BATCH_PAGES", 10)
+    ticks = iter(range(1000))
+    monkeypatch.setattr(resume_module, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
+    said: list[str] = []
+    options = DumpOptions(progress=False, resume=True, deadline=3)  # a tick a batch; long ago on all other clocks
+    with open_vmcore(name) as vmcore:
+        report = write_dump(vmcore, tmp_path / "dump", options, said.append)
+    assert report.failure == "the time that it may take is over (deadline)"
+    assert said == [f"{unfinished}: the time was over after 30 of {len(PAGES)} pages were read back; it stays as it is"]
+    assert unfinished.read_bytes() == before
+    assert same(by_hand(dumped(name, tmp_path / "dump").path), by_hand(whole.path))
+
+
+def test_what_lies_between_memory_far_apart_is_not_gone_through_again_and_again(
+    tmp_path: Path, vmcore_file: WriteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine may have a second socket's memory at 2^46; its bitmaps are gigabytes of holes. Reads are counted."""
+    loads = [(0x10_0000, LOADS[0][1]), (1 << 38, LOADS[1][1])]
+    notes = prstatus_note(7, 1) + vmcoreinfo_note(READABLE_BY_DRGN)
+    source = vmcore_file(elf_core([notes], [(DIRECT_MAP + physical, physical, data) for physical, data in loads]))
+    reads = []
+    read_back = output_module.OutputFile.read_back
+
+    def counted(self: output_module.OutputFile, offset: int, length: int) -> bytes:
+        reads.append(offset)
+        return read_back(self, offset, length)
+
+    monkeypatch.setattr(output_module.OutputFile, "read_back", counted)
+    assert dumped(source, tmp_path / "whole", resume=False).failure is None
+    new, reads[:] = len(reads), []
+    unfinished = cut(source, tmp_path / "dump", (tmp_path / "whole").stat().st_size - 20 * PAGE)
+    before = len(by_hand(unfinished).pages)
+    assert 0 < before < len(PAGES)
+    reads.clear()
+    report = dumped(source, tmp_path / "dump")
+    assert (report.failure, report.pages_found) == (None, before)
+    assert by_hand(report.path).pages == model(loads)
+    assert len(reads) < 2 * new < 500  # there are 512 windows to be looked at, again and again
 
 
 def test_a_dump_whose_header_points_elsewhere_is_left_alone(name: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capture import footprint
 from capture.memory import elfcore
 from capture.memory.source import Source
 from capture.notes.elfnote import MAX_NOTES, Notes, read_notes
@@ -60,6 +61,36 @@ def test_unknown_notes_are_kept_byte_for_byte(vmcore_file: WriteFile) -> None:
     assert [(entry.name, entry.descriptor) for entry in found.notes[1:4]] == [
         (b"LINUX", b"device dump"), (b"", b"x"), (b"A" * 300, bytes(777)),
     ]  # fmt: skip
+
+
+def test_what_drivers_dumped_of_their_devices_costs_neither_memory_nor_what_comes_behind_it(
+    vmcore_file: WriteFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two cards' 32 MiB (drivers/net/ethernet/chelsio), before the notes of CPUs, in a capture kernel of 90 MiB."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text(f"MemTotal: {90 << 10} kB\n")
+    monkeypatch.setattr(footprint, "MEMINFO", meminfo)
+    devices = [note(b"LINUX", 0x700, letter * (32 << 20)) for letter in (b"a", b"b")]
+    small = note(b"LINUX", 0x700, b"c" * (2 << 20))
+    name = vmcore_file(core([b"".join([devices[0], small, CPUS[0], devices[1], CPUS[1], INFO])]))
+    tracemalloc.start()
+    found = notes_of(name)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.blob == b"".join([small, CPUS[0], CPUS[1], INFO])
+    assert [entry.type for entry in found.notes] == [0x700, 1, 1, 0]
+    for entry in found.notes:
+        assert found.blob[entry.offset : entry.offset + len(entry.descriptor)] == entry.descriptor
+    assert [problem.split(",")[0] for problem in found.problems] == [
+        "PT_NOTE 0: the note at +0x0 is left out: 32 MiB",
+        f"PT_NOTE 0: the note at +{len(devices[0] + small + CPUS[0]):#x} is left out: 32 MiB",
+    ]
+    assert peak < 12 << 20
+
+    meminfo.write_text(f"MemTotal: {8 << 20} kB\n")
+    found = notes_of(name)
+    assert found.blob == b"".join([devices[0], small, *CPUS[:2], INFO])
+    assert len(found.problems) == 1
 
 
 def test_each_descriptor_lies_where_its_offset_says(vmcore_file: WriteFile) -> None:
