@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import tempfile
@@ -16,7 +17,7 @@ from capture.boot.hooks import AFTER, BEFORE
 from initramfs import cpio, runtime, scripts, tools
 from initramfs.errors import ImageError, ToolError
 from initramfs.estimate import unpacked_size
-from initramfs.modules import LoadPlan, ModuleTree, firmware, modinfo, module_name, read_module, read_tree
+from initramfs.modules import LoadPlan, ModuleTree, firmware, modinfo, module_name, read_module, read_tree, uses
 from initramfs.tree import Device, Directory, File, Symlink, Tree, host_file, host_program
 
 SCRIPTS = Path(__file__).parent
@@ -178,11 +179,38 @@ def ordered_names(order: str) -> list[str]:
 
 def _wants_squashfs(choice: bool | None, kernel: ModuleTree) -> bool:
     lacking = [name for name in SQUASHFS_MODULES if not kernel.has(name)]
+    if not lacking and not reads_zstd(kernel):
+        lacking = ["zstd in its squashfs"]
     if choice is None:
         return not lacking and tools.find("mksquashfs") is not None
     if choice and lacking:
         raise ImageError(f"{kernel.directory}: this kernel has no {' and no '.join(lacking)}; use --no-squashfs")
     return choice
+
+
+def reads_zstd(kernel: ModuleTree) -> bool:
+    """Tell whether the kernel's squashfs can be packed as ours is (CONFIG_SQUASHFS_ZSTD); where nobody knows, it can.
+
+    A module has then symbols of the decompressor, ``zstd_…`` or (before 5.16) ``ZSTD_…``, which it takes from others.
+    """
+    module = kernel.files.get("squashfs")
+    if module is not None:
+        taken = uses(module)
+        return not taken or any(name.lower().startswith("zstd_") for name in taken)
+    configuration = _kernel_configuration(kernel.directory)
+    return configuration is None or "CONFIG_SQUASHFS_ZSTD=y" in configuration.splitlines()
+
+
+def _kernel_configuration(modules_dir: Path, root: Path = Path("/")) -> str | None:
+    """Return how a kernel was configured, where that is kept: with its modules, in /boot, in the kernel that runs."""
+    release = modules_dir.name
+    for place in (modules_dir / "config", root / "boot" / f"config-{release}"):
+        with contextlib.suppress(OSError):
+            return place.read_text(encoding="utf-8", errors="replace")
+    if release == os.uname().release:
+        with contextlib.suppress(OSError, EOFError, zlib.error):
+            return gzip.decompress((root / "proc/config.gz").read_bytes()).decode(errors="replace")
+    return None
 
 
 def static_busybox() -> Path:

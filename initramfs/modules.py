@@ -9,9 +9,11 @@ from __future__ import annotations
 import gzip
 import io
 import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
@@ -189,22 +191,33 @@ def read_module(path: Path) -> bytes:
                 return zstandard.ZstdDecompressor().decompressobj().decompress(packed)
             case _:
                 return packed
-    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise ImageError(f"{path}: cannot read this kernel module: {error}") from error
 
 
 def modinfo(path: Path) -> tuple[tuple[str, str], ...]:
     """Return the (key, value) pairs of the module's ``.modinfo`` section."""
+    section = _section(path, ".modinfo")
+    content = section.data() if section is not None else b""
+    pairs = (entry.decode(errors="replace").partition("=") for entry in content.split(b"\0") if entry)
+    return tuple((key, value) for key, _, value in pairs)
+
+
+def uses(path: Path) -> tuple[str, ...]:
+    """Return the symbols that a module takes from the kernel and from others; nothing where it has no symbol table."""
+    table = _section(path, ".symtab")
+    symbols = table.iter_symbols() if table is not None else ()
+    return tuple(symbol.name for symbol in symbols if symbol["st_shndx"] == "SHN_UNDEF" and symbol.name)
+
+
+def _section(path: Path, name: str) -> Any:  # noqa: ANN401
     from elftools.common.exceptions import ELFError  # takes time to import: for those who build an image
     from elftools.elf.elffile import ELFFile
 
     try:
-        section = ELFFile(io.BytesIO(read_module(path))).get_section_by_name(".modinfo")
-        content = section.data() if section is not None else b""
+        return ELFFile(io.BytesIO(read_module(path))).get_section_by_name(name)
     except ELFError as error:
         raise ImageError(f"{path}: not a kernel module: {error}") from error
-    pairs = (entry.decode(errors="replace").partition("=") for entry in content.split(b"\0") if entry)
-    return tuple((key, value) for key, _, value in pairs)
 
 
 def dependencies(pairs: Sequence[tuple[str, str]]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -18,6 +18,7 @@ from capture.boot.hooks import AFTER, BEFORE
 from initramfs import image, runtime, tools
 from initramfs.errors import ImageError, ModuleNotThereError, ToolError
 from initramfs.image import ImageReport, ImageRequest
+from initramfs.modules import read_tree
 
 from .conftest import FIRMWARE_THERE, RELEASE, need_image_tools
 
@@ -160,6 +161,41 @@ def test_a_kernel_without_squashfs_gets_the_plain_tree(request_for: ImageRequest
     report = image.build_image(replace(request_for, modules_dir=no_squashfs_tree))
 
     assert not report.squashfs
+
+
+@pytest.mark.parametrize(("symbol", "squashfs"), [("zlib_inflate", False), ("zstd_init_dstream", True)])
+def test_a_squashfs_that_cannot_unpack_zstd_is_none(
+    symbol: str, squashfs: bool, request_for: ImageRequest, tmp_path: Path
+) -> None:
+    """As in a kernel with CONFIG_SQUASHFS_ZSTD off, its default: the module takes zlib's symbols alone."""
+    module = request_for.modules_dir / "kernel/fs/squashfs/squashfs.ko"
+    (tmp_path / "x.c").write_text(f"int {symbol}(void); int begin(void) {{ return {symbol}(); }}\n")
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler is installed")
+    subprocess.run([compiler, "-c", "-o", module, tmp_path / "x.c"], check=True)
+    assert image.reads_zstd(read_tree(request_for.modules_dir)) == squashfs
+    if not squashfs:
+        with pytest.raises(ImageError, match="this kernel has no zstd in its squashfs; use --no-squashfs"):
+            image.build_image(replace(request_for, squashfs=True))
+
+
+@pytest.mark.parametrize(
+    ("configuration", "squashfs"),
+    [
+        ("CONFIG_SQUASHFS=y\n# CONFIG_SQUASHFS_ZSTD is not set\n", False),
+        ("CONFIG_SQUASHFS=y\nCONFIG_SQUASHFS_ZSTD=y\n", True),
+        (None, True),
+    ],
+)
+def test_what_a_squashfs_inside_the_kernel_unpacks_its_configuration_says(
+    configuration: str | None, squashfs: bool, no_squashfs_tree: Path
+) -> None:
+    with (no_squashfs_tree / "modules.builtin").open("a") as built_in:
+        built_in.write("kernel/fs/squashfs/squashfs.ko\n")
+    if configuration is not None:
+        (no_squashfs_tree / "config").write_text(configuration)
+    assert image.reads_zstd(read_tree(no_squashfs_tree)) == squashfs
 
 
 def test_asking_for_squashfs_where_the_kernel_has_none_is_an_error(

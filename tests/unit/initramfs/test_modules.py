@@ -249,6 +249,15 @@ def test_a_broken_module_file_is_one_clear_line(tmp_path: Path, suffix: str) -> 
         read_module(path)
 
 
+def test_a_module_file_that_is_damaged_inside_is_one_clear_line(tmp_path: Path) -> None:
+    packed = bytearray(gzip.compress(b"module" * 1000))
+    packed[12] ^= 0xFF  # behind the header: zlib sees it
+    (tmp_path / "x.ko.gz").write_bytes(packed)
+
+    with pytest.raises(ImageError, match=r"x\.ko\.gz: cannot read this kernel module"):
+        read_module(tmp_path / "x.ko.gz")
+
+
 @pytest.mark.parametrize(
     ("paths", "name"),
     [
