@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from capture.boot.hooks import AFTER, BEFORE
+from capture.errors import CaptureError
 from initramfs import cpio, runtime, scripts, tools
 from initramfs.errors import ImageError, ToolError
 from initramfs.estimate import unpacked_size
@@ -29,6 +31,8 @@ LOAD_ORDER = f"{MODULES}/order"
 ROOT_IMAGE = "/root.squashfs"
 NEW_ROOT = "/newroot"
 MOUNT_POINTS = ("/proc", "/sys", "/dev", "/run", "/tmp", "/mnt", "/root", "/var/crash")
+ROOM, FULL = 128 << 20, 16 << 20
+"""Bytes for temporary files: what is enough (all is there twice, once packed), and what is as good as nothing."""
 SQUASHFS_LEVEL = 15  # 19 takes three times as long for 1 % of the size
 GZIP_LEVEL = 9
 FIRMWARE = Path("/lib/firmware")
@@ -131,7 +135,7 @@ def prepared(request: ImageRequest) -> Iterator[Parts]:
     plan = kernel.plan(wanted, request.optional_modules, request.welcome_modules, first=request.watchdog_modules)
     busybox = static_busybox()
     try:
-        with tempfile.TemporaryDirectory(prefix="vmcapture-") as name:
+        with tempfile.TemporaryDirectory(prefix="vmcapture-") as name, _room_to_work(Path(name)):
             scratch = Path(name)
             traced = runtime.trace(request.python_roots)
             # What runs before the job has a busybox of its own, and lends it to the squashfs (a bind mount).
@@ -140,6 +144,26 @@ def prepared(request: ImageRequest) -> Iterator[Parts]:
             yield Parts(request, plan, squashfs, busybox, root, scratch, traced.modules)
     except OSError as error:
         raise ImageError(f"{error.filename or request.output}: {error.strerror}") from error
+
+
+@contextmanager
+def _room_to_work(scratch: Path) -> Iterator[None]:
+    """Say of what fails inside that there is no room for temporary files, where that is so: little else says it.
+
+    Raises:
+        ImageError: instead of any error, when there is no room.
+    """
+    try:
+        yield
+    except (CaptureError, OSError) as error:
+        free = shutil.disk_usage(scratch).free
+        if free >= FULL:
+            raise
+        said = error.strerror if isinstance(error, OSError) else error
+        raise ImageError(
+            f"{scratch.parent} is full ({free >> 20} MiB are free), where an image is put together: make room, "
+            f"{ROOM >> 20} MiB, or name another directory: TMPDIR=/var/tmp ({said})"
+        ) from error
 
 
 def build_image(request: ImageRequest) -> ImageReport:

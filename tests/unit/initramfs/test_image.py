@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from initramfs import image, runtime, tools
 from initramfs.errors import ImageError, ModuleNotThereError, ToolError
 from initramfs.image import ImageReport, ImageRequest
 from initramfs.modules import read_tree
+from tests.faults import tmpfs
 
 from .conftest import FIRMWARE_THERE, RELEASE, need_image_tools
 
@@ -215,6 +217,22 @@ def test_a_failed_build_leaves_the_old_image_and_nothing_else(request_for: Image
 
     assert request_for.output.read_bytes() == b"the image that worked"
     assert list(request_for.output.parent.iterdir()) == [request_for.output]
+
+
+@pytest.mark.parametrize("size", ["size=1m", "size=12m"])
+def test_no_room_for_temporary_files_is_called_that(
+    size: str, request_for: ImageRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image's own name was said to be on a full disk, or our own self-test to have failed."""
+    with tmpfs(tmp_path / "small", size) as small:
+        monkeypatch.setenv("TMPDIR", str(small))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        with pytest.raises(
+            ImageError, match=rf"^{small} is full \([01] MiB are free\).*make room, 128 MiB, or .*TMPDIR="
+        ):
+            image.build_image(request_for)
+        assert list(small.iterdir()) == []
+    assert not request_for.output.exists()
 
 
 def test_a_missing_module_is_found_out_before_anything_is_built(request_for: ImageRequest) -> None:
