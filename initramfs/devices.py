@@ -115,6 +115,25 @@ def find_device(target: str, tags: Collection[str] = TAGS) -> Path | None:
         return None
 
 
+def all_with_label(label: str) -> list[Path]:
+    """Return all devices with a file system of that label, of which udev has a link to one only.
+
+    Raises:
+        ToolError: there is no blkid.
+    """
+    # 2: there are none. What is in its cache may be gone.
+    command: list[str | Path] = [
+        tools.require("blkid", "util-linux"),
+        "-c",
+        "/dev/null",
+        "-o",
+        "device",
+        "-t",
+        f"LABEL={label}",
+    ]
+    return [Path(device) for device in dict.fromkeys(tops(name)[0] for name in tools.run(command, good=(0, 2)).split())]
+
+
 def absent(target: str) -> str:
     """Return the line for a target that is not there."""
     return f"{target}: no block device of this machine carries it now"
