@@ -38,6 +38,7 @@ def needed_by_mount(mount: Mount) -> Needed:
             f"{mount.point} is a {mount.kind} without a block device; name the disk for the dump with "
             "--target, or its modules with --module"
         )
+    _refuse_served(mount)
     _refuse_parts(str(mount.point), Path(mount.device))
     return volumes.needed_by_device(Path(mount.device)) + devices.modules_for_filesystem(mount.kind)
 
@@ -72,8 +73,17 @@ def named_mount(mount: Mount) -> str:
     if uuid is None:
         raise KexecError(f"{mount.point} is on {mount.device}, which has no UUID: name the disk with --target")
     volumes.needed_by_device(Path(mount.device))  # refuses what cannot work
+    _refuse_served(mount)
     _refuse_parts(str(mount.point), Path(mount.device))
     return f"UUID={uuid}"
+
+
+def _refuse_served(mount: Mount) -> None:
+    if mount.kind.partition(".")[0] in ("fuse", "fuseblk"):
+        raise ImageError(
+            f"{mount.point} is on {mount.device}, which a program serves (FUSE): the capture kernel has "
+            f"no such program; {volumes.REMEDY}"
+        )
 
 
 def _refuse_what_is_no_file_system(target: str, node: Path) -> None:

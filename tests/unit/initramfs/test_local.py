@@ -82,3 +82,12 @@ def test_a_good_file_system_is_taken(disk: Path) -> None:
     needed = local.needed(str(disk))
     assert {"virtio_blk", "ext4"} <= {*needed.loaded, *needed.built_in}
     assert local.named(str(disk), print).startswith("UUID=")
+
+
+def test_a_file_system_that_a_program_serves_is_refused(disk: Path) -> None:
+    """As ntfs-3g's, on a disk that is there."""
+    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", disk], check=True)
+    mounted = Mount(str(disk), Path("/var/crash"), "/", "fuseblk")
+    for step in (local.needed_by_mount, local.named_mount):
+        with pytest.raises(ImageError, match=f"^/var/crash is on {disk}, which a program serves .*; name a plain"):
+            step(mounted)
