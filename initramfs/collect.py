@@ -55,19 +55,17 @@ def add_command(subparsers: Subparsers) -> None:
 def run_collect(args: argparse.Namespace) -> int:
     """Take everything off the partition that is named, or off all that there are."""
     console = Console(quiet=args.quiet)
-    done: set[Path] = set()
-    while True:
-        node = devices.find_device(args.device or f"LABEL={LABEL}", tags=("LABEL", "PARTUUID"))
-        if node is None or node.resolve() in done:  # (udev may still show a label that is gone)
-            break
-        done.add(node.resolve())
-        collect(node, args.to, console.say)
-        if args.device:
-            break
-    if not done:
-        if args.device:
+    if args.device:
+        node = devices.find_device(args.device, tags=("LABEL", "PARTUUID"))
+        if node is None:
             raise CollectError(f"{args.device}: no block device of this machine carries it now")
-        console.say(f"nothing to collect: no partition is called {LABEL}")
+        nodes = [node]
+    else:
+        nodes = devices.all_with_label(LABEL)
+        if not nodes:
+            console.say(f"nothing to collect: no partition is called {LABEL}")
+    for node in nodes:
+        collect(node, args.to, console.say)
     return 0
 
 

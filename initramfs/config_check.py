@@ -118,7 +118,7 @@ def _module_problems(config: Config, modules_dir: Path) -> Iterator[str]:
         yield f"{config.where('extra_modules')}: extra_modules: {error}"
         return
     for name in config.extra_modules:
-        if tree.lookup(name) is None:
+        if not tree.lookup(name):
             yield f"{config.where('extra_modules', name)}: extra_modules {name}: {_no_module(name, tree)}"
 
 

@@ -115,6 +115,25 @@ def find_device(target: str, tags: Collection[str] = TAGS) -> Path | None:
         return None
 
 
+def all_with_label(label: str) -> list[Path]:
+    """Return all devices with a file system of that label, of which udev has a link to one only.
+
+    Raises:
+        ToolError: there is no blkid.
+    """
+    # 2: there are none. What is in its cache may be gone.
+    command: list[str | Path] = [
+        tools.require("blkid", "util-linux"),
+        "-c",
+        "/dev/null",
+        "-o",
+        "device",
+        "-t",
+        f"LABEL={label}",
+    ]
+    return [Path(device) for device in dict.fromkeys(tops(name)[0] for name in tools.run(command, good=(0, 2)).split())]
+
+
 def absent(target: str) -> str:
     """Return the line for a target that is not there."""
     return f"{target}: no block device of this machine carries it now"
@@ -134,6 +153,20 @@ def uuid_of(device: str) -> str | None:
 def filesystem_of(device: str) -> str | None:
     """Return the type of the file system on a device that need not be mounted."""
     return _tags(device).get("TYPE")
+
+
+def other_use_of(device: str) -> str | None:
+    """Return the type of what is on a device and is no file system; None where one is, or where nobody knows."""
+    blkid = tools.find("blkid")
+    try:
+        said = "" if blkid is None else tools.run([blkid, "-p", "-o", "export", device])
+    except ToolError:  # there is nothing that it knows, or more than one thing; or it is a busybox's, which has no -p
+        return None
+    found = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
+    kind = found.get("TYPE")
+    if kind is None or (found.get("USAGE", "filesystem") == "filesystem" and not kind.endswith("_member")):
+        return None  # (zfs_member passes for a file system)
+    return kind
 
 
 def _tags(device: str) -> dict[str, str]:
@@ -215,10 +248,25 @@ def _number(device: Path) -> int:
 
 def disk_modules(disk: Path, sys: Path = SYS) -> Iterator[str]:
     """Yield the modules of a disk, a directory in sysfs, from the bus down to it."""
-    # A disk with several paths (NVMe) hangs below no bus: its subsystem lists the controllers.
-    controllers = [link.resolve() for link in sorted(disk.parent.glob("nvme*")) if link.is_symlink()]
-    for device in (*controllers, (disk / "device").resolve()):
+    for device in (*_controllers(disk), (disk / "device").resolve()):
         yield from driver_modules(device, sys)
+
+
+def _controllers(disk: Path) -> list[Path]:
+    """Return those of a disk with several paths (NVMe), which hangs below no bus: its subsystem lists them."""
+    return [link.resolve() for link in sorted(disk.parent.glob("nvme*")) if link.is_symlink()]
+
+
+def has_hardware(disk: Path, sys: Path = SYS) -> bool:
+    """Tell whether a driver brings a disk, a directory in sysfs, from the hardware of this machine.
+
+    Nothing does so for a file (loop) or what is fetched over a network by the kernel itself (nbd, NVMe over fabrics). A
+    SCSI disk has a driver of its own (sd) in any case; what counts is its adapter, and iSCSI in software has none.
+    """
+    device = (disk / "device").resolve()
+    scsi = (device / "subsystem").exists() and (device / "subsystem").resolve().name == "scsi"
+    places = [*_controllers(disk), device.parent if scsi else device]
+    return any(any(_driven(place, sys)) for place in places)
 
 
 def driver_modules(device: Path, sys: Path = SYS) -> tuple[str, ...]:
@@ -227,12 +275,19 @@ def driver_modules(device: Path, sys: Path = SYS) -> tuple[str, ...]:
 
 
 def _up_to_the_bus(device: Path, sys: Path) -> Iterator[str]:
+    for driver in _driven(device, sys):
+        module = driver / "module"
+        if module.exists():
+            yield module.resolve().name
+
+
+def _driven(device: Path, sys: Path) -> Iterator[Path]:
+    """Yield the drivers of a device and of all that it hangs on."""
     for place in (device, *device.parents):
         if place == (sys / "devices").resolve():
             return
-        module = place / "driver/module"
-        if module.exists():
-            yield module.resolve().name
+        if (place / "driver").exists():
+            yield place / "driver"
 
 
 def _unescape(text: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,10 +16,11 @@ from typing import BinaryIO, cast
 
 from capture.boot.hooks import AFTER, BEFORE
 from capture.dumpfile.output import not_replaced
+from capture.errors import CaptureError
 from initramfs import cpio, runtime, scripts, tools
 from initramfs.errors import ImageError, ToolError
 from initramfs.estimate import unpacked_size
-from initramfs.modules import LoadPlan, ModuleTree, firmware, modinfo, module_name, read_module, read_tree
+from initramfs.modules import LoadPlan, ModuleTree, firmware, modinfo, module_name, read_module, read_tree, uses
 from initramfs.tree import Device, Directory, File, Symlink, Tree, host_file, host_program
 
 SCRIPTS = Path(__file__).parent
@@ -29,6 +32,8 @@ LOAD_ORDER = f"{MODULES}/order"
 ROOT_IMAGE = "/root.squashfs"
 NEW_ROOT = "/newroot"
 MOUNT_POINTS = ("/proc", "/sys", "/dev", "/run", "/tmp", "/mnt", "/root", "/var/crash")
+ROOM, FULL = 128 << 20, 16 << 20
+"""Bytes for temporary files: what is enough (all is there twice, once packed), and what is as good as nothing."""
 SQUASHFS_LEVEL = 15  # 19 takes three times as long for 1 % of the size
 GZIP_LEVEL = 9
 FIRMWARE = Path("/lib/firmware")
@@ -131,7 +136,7 @@ def prepared(request: ImageRequest) -> Iterator[Parts]:
     plan = kernel.plan(wanted, request.optional_modules, request.welcome_modules, first=request.watchdog_modules)
     busybox = static_busybox()
     try:
-        with tempfile.TemporaryDirectory(prefix="vmcapture-") as name:
+        with tempfile.TemporaryDirectory(prefix="vmcapture-") as name, _room_to_work(Path(name)):
             scratch = Path(name)
             traced = runtime.trace(request.python_roots)
             # What runs before the job has a busybox of its own, and lends it to the squashfs (a bind mount).
@@ -140,6 +145,26 @@ def prepared(request: ImageRequest) -> Iterator[Parts]:
             yield Parts(request, plan, squashfs, busybox, root, scratch, traced.modules)
     except OSError as error:
         raise ImageError(f"{error.filename or request.output}: {error.strerror}") from error
+
+
+@contextmanager
+def _room_to_work(scratch: Path) -> Iterator[None]:
+    """Say of what fails inside that there is no room for temporary files, where that is so: little else says it.
+
+    Raises:
+        ImageError: instead of any error, when there is no room.
+    """
+    try:
+        yield
+    except (CaptureError, OSError) as error:
+        free = shutil.disk_usage(scratch).free
+        if free >= FULL:
+            raise
+        said = error.strerror if isinstance(error, OSError) else error
+        raise ImageError(
+            f"{scratch.parent} is full ({free >> 20} MiB are free), where an image is put together: make room, "
+            f"{ROOM >> 20} MiB, or name another directory: TMPDIR=/var/tmp ({said})"
+        ) from error
 
 
 def build_image(request: ImageRequest) -> ImageReport:
@@ -179,11 +204,38 @@ def ordered_names(order: str) -> list[str]:
 
 def _wants_squashfs(choice: bool | None, kernel: ModuleTree) -> bool:
     lacking = [name for name in SQUASHFS_MODULES if not kernel.has(name)]
+    if not lacking and not reads_zstd(kernel):
+        lacking = ["zstd in its squashfs"]
     if choice is None:
         return not lacking and tools.find("mksquashfs") is not None
     if choice and lacking:
         raise ImageError(f"{kernel.directory}: this kernel has no {' and no '.join(lacking)}; use --no-squashfs")
     return choice
+
+
+def reads_zstd(kernel: ModuleTree) -> bool:
+    """Tell whether the kernel's squashfs can be packed as ours is (CONFIG_SQUASHFS_ZSTD); where nobody knows, it can.
+
+    A module has then symbols of the decompressor, ``zstd_…`` or (before 5.16) ``ZSTD_…``, which it takes from others.
+    """
+    module = kernel.files.get("squashfs")
+    if module is not None:
+        taken = uses(module)
+        return not taken or any(name.lower().startswith("zstd_") for name in taken)
+    configuration = _kernel_configuration(kernel.directory)
+    return configuration is None or "CONFIG_SQUASHFS_ZSTD=y" in configuration.splitlines()
+
+
+def _kernel_configuration(modules_dir: Path, root: Path = Path("/")) -> str | None:
+    """Return how a kernel was configured, where that is kept: with its modules, in /boot, in the kernel that runs."""
+    release = modules_dir.name
+    for place in (modules_dir / "config", root / "boot" / f"config-{release}"):
+        with contextlib.suppress(OSError):
+            return place.read_text(encoding="utf-8", errors="replace")
+    if release == os.uname().release:
+        with contextlib.suppress(OSError, EOFError, zlib.error):
+            return gzip.decompress((root / "proc/config.gz").read_bytes()).decode(errors="replace")
+    return None
 
 
 def static_busybox() -> Path:

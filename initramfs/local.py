@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-from initramfs import devices, volumes
+from initramfs import devices, superblock, volumes
 from initramfs.devices import Mount, Needed
 from initramfs.errors import ImageError, KexecError
 from initramfs.wishes import Say, Wishes
@@ -25,6 +26,8 @@ def needed(target: str, _wishes: Wishes | None = None) -> Needed:
         raise ImageError(
             f"{target}: blkid finds no file system on it; make one, mkfs.ext4 {node}, or name another disk"
         )
+    _refuse_what_is_no_file_system(target, node)
+    _refuse_parts(target, node)
     return device + devices.modules_for_filesystem(kind)
 
 
@@ -35,6 +38,8 @@ def needed_by_mount(mount: Mount) -> Needed:
             f"{mount.point} is a {mount.kind} without a block device; name the disk for the dump with "
             "--target, or its modules with --module"
         )
+    _refuse_served(mount)
+    _refuse_parts(str(mount.point), Path(mount.device))
     return volumes.needed_by_device(Path(mount.device)) + devices.modules_for_filesystem(mount.kind)
 
 
@@ -42,13 +47,15 @@ def named(target: str, say: Say) -> str:
     """Return the target as the capture kernel finds it; a disk that is not there may be attached when it is needed.
 
     Raises:
-        ImageError: it stands on what the capture kernel cannot assemble.
+        ImageError: it stands on what the capture kernel cannot assemble, or what is on it cannot be mounted.
     """
     device = devices.find_device(target)
     if device is None:
         say(devices.absent(target))
     else:
         volumes.needed_by_device(device)  # refuses what cannot work
+        _refuse_what_is_no_file_system(target, device)
+        _refuse_parts(target, device)
         if target.startswith("/dev/"):  # links of udev are not there in the capture kernel, and disks may change names
             uuid = devices.uuid_of(str(device))
             target = f"UUID={uuid}" if uuid else volumes.stable_name(device) or str(device.resolve())
@@ -66,4 +73,38 @@ def named_mount(mount: Mount) -> str:
     if uuid is None:
         raise KexecError(f"{mount.point} is on {mount.device}, which has no UUID: name the disk with --target")
     volumes.needed_by_device(Path(mount.device))  # refuses what cannot work
+    _refuse_served(mount)
+    _refuse_parts(str(mount.point), Path(mount.device))
     return f"UUID={uuid}"
+
+
+def _refuse_served(mount: Mount) -> None:
+    if mount.kind.partition(".")[0] in ("fuse", "fuseblk"):
+        raise ImageError(
+            f"{mount.point} is on {mount.device}, which a program serves (FUSE): the capture kernel has "
+            f"no such program; {volumes.REMEDY}"
+        )
+
+
+def _refuse_what_is_no_file_system(target: str, node: Path) -> None:
+    """Refuse what has a type and cannot be mounted: swap, a part of an array or of a volume group, LUKS."""
+    kind = devices.other_use_of(str(node))
+    if kind is None:
+        return
+    if kind == "crypto_LUKS":
+        raise ImageError(
+            f"{target}: {node} is encrypted (LUKS): nobody gives the capture kernel its key; {volumes.REMEDY}, and "
+            "have the dump itself encrypted: --recipients"
+        )
+    raise ImageError(f"{target}: there is {kind} on {node}, which is no file system; name the one to save on")
+
+
+def _refuse_parts(what: str, node: Path) -> None:
+    """Refuse a file system of which more than one device is needed: the image knows of one only."""
+    with contextlib.suppress(OSError):  # who may not read it may build an image all the same
+        part = superblock.elsewhere(node)
+        if part is not None:
+            raise ImageError(
+                f"{what}: of the file system on {node}, {part} is on another device: the capture kernel cannot put "
+                f"that together; {volumes.REMEDY}"
+            )

@@ -9,9 +9,11 @@ from __future__ import annotations
 import gzip
 import io
 import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
@@ -48,7 +50,7 @@ class ModuleTree:
     built_in: frozenset[str]
     depends: dict[str, tuple[str, ...]] | None  # None: depmod has not seen this tree
     softdeps: dict[str, tuple[str, ...]]
-    aliases: dict[str, str]
+    aliases: dict[str, tuple[str, ...]]
     _read: dict[str, KernelModule] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
@@ -66,12 +68,18 @@ class ModuleTree:
             self._read[name] = KernelModule(name, path, depends, softdeps)
         return self._read[name]
 
-    def lookup(self, name: str) -> str | None:
-        """Return the module that a name means, through an alias if need be; None when there is none."""
+    def lookup(self, name: str) -> tuple[str, ...]:
+        """Return the modules that a name means, through an alias if need be; nothing when there are none.
+
+        Where several answer to an alias, modprobe loads all of them, and so do we: which of them works, the CPU says
+        when they are loaded (of crc32c, Debian 12 has one for SSE 4.2 and one for all others, both as modules).
+        """
         wanted = normal(name)
         if wanted in self.files or wanted in self.built_in:
-            return wanted
-        return self.aliases.get(wanted)
+            return (wanted,)
+        found = self.aliases.get(wanted, ())
+        inside = tuple(name for name in found if name in self.built_in)
+        return inside[:1] or tuple(name for name in found if name in self.files)
 
     def plan(
         self,
@@ -90,11 +98,11 @@ class ModuleTree:
         self._add(first, order, missing)
         for name in wanted:
             found = self.lookup(name)
-            if found is None:
+            if not found:
                 raise ModuleNotThereError(
                     f"{self.directory}: no module {name}, and it is not built in; is this the right kernel release?"
                 )
-            self._visit(found, order, missing, ())
+            self._visit_all(found, order, missing, ())
         self._add(optional, order, missing)
         self._add(welcome, order, [])
         return LoadPlan(tuple(order.values()), tuple(dict.fromkeys(missing)))
@@ -103,10 +111,15 @@ class ModuleTree:
         """Add what there is of the names."""
         for name in names:
             found = self.lookup(name)
-            if found is None:
+            if not found:
                 missing.append(normal(name))
-            else:
-                self._visit(found, order, missing, ())
+            self._visit_all(found, order, missing, ())
+
+    def _visit_all(
+        self, names: Sequence[str], order: dict[str, KernelModule], missing: list[str], above: tuple[str, ...]
+    ) -> None:
+        for name in names:
+            self._visit(name, order, missing, above)
 
     def _visit(self, name: str, order: dict[str, KernelModule], missing: list[str], above: tuple[str, ...]) -> None:
         if name in order or name in above or name in self.built_in:
@@ -114,10 +127,9 @@ class ModuleTree:
         module = self.module(name)
         for softdep in module.softdeps:
             found = self.lookup(softdep)
-            if found is None:
+            if not found:
                 missing.append(softdep)
-            else:
-                self._visit(found, order, missing, (*above, name))
+            self._visit_all(found, order, missing, (*above, name))
         for dependency in module.depends:
             if dependency not in self.files and dependency not in self.built_in:
                 raise ModuleNotThereError(f"{module.path} needs {dependency}, which is not in {self.directory}")
@@ -135,7 +147,7 @@ def read_tree(directory: Path) -> ModuleTree:
     for words in _rows(directory / "modules.alias"):
         match words:
             case ["alias", alias, name, *_] if not set("*?[") & set(alias):
-                aliases.setdefault(normal(alias), normal(name))
+                _add_alias(aliases, alias, name)
     if indexed.is_file():
         files: dict[str, Path] = {}
         depends: dict[str, tuple[str, ...]] = {}
@@ -179,22 +191,33 @@ def read_module(path: Path) -> bytes:
                 return zstandard.ZstdDecompressor().decompressobj().decompress(packed)
             case _:
                 return packed
-    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise ImageError(f"{path}: cannot read this kernel module: {error}") from error
 
 
 def modinfo(path: Path) -> tuple[tuple[str, str], ...]:
     """Return the (key, value) pairs of the module's ``.modinfo`` section."""
+    section = _section(path, ".modinfo")
+    content = section.data() if section is not None else b""
+    pairs = (entry.decode(errors="replace").partition("=") for entry in content.split(b"\0") if entry)
+    return tuple((key, value) for key, _, value in pairs)
+
+
+def uses(path: Path) -> tuple[str, ...]:
+    """Return the symbols that a module takes from the kernel and from others; nothing where it has no symbol table."""
+    table = _section(path, ".symtab")
+    symbols = table.iter_symbols() if table is not None else ()
+    return tuple(symbol.name for symbol in symbols if symbol["st_shndx"] == "SHN_UNDEF" and symbol.name)
+
+
+def _section(path: Path, name: str) -> Any:  # noqa: ANN401
     from elftools.common.exceptions import ELFError  # takes time to import: for those who build an image
     from elftools.elf.elffile import ELFFile
 
     try:
-        section = ELFFile(io.BytesIO(read_module(path))).get_section_by_name(".modinfo")
-        content = section.data() if section is not None else b""
+        return ELFFile(io.BytesIO(read_module(path))).get_section_by_name(name)
     except ELFError as error:
         raise ImageError(f"{path}: not a kernel module: {error}") from error
-    pairs = (entry.decode(errors="replace").partition("=") for entry in content.split(b"\0") if entry)
-    return tuple((key, value) for key, _, value in pairs)
 
 
 def dependencies(pairs: Sequence[tuple[str, str]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -252,13 +275,19 @@ def _rows(path: Path) -> Iterator[list[str]]:
     return (line.split() for line in _lines(path))
 
 
-def _built_in_aliases(path: Path) -> dict[str, str]:
-    """Return alias → built-in module from ``name.alias=value`` records."""
-    aliases: dict[str, str] = {}
+def _built_in_aliases(path: Path) -> dict[str, tuple[str, ...]]:
+    """Return alias → built-in modules from ``name.alias=value`` records."""
+    aliases: dict[str, tuple[str, ...]] = {}
     content = path.read_bytes() if path.is_file() else b""
     for record in content.split(b"\0"):
         key, _, value = record.decode(errors="replace").partition("=")
         name, _, what = key.partition(".")
         if what == "alias":
-            aliases.setdefault(normal(value), normal(name))
+            _add_alias(aliases, value, name)
     return aliases
+
+
+def _add_alias(aliases: dict[str, tuple[str, ...]], alias: str, name: str) -> None:
+    there = aliases.get(normal(alias), ())
+    if normal(name) not in there:
+        aliases[normal(alias)] = (*there, normal(name))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from capture.boot.mounting import inside
+from capture.boot.superblocks import options_for_all_of
 from capture.boot.targets import LOCAL, kind_of
 from capture.errors import CaptureError
 from initramfs import devices, mounting, settings
@@ -89,7 +90,7 @@ def opened(target: str, path: str, options: str) -> Iterator[Place]:
     if (there := mounted(device, path)) is not None:
         yield Place(there, str(there))
         return
-    with mounting.mounted_for_now(device, options) as root:
+    with mounting.mounted_for_now(device, options_for_all_of(str(device), options)) as root:
         yield Place(inside(root, path, target), f"{target}:{path}")
 
 

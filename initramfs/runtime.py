@@ -30,6 +30,8 @@ BOOT_MODULE = "capture.boot"
 INTERPRETER_OPTIONS = ("-OO", "-s", "-S", "-P")
 """In the image, and when what it needs is tried: no site, no path of ours. The image has no docstrings, which NumPy
 1.24 takes for an error where the interpreter was not told so."""
+PLACES_FOR_CODE = ("/var/tmp", "/run", "/var/lib", "/root")
+"""Where else what has to be loaded once may lie for a moment: a hardened machine has /tmp mounted noexec."""
 SEARCH_PATH = "/usr/bin:/usr/sbin:/bin:/sbin"
 
 CODE_SUFFIXES = (".py", ".pyc", ".so")
@@ -135,7 +137,7 @@ def _without_blas(request: Mapping[str, Any], report: Report) -> tuple[Report, d
     objects = [Path(name) for name in report["objects"]]
     extensions = [Path(module["file"]) for module in report["modules"] if module["file"].endswith(".so")]
     users = [*extensions, *(path for path in objects if not hollow.is_blas(path))]
-    with tempfile.TemporaryDirectory(prefix="vmcapture-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="vmcapture-", dir=_place_for_code()) as scratch:
         stands: dict[Path, bytes] = {}
         for path in filter(hollow.is_blas, objects):
             body = hollow.hollow(path, users)
@@ -152,6 +154,15 @@ def _without_blas(request: Mapping[str, Any], report: Report) -> tuple[Report, d
         if any(hollow.is_blas(Path(name)) for name in left):
             return report, {}
         return {**thin, "objects": left}, stands
+
+
+def _place_for_code() -> str:
+    """Return the directory for temporary files, or another one where code from there may not be run (noexec)."""
+    usual = tempfile.gettempdir()
+    for place in (usual, *PLACES_FOR_CODE):
+        if os.access(place, os.W_OK) and not os.statvfs(place).f_flag & os.ST_NOEXEC:
+            return place
+    return usual
 
 
 def _base(name: str, file: Path) -> Path:

@@ -138,6 +138,10 @@ class _Layers:
             part = self._array(disk)
         elif below:
             raise self._cannot(" and ".join(path.name for path in below))
+        elif not devices.has_hardware(disk, self._sys):
+            raise self._cannot(
+                f"{disk.name}, no disk of this machine's hardware (a file, iSCSI, nbd, NVMe over a network)"
+            )
         else:
             part = _Part(tuple(devices.disk_modules(disk, self._sys)))
         for path in below:

@@ -30,7 +30,8 @@ def mounted(target: str, wait: int, console: Console, device: str | None = None)
     """
     if device is None or not Path(device).is_block_device():
         device = find_device(target, wait, console)
-    with mounting.mounted(["mount", "-o", "rw", device], target, f"{target} ({device})", console) as point:
+    command = ["mount", "-o", superblocks.options_for_all_of(device, "rw"), device]
+    with mounting.mounted(command, target, f"{target} ({device})", console) as point:
         yield point
 
 

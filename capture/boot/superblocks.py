@@ -16,6 +16,8 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple, cast
 
+from capture import pulse
+
 TAGS = ("UUID", "LABEL")
 BLOCK = Path("/sys/class/block")
 PATIENCE = 15.0
@@ -97,6 +99,20 @@ def kind_of(head: bytes) -> str | None:
         if head.startswith(at.magic, at.magic_at) and len(head) >= at.label_at + at.label_size:
             return kind
     return None
+
+
+def options_for_all_of(device: str, options: str) -> str:
+    """Return mount options, ``options`` among them, that show all of a file system: paths are counted from its root.
+
+    Of a btrfs, another subvolume may be mounted where nobody names one (btrfs-subvolume(8): set-default); 5 is the id
+    of the one that holds all others (BTRFS_FS_TREE_OBJECTID).
+    """
+    try:
+        with pulse.at_target(), Path(device).open("rb", buffering=0) as disk:
+            btrfs = kind_of(os.pread(disk.fileno(), HEAD, 0)) == BTRFS
+    except OSError:  # mount will say why
+        return options
+    return f"{options},subvolid=5" if btrfs else options
 
 
 def _disks() -> Iterator[str]:

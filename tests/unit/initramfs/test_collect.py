@@ -181,6 +181,27 @@ def test_the_command(
 
 
 def test_nothing_to_collect_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("initramfs.devices.find_device", lambda *_, **__: None)
+    monkeypatch.setattr("initramfs.devices.all_with_label", lambda _: [])
     assert cli.main(["collect"]) == 0
     assert capsys.readouterr().err == f"vmcapture: nothing to collect: no partition is called {LABEL}\n"
+
+
+def test_all_partitions_are_collected_whichever_of_them_udev_links_to(
+    partition: Path, place: Path, console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One label, one link below /dev/disk, which findfs believes, and which stays there for a while."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "findfs").write_text(f"#!/bin/sh\necho {partition}\n")
+    (folder / "findfs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr("initramfs.collect.LABEL", "vmcapture-test")  # what else this machine may have is left alone
+    with loop_device(tmp_path / "other.img", 64 << 20) as other:
+        for device, name in ((partition, CRASH), (other, CRASH.replace("host", "next"))):
+            save(device, console, name)
+            subprocess.run(["tune2fs", "-L", "vmcapture-test", device], check=True, capture_output=True)
+        monkeypatch.setattr(raw, "LABEL", "vmcapture-test")
+
+        assert cli.main(["collect", "--to", str(place)]) == 0
+
+    assert sorted(path.name for path in place.iterdir()) == [CRASH, CRASH.replace("host", "next")]

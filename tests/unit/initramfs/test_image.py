@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from capture.boot.hooks import AFTER, BEFORE
 from initramfs import image, runtime, tools
 from initramfs.errors import ImageError, ModuleNotThereError, ToolError
 from initramfs.image import ImageReport, ImageRequest, written_whole
+from initramfs.modules import read_tree
+from tests.faults import tmpfs
 
 from .conftest import FIRMWARE_THERE, RELEASE, need_image_tools
 
@@ -163,6 +166,41 @@ def test_a_kernel_without_squashfs_gets_the_plain_tree(request_for: ImageRequest
     assert not report.squashfs
 
 
+@pytest.mark.parametrize(("symbol", "squashfs"), [("zlib_inflate", False), ("zstd_init_dstream", True)])
+def test_a_squashfs_that_cannot_unpack_zstd_is_none(
+    symbol: str, squashfs: bool, request_for: ImageRequest, tmp_path: Path
+) -> None:
+    """As in a kernel with CONFIG_SQUASHFS_ZSTD off, its default: the module takes zlib's symbols alone."""
+    module = request_for.modules_dir / "kernel/fs/squashfs/squashfs.ko"
+    (tmp_path / "x.c").write_text(f"int {symbol}(void); int begin(void) {{ return {symbol}(); }}\n")
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler is installed")
+    subprocess.run([compiler, "-c", "-o", module, tmp_path / "x.c"], check=True)
+    assert image.reads_zstd(read_tree(request_for.modules_dir)) == squashfs
+    if not squashfs:
+        with pytest.raises(ImageError, match="this kernel has no zstd in its squashfs; use --no-squashfs"):
+            image.build_image(replace(request_for, squashfs=True))
+
+
+@pytest.mark.parametrize(
+    ("configuration", "squashfs"),
+    [
+        ("CONFIG_SQUASHFS=y\n# CONFIG_SQUASHFS_ZSTD is not set\n", False),
+        ("CONFIG_SQUASHFS=y\nCONFIG_SQUASHFS_ZSTD=y\n", True),
+        (None, True),
+    ],
+)
+def test_what_a_squashfs_inside_the_kernel_unpacks_its_configuration_says(
+    configuration: str | None, squashfs: bool, no_squashfs_tree: Path
+) -> None:
+    with (no_squashfs_tree / "modules.builtin").open("a") as built_in:
+        built_in.write("kernel/fs/squashfs/squashfs.ko\n")
+    if configuration is not None:
+        (no_squashfs_tree / "config").write_text(configuration)
+    assert image.reads_zstd(read_tree(no_squashfs_tree)) == squashfs
+
+
 def test_asking_for_squashfs_where_the_kernel_has_none_is_an_error(
     request_for: ImageRequest, no_squashfs_tree: Path
 ) -> None:
@@ -180,6 +218,22 @@ def test_a_failed_build_leaves_the_old_image_and_nothing_else(request_for: Image
 
     assert request_for.output.read_bytes() == b"the image that worked"
     assert list(request_for.output.parent.iterdir()) == [request_for.output]
+
+
+@pytest.mark.parametrize("size", ["size=1m", "size=12m"])
+def test_no_room_for_temporary_files_is_called_that(
+    size: str, request_for: ImageRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image's own name was said to be on a full disk, or our own self-test to have failed."""
+    with tmpfs(tmp_path / "small", size) as small:
+        monkeypatch.setenv("TMPDIR", str(small))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        with pytest.raises(
+            ImageError, match=rf"^{small} is full \([01] MiB are free\).*make room, 128 MiB, or .*TMPDIR="
+        ):
+            image.build_image(request_for)
+        assert list(small.iterdir()) == []
+    assert not request_for.output.exists()
 
 
 def test_a_missing_module_is_found_out_before_anything_is_built(request_for: ImageRequest) -> None:

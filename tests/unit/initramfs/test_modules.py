@@ -76,8 +76,28 @@ def test_an_alias_line_that_is_cut_short_says_nothing(module_tree: Path) -> None
 
     tree = read_tree(module_tree)
 
-    assert tree.lookup("fs-odd") is None
-    assert tree.lookup("fs-xfs") == "xfs"
+    assert tree.lookup("fs-odd") == ()
+    assert tree.lookup("fs-xfs") == ("xfs",)
+
+
+def test_all_modules_that_answer_to_an_alias_are_taken_as_modprobe_does(module_tree: Path) -> None:
+    """The first may be for another CPU (crc32c_intel). A built-in one is enough, one that is gone is no answer."""
+    for name in ("crc32c_intel", "sha256_ssse3"):
+        (module_tree / f"kernel/crypto/{name}.ko").write_bytes(elf_module())
+    with (module_tree / "modules.dep").open("a") as dep:
+        dep.write("kernel/crypto/crc32c_intel.ko:\nkernel/crypto/sha256_ssse3.ko:\n")
+    (module_tree / "modules.alias").write_text(
+        "alias crc32c crc32c_gone\nalias crc32c crc32c_intel\nalias crc32c crc32c_generic\nalias sha256 sha256_ssse3\n"
+    )
+    with (module_tree / "modules.builtin").open("a") as built_in:
+        built_in.write("kernel/crypto/sha256_generic.ko\n")
+    with (module_tree / "modules.builtin.modinfo").open("ab") as modinfo:
+        modinfo.write(b"sha256_generic.alias=sha256\0")
+
+    tree = read_tree(module_tree)
+
+    assert names(tree.plan(("xfs",))) == ["crc32c_intel", "crc32c_generic", "libcrc32c", "xfs"]
+    assert names(tree.plan(("sha256",))) == []
 
 
 def test_a_wanted_module_that_is_not_there_is_an_error(module_tree: Path) -> None:
@@ -227,6 +247,15 @@ def test_a_broken_module_file_is_one_clear_line(tmp_path: Path, suffix: str) -> 
 
     with pytest.raises(ImageError, match=r"x\.ko.*cannot read this kernel module"):
         read_module(path)
+
+
+def test_a_module_file_that_is_damaged_inside_is_one_clear_line(tmp_path: Path) -> None:
+    packed = bytearray(gzip.compress(b"module" * 1000))
+    packed[12] ^= 0xFF  # behind the header: zlib sees it
+    (tmp_path / "x.ko.gz").write_bytes(packed)
+
+    with pytest.raises(ImageError, match=r"x\.ko\.gz: cannot read this kernel module"):
+        read_module(tmp_path / "x.ko.gz")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,3 +128,21 @@ def test_what_is_not_mounted_is_mounted_read_only_for_a_moment(
         known = reach.reach(target, "/var/crash")
         assert known.what == target
         assert known.free == volume.f_bfree * volume.f_frsize
+
+
+def test_a_path_on_btrfs_is_counted_from_its_root_as_the_capture_kernel_does(tmp_path: Path) -> None:
+    if shutil.which("mkfs.btrfs") is None or shutil.which("btrfs") is None:
+        pytest.skip("btrfs-progs are not installed")
+    with loop_device(tmp_path / "disk", 128 << 20) as device:
+        subprocess.run(["mkfs.btrfs", "-q", "-f", device], check=True, capture_output=True)
+        try:
+            with mounting.mounted_for_now(device, "rw") as root:
+                subprocess.run(["btrfs", "subvolume", "create", root / "snapshot"], check=True, capture_output=True)
+                subprocess.run(
+                    ["btrfs", "subvolume", "set-default", root / "snapshot"], check=True, capture_output=True
+                )
+                (root / "snapshot/crash").mkdir()
+        except ToolError:
+            pytest.skip("no btrfs may be mounted here")
+        with places.opened(str(device), "/snapshot/crash", "ro") as place:
+            assert place.path.is_dir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from initramfs import runtime, tools
 from initramfs.errors import ImageError
 from initramfs.runtime import Runtime
 from initramfs.tree import Directory, File, Symlink, Tree
+from tests.faults import tmpfs
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +173,15 @@ def test_a_program_comes_with_its_loader_and_objects(tmp_path: Path) -> None:
     out.mkdir()
     tree.write(out)
     assert in_chroot(out, str(Path("/bin/ls").resolve()), "/").returncode == 0
+
+
+def test_where_temporary_files_may_not_be_run_the_runtime_is_no_larger(
+    traced: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in for BLAS is loaded once to be tried: not from a directory that is mounted noexec."""
+    if not traced.hollow:
+        pytest.skip("this NumPy has no BLAS that could be left out")
+    with tmpfs(tmp_path / "hard", "noexec,size=64m") as hard:
+        monkeypatch.setenv("TMPDIR", str(hard))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        assert runtime.trace(("capture",)).hollow.keys() == traced.hollow.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from initramfs import superblock
+from tests.faults import loop_device
 
 MIB = 1 << 20
 
@@ -80,3 +82,36 @@ def test_btrfs(tmp_path: Path) -> None:
 def test_what_is_none_of_them_is_not_known(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(content)
     assert superblock.room(tmp_path / "disk") is None
+
+
+def test_a_file_system_on_one_device_has_nothing_elsewhere(tmp_path: Path) -> None:
+    need("mkfs.xfs", "mkfs.btrfs")
+    for command in (("mke2fs", "-q", "-F", "-t", "ext4"), ("mke2fs", "-q", "-F", "-t", "ext2"),
+                    ("mkfs.xfs", "-q", "-f"), ("mkfs.btrfs", "-q", "-f")):  # fmt: skip
+        assert superblock.elsewhere(made(tmp_path, 512 * MIB, *command)) is None
+    (tmp_path / "disk").write_bytes(bytes(2 * MIB))
+    assert superblock.elsewhere(tmp_path / "disk") is None
+
+
+def test_a_journal_on_another_device(tmp_path: Path) -> None:
+    with loop_device(tmp_path / "journal", 16 * MIB) as journal:
+        subprocess.run(["mke2fs", "-q", "-F", "-b", "1024", "-O", "journal_dev", journal], check=True)
+        image = made(tmp_path, 64 * MIB, "mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024", "-J", f"device={journal}")
+        assert superblock.elsewhere(image) == "its journal"
+
+
+def test_a_log_or_a_realtime_part_on_another_device(tmp_path: Path) -> None:
+    need("mkfs.xfs")
+    with loop_device(tmp_path / "disk", 512 * MIB) as disk, loop_device(tmp_path / "other", 128 * MIB) as other:
+        subprocess.run(["mkfs.xfs", "-q", "-f", "-l", f"logdev={other},size=64m", disk], check=True)
+        assert superblock.elsewhere(disk) == "its log"
+        subprocess.run(["mkfs.xfs", "-q", "-f", "-r", f"rtdev={other}", disk], check=True)
+        assert superblock.elsewhere(disk) == "its realtime part"
+
+
+def test_several_devices_of_one_file_system(tmp_path: Path) -> None:
+    need("mkfs.btrfs")
+    (tmp_path / "first").touch()
+    os.truncate(tmp_path / "first", 512 * MIB)
+    image = made(tmp_path, 512 * MIB, "mkfs.btrfs", "-q", "-f", "-d", "raid1", str(tmp_path / "first"))
+    assert superblock.elsewhere(image) == "a part of it, one of 2,"

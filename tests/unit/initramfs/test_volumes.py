@@ -35,6 +35,8 @@ def test_a_partition_needs_what_its_disk_needs(sysfs: Sysfs) -> None:
 
 def test_a_driver_inside_the_kernel_is_told_apart(sysfs: Sysfs) -> None:
     sysfs.driver("pci0/host0/target0/0:0:0:0", "sd_mod")
+    (sysfs.root / "bus/scsi").mkdir(parents=True)
+    (sysfs.root / "devices/pci0/host0/target0/0:0:0:0/subsystem").symlink_to(sysfs.root / "bus/scsi")
     sysfs.driver("pci0", "ahci", loaded=False)
     sysfs.block("8:0", "pci0/host0/target0/0:0:0:0/block/sda", "pci0/host0/target0/0:0:0:0")
 
@@ -50,6 +52,24 @@ def test_an_nvme_disk_of_several_paths_needs_its_controllers(sysfs: Sysfs) -> No
     )
 
     assert needed_by_device(os.makedev(259, 0), sysfs.root).loaded == ("nvme",)
+
+
+def test_what_no_hardware_of_this_machine_brings_is_refused(sysfs: Sysfs) -> None:
+    """A file, a disk of NVMe over fabrics, and one of iSCSI in software: each as the kernel's sysfs has it."""
+    sysfs.block("7:0", "virtual/block/loop0")
+    (sysfs.root / "devices/virtual/nvme-fabrics/ctl/nvme0").mkdir(parents=True)
+    sysfs.block("259:0", "virtual/nvme-fabrics/ctl/nvme0/nvme0n1", "virtual/nvme-fabrics/ctl/nvme0")
+    iscsi = "platform/host5/session1/target5:0:0/5:0:0:1"
+    sysfs.driver(iscsi, "sd_mod")
+    (sysfs.root / "bus/scsi").mkdir(parents=True)
+    (sysfs.root / "devices" / iscsi / "subsystem").symlink_to(sysfs.root / "bus/scsi")
+    sysfs.block("8:0", f"{iscsi}/block/sda", iscsi)
+
+    for major, name in ((7, "loop0"), (259, "nvme0n1"), (8, "sda")):
+        with pytest.raises(
+            ImageError, match=rf"{name}, no disk of this machine's hardware \(a file, iSCSI, .*{REMEDY}"
+        ):
+            needed_by_device(os.makedev(major, 0), sysfs.root)
 
 
 def test_a_device_that_the_kernel_does_not_have_is_one_clear_line(sysfs: Sysfs) -> None:

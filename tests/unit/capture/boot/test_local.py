@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from capture.boot import mounting
 from capture.boot.local import find_device, mounted
 from capture.console import Console
 from capture.errors import TargetError
+from tests.faults import loop_device
 
 Tools = Callable[..., Path]
 
@@ -157,3 +160,26 @@ def test_a_real_file_system_is_found_by_its_label_mounted_and_left_clean(
     assert not os.path.ismount(tmp_path / "mnt")
     with mounted(device, 0, console) as root:
         assert (root / "file").read_text() == "kept"
+
+
+def test_a_path_on_btrfs_is_counted_from_its_root_whatever_is_mounted_by_default(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine whose root file system is a snapshot that its boot loader has chosen (openSUSE)."""
+    if shutil.which("mkfs.btrfs") is None or shutil.which("btrfs") is None:
+        pytest.skip("btrfs-progs are not installed")
+    monkeypatch.setattr(mounting, "MOUNT_POINT", tmp_path / "run/target")
+    here = tmp_path / "here"
+    here.mkdir()
+    with loop_device(tmp_path / "disk", 128 << 20) as device:
+        subprocess.run(["mkfs.btrfs", "-q", "-f", device], check=True, capture_output=True)
+        if subprocess.run(["mount", device, here], check=False, capture_output=True).returncode:
+            pytest.skip("no btrfs may be mounted here")
+        try:
+            subprocess.run(["btrfs", "subvolume", "create", here / "snapshot"], check=True, capture_output=True)
+            subprocess.run(["btrfs", "subvolume", "set-default", here / "snapshot"], check=True, capture_output=True)
+        finally:
+            subprocess.run(["umount", here], check=True)
+        with mounted(str(device), 0, console) as point:
+            assert [entry.name for entry in point.iterdir()] == ["snapshot"]
+            (point / "snapshot/crash").mkdir()
