@@ -63,14 +63,21 @@ def test_after_a_reboot_it_is_armed_with_the_same_meaning_and_saves_a_crash(debi
         machine.wait_exit(120.0)  # -no-reboot: a restart is the end
 
 
-def test_when_it_is_back_it_reports_the_crash_and_removed_it_leaves_that_alone(debian_folder: Path) -> None:
-    with debian.running(debian_folder, append=CRASHKERNEL, cpu_model=OLD_CPU) as machine:
+def test_when_it_is_back_it_reports_the_crash_and_removed_it_leaves_that_alone(
+    debian_folder: Path, package: Path
+) -> None:
+    with debian.running(debian_folder, append=CRASHKERNEL, cpu_model=OLD_CPU, files=package) as machine:
         demand(machine, debian.REPORTED, debian.ARM_TIMEOUT)
         said = demand(machine, "vmcapture list; journalctl -q -o cat -u vmcapture-report.service")
         assert "sysrq triggered crash" in said
         verified = demand(machine, "vmcapture verify --no-progress /var/dumps/*/vmcore", SAVE_TIMEOUT)
         assert re.search(r": \d+ pages read back well; SHA-256 as in the manifest", verified)
         demand(machine, debian.ARMED, debian.ARM_TIMEOUT)
+        demand(machine, f"{debian.APT} install --reinstall /mnt/*.deb", debian.INSTALL_TIMEOUT + debian.ARM_TIMEOUT)
+        said = demand(machine, "journalctl -q -b -o cat -u vmcapture.service")
+        assert "Reloaded vmcapture.service" in said
+        assert "Stopp" not in said, "an upgrade disarms the machine"
+        assert demand(machine, "cat /sys/kernel/kexec_crash_loaded").strip() == "1"
         demand(machine, f"{debian.APT} purge vmcapture", debian.INSTALL_TIMEOUT)
         assert demand(machine, "cat /sys/kernel/kexec_crash_loaded").strip() == "0"
         left = demand(machine, "find / -xdev -iname '*vmcapture*' -not -path '/var/lib/systemd/*'").split()
