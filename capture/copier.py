@@ -156,7 +156,7 @@ class Copier:
                 starts = (np.cumsum(packed) - packed)[~raw]
                 checksums[stored[~raw]] = _checksums(memoryview(data), starts, packed[~raw])
         if block.unreadable:
-            checksums[np.isin(block.pfns, block.unreadable)] = np.uint64(kdump.UNREADABLE << 32)
+            checksums[np.isin(block.pfns, block.unreadable, assume_unique=True)] = np.uint64(kdump.UNREADABLE << 32)
         counts = _Counts(len(sizes), int(zero.sum()), raw_pages, int(sizes.sum()), block.unreadable)
         return _Worked(PackedPages(block.pfns, sizes, flags, checksums, pieces), counts)
 

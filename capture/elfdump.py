@@ -57,9 +57,8 @@ class ElfFile:
         for chunk in image.chunks():
             block = image.fetch(chunk)
             data = np.concatenate([rows for _, rows in block.stretches(self.page_size)])
-            bad = {
-                int(index): "cannot be read" for index in np.flatnonzero(np.isin(block.pfns, list(block.unreadable)))
-            }
+            unreadable = np.isin(block.pfns, list(block.unreadable), assume_unique=True)
+            bad = {int(index): "cannot be read" for index in np.flatnonzero(unreadable)}
             yield ReadPages(block.pfns, data, bad, np.zeros(len(block.pfns), dtype=np.bool_))
 
     def bits(self, bitmap: int, first_pfn: int, pages: int) -> NDArray[np.bool_]:

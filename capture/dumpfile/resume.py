@@ -112,8 +112,9 @@ def take_over(
                     right += int(np.count_nonzero(good))
                     damaged += len(lost)
                     number += len(batch.pfns)
-                    known = np.unique(batch.pfns // RUNS_WINDOW).tolist()
-                    windows.extend(known[1:] if windows and windows[-1] == known[0] else known)
+                    known = batch.pfns // RUNS_WINDOW  # ascending
+                    last = windows[-1] if windows else -1
+                    windows.extend(known[np.diff(known, prepend=last) != 0].tolist())
                     meter.advance(len(batch.pfns) * dump.page_size)
             writer.look_only_at(windows)
             return Found(dump.level, pages, right, damaged)

@@ -292,6 +292,21 @@ def test_pages_that_went_while_we_copied_are_zeros_counted_and_listed(vmcore_fil
     assert statistics.unreadable.ranges == [[33, 40]]
 
 
+def test_many_unreadable_pages_far_apart_take_nothing_that_the_image_lacks(
+    vmcore_file: WriteFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NumPy loads numpy.ma when np.unique is called, and np.isin calls that; the capture image does not have it."""
+    monkeypatch.setitem(sys.modules, "numpy.ma", None)
+    monkeypatch.delitem(vars(np), "ma", raising=False)
+    loads = [(0, number * 1000 * PAGE, numbered(number, 1)) for number in range(1, 81)]
+    name = vmcore_file(elf_core([vmcoreinfo_note()], loads))
+    with Source(name) as source:
+        image = MemoryImage(source, elfcore.parse(source).loads, PAGE)
+        os.truncate(name, Path(name).stat().st_size - 40 * PAGE)
+        _, statistics = copied(image, tmp_path / "dump", codec("zstd"))
+    assert statistics.unreadable.count == 40
+
+
 # --- fixed memory
 
 MEASURE = """

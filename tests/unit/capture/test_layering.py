@@ -143,7 +143,7 @@ def test_the_job_loads_no_module_that_importing_it_has_not_loaded(corpus_file: C
     names = [name for name in MODULES if not name.endswith("__main__")]
     program = (
         f"import {', '.join(names)}\n"
-        "import sys, tempfile, capture.selftest, capture.cli\n"
+        "import os, sys, tempfile, capture.selftest, capture.cli\n"
         "capture.selftest.run()\n"
         "before = set(sys.modules)\n"
         "with tempfile.TemporaryDirectory() as folder:\n"
@@ -159,6 +159,9 @@ def test_the_job_loads_no_module_that_importing_it_has_not_loaded(corpus_file: C
         "        words = 'dump -q --force -d 31 --exclude-vmemmap'.split()\n"
         "        status |= capture.cli.main([*words, folder + '/core', folder + '/dump'])\n"
         "        status |= capture.cli.main(['verify', '-q', folder + '/dump', '--against', folder + '/core'])\n"
+        "    os.truncate(folder + '/dump', os.path.getsize(folder + '/dump') // 2)\n"
+        "    os.rename(folder + '/dump', folder + '/dump.incomplete')\n"
+        "    status |= capture.cli.main(['dump', '-q', '--resume', folder + '/core', folder + '/dump'])\n"
         "print(status, sorted(set(sys.modules) - before))\n"
     )
     answer = subprocess.run(
